@@ -1,0 +1,34 @@
+"""puna: a team's own code model, from a folder of text to a trained, evaluated, exported model.
+
+Every command has its twin here: `puna.prepare(...)`, `puna.train(...)`, `puna.load(...)`, `puna.generate(...)`,
+`puna.evaluate(...)`, `puna.export(...)`. Names are looked up when first used, so `import puna` loads no torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: Public name -> the module that holds it.
+_HOMES = {
+    "PunaError": "puna.errors",
+    "Recipe": "puna.config",
+    "ModelConfig": "puna.model.config",
+    "load": "puna.checkpoint",
+    "load_tokenizer": "puna.tokenizer",
+    "prepare": "puna.data.prepare",
+    "train": "puna.train",
+    "export": "puna.checkpoint",
+    "convert": "puna.checkpoint",
+    "generate": "puna.generate",
+    "infill": "puna.generate",
+    "evaluate": "puna.evaluate",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'puna' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

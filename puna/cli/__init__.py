@@ -1,0 +1,76 @@
+"""The command line: one file a command, found because it is there.
+
+Each module of this folder adds its commands to `app`, declares the arguments and imports what does the work inside the
+function, so that `puna --help` loads neither torch nor numpy. `run` turns errors into messages and exit codes:
+0 success, 1 an error of the work, 2 wrong usage, 130 interrupted.
+"""
+
+import errno
+import importlib
+import os
+import pkgutil
+from typing import Annotated
+
+import typer
+
+from puna.errors import PunaError
+from puna.progress import say
+
+app = typer.Typer(
+    name="puna",
+    help="Your team's own code model: prepare, train, export, generate, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    if debug:
+        os.environ["PUNA_DEBUG"] = "1"
+
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"puna.cli.{_module}")
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line.
+
+    Args:
+        arguments: what follows `puna`.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except Exception as error:
+        if os.environ.get("PUNA_DEBUG"):
+            raise
+        return _explained(error)
+    except KeyboardInterrupt:
+        say("puna: interrupted; what was finished is kept")
+        return 130
+
+
+def _explained(error: Exception) -> int:
+    if isinstance(error, PunaError):
+        say(f"puna: {error}")
+        return error.exit_code
+    if hasattr(error, "format_message"):  # click's own: a wrong option or argument
+        say(f"puna: {error.format_message()} (see --help)")
+        return 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        say(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
+        return 1
+    if isinstance(error, OSError) and error.filename is not None:
+        say(f"puna: {error.strerror}{_at(error)}")
+        return 1
+    raise error
+
+
+def _at(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""

@@ -1,0 +1,18 @@
+"""The errors that speak to the person at the terminal.
+
+Whatever a user can cause or mend is a `PunaError` whose message says in one or two lines what was expected, what came
+and what to do. The command line prints the message and exits with `exit_code`; anything else that escapes is a defect
+of ours and keeps its traceback.
+"""
+
+
+class PunaError(Exception):
+    """The work cannot be done; the message says what, where and the way out (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(PunaError):
+    """The request itself is wrong: a field, an option or an argument (exit code 2)."""
+
+    exit_code = 2

@@ -1,0 +1,118 @@
+"""Files that are either whole or not there.
+
+Everything puna keeps is written under a temporary name beside its place, synced and renamed, so that Ctrl-C, `kill -9`
+or a full disk leave what was there before.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from puna.errors import PunaError
+
+#: Suffix of files and folders that are still being written; whatever bears it may be deleted.
+ASIDE = ".aside"
+
+
+@contextlib.contextmanager
+def file_aside(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a file beside `path` that takes its place, synced, once the block has ended without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    try:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path | str) -> Iterator[Path]:
+    """Gives an empty folder beside `path` that takes its place once the block has ended without an error.
+
+    Raises:
+        PunaError: `path` exists already; nothing is overwritten.
+    """
+    path = Path(path)
+    if path.exists():
+        raise PunaError(f"{path} exists already; choose another place or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        for folder in [aside, *(f for f in aside.rglob("*") if f.is_dir())]:
+            sync_folder(folder)
+        os.rename(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the folder's names are on the disk."""
+    sync_file(path)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes `value` as indented JSON, aside and renamed."""
+    with file_aside(path, "w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        PunaError: the file is missing, unreadable or not JSON; the message names it and the line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PunaError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PunaError(f"{path} is not valid JSON ({error}); it may be cut off: make or fetch it again") from None
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex; for identity (tokenizers, data sets)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_of(path: Path | str) -> str:
+    """XXH3-128 of a file's bytes, in hex; for damage (checkpoints, shards), at the memory's speed."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Progress of long work, on stderr: a live bar in a terminal, a line every few seconds elsewhere.
+
+stdout stays free for data. `Progress` knows nothing of what it counts; callers say unit and total.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+#: Seconds between two lines where stderr is not a terminal.
+LINE_EVERY_SECONDS = 5.0
+
+
+def say(message: str) -> None:
+    """Prints one line for the person watching, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts work that is done and shows it.
+
+    Args:
+        title: what is being done, e.g. "preparing".
+        total: how much there is to do, in `unit`; None when nobody knows.
+        unit: e.g. "files", "steps", "MB".
+    """
+
+    def __init__(self, title: str, total: float | None = None, unit: str = "") -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0.0
+        self._note = ""
+        self._started = self._last_line = time.monotonic()
+        self._bar = None
+        self._task = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}" if self.total else
+                           "{task.completed:,.0f} {task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, unit=self.unit, note="")
+        return self
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        """Adds `amount` to what is done; `note` is shown behind the bar."""
+        self.done += amount
+        self._note = self._note if note is None else note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, note=self._note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._line()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done and kind is None:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        of = f"/{self.total:,.0f}" if self.total else ""
+        elapsed = self._last_line - self._started
+        say(f"{self.title}: {self.done:,.0f}{of} {self.unit} in {elapsed:.0f} s {self._note}".rstrip())

@@ -1,0 +1,119 @@
+"""Attention: every query sees the keys of its own document, up to itself.
+
+`attend` serves training, where whole documents lie end to end; `attend_cached` serves generation, where a query meets
+keys that were kept. `attend_reference` is the plain formula that both are tested against.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie when its rows are laid end to end.
+
+    Attributes:
+        lengths: tokens of each document part, in order; their sum is B * T.
+        starts: (documents + 1,) int32 on the batch's device, the running sum of `lengths` from 0.
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+
+    @classmethod
+    def of(cls, numbers: np.ndarray, device: torch.device | str = "cpu") -> "Documents":
+        """Finds the documents of a batch.
+
+        Args:
+            numbers: (B, T) number of the document that each token belongs to; a row's first token always starts one.
+            device: where attention will happen.
+        """
+        is_start = np.ones(numbers.shape, dtype=bool)
+        is_start[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        starts = np.append(np.flatnonzero(is_start), numbers.size)
+        return cls(tuple(np.diff(starts).tolist()), torch.from_numpy(starts.astype(np.int32)).to(device))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document part."""
+        return max(self.lengths)
+
+
+@torch.compiler.disable  # loops over documents on the host; a compiled block is fused before and after it
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Causal attention within each document of a batch.
+
+    Args:
+        q: (B, T, N, H) queries.
+        k, v: (B, T, K, H) keys and values; N is a multiple of K.
+        documents: the documents of the batch; None: each row is one document.
+
+    Returns:
+        (B, T, N, H).
+    """
+    is_grouped = q.shape[2] != k.shape[2]
+    if documents is None or set(documents.lengths) == {q.shape[1]}:
+        return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
+    q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    if (varlen := _varlen_attention(q, is_grouped)) is not None:
+        starts, longest = documents.starts, documents.longest
+        return varlen(q_, k_, v_, starts, starts, longest, longest, window_size=(-1, 0)).view_as(q)
+    parts = zip(*(x.split(documents.lengths) for x in (q_, k_, v_)), strict=True)
+    out = [_sdpa(*(x[None] for x in part), is_causal=True, enable_gqa=is_grouped)[0] for part in parts]
+    return torch.cat(out).view_as(q)
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Attention of new tokens to everything kept so far, their own keys included.
+
+    Args:
+        q: (B, T, N, H) queries.
+        k, v: (B, S, K, H) keys and values; slot s holds the token at position s.
+        positions: (B, T) position of each query; it sees slots 0 to its position.
+
+    Returns:
+        (B, T, N, H).
+    """
+    is_visible = torch.arange(k.shape[1], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+    return _sdpa(q, k, v, attn_mask=is_visible, enable_gqa=q.shape[2] != k.shape[2])
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, documents: np.ndarray | None = None) -> Tensor:
+    """The plain formula of `attend`: softmax(q k' / sqrt(H)) v in fp32 under a dense mask.
+
+    Args:
+        q, k, v: as for `attend`.
+        documents: (B, T) document numbers; None: each row is one document.
+    """
+    batch, length, heads, width = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqnh,bsnh->bnqs", q.float(), k.float()) / width**0.5
+    mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None].expand(batch, -1, -1)
+    if documents is not None:
+        numbers = torch.from_numpy(documents).to(q.device)
+        mask = mask & (numbers[:, :, None] == numbers[:, None, :])
+    weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bnqs,bsnh->bqnh", weights, v.float()).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)  # type: ignore[arg-type]
+
+
+def _varlen_attention(q: Tensor, is_grouped: bool):  # noqa: ANN202 - a function of torch, or None
+    """Torch's variable-length flash attention where it can serve: CUDA, half precision, no groups before torch 2.12."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    from functools import partial
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not is_grouped:
+        return varlen_attn
+    return partial(varlen_attn, enable_gqa=True) if torch.__version__ >= (2, 12) else None

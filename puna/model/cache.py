@@ -1,0 +1,55 @@
+"""The keys and values of tokens already seen, so that each is computed once.
+
+Slot s of a row holds the token at position s of that row: a row that is shorter than its batch writes padding behind
+its end, which no query sees and the next real token overwrites.
+"""
+
+import torch
+from torch import Tensor
+
+from puna.model.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of a batch, (layers, B, capacity, K, H) each, allocated once.
+
+    Args:
+        config: shape of the model.
+        batch: B.
+        capacity: most tokens a row can hold.
+        dtype: of the keys and values, that of the model's activations.
+        device: where they live.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        #: Slots in use by the longest row; attention looks no further.
+        self.used = 0
+
+    def make_room(self, positions: Tensor) -> None:
+        """Counts the slots in use once `positions` (B, T) are written.
+
+        Raises:
+            ValueError: a position lies beyond the capacity.
+        """
+        self.used = max(self.used, int(positions.max()) + 1)
+        if self.used > self.capacity:
+            raise ValueError(f"position {self.used - 1} does not fit a cache of {self.capacity} slots")
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps a layer's new keys and values (B, T, K, H) at `positions`; returns all in use, (B, used, K, H) each."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows, positions] = k
+        self.values[layer][rows, positions] = v
+        return self.keys[layer][:, : self.used], self.values[layer][:, : self.used]

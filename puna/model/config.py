@@ -1,0 +1,205 @@
+"""The shape of a model: the fields of `config.json`, and a table of the sizes we know by name.
+
+A folder's `config.json` is always believed over a preset; a preset only starts a model from random weights, or says
+what a size costs. What the network cannot compute is refused here, by name, before a byte of weights is read.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any
+
+from puna.errors import PunaError
+
+#: `model_type`s whose network is this one, and whether their q/k/v and output projections carry a bias when
+#: `config.json` does not say (None: it must not; True/False: the family's own rule).
+FAMILIES: dict[str, tuple[bool, bool]] = {
+    "llama": (False, False),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+}
+
+#: Rotary scalings that `rotary_frequencies` knows.
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-like model, with Hugging Face's field names.
+
+    `rope_scaling` is None or a mapping with `rope_type` and its parameters, as in `config.json`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    initializer_range: float = 0.02
+    model_type: str = "llama"
+
+    def __post_init__(self) -> None:
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise PunaError(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                    f"{self.num_attention_heads}; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise PunaError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise PunaError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads="
+                f"{self.num_key_value_heads}"
+            )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Reads the content of a Hugging Face `config.json`.
+
+        Args:
+            fields: the parsed file; both the layout with `rope_theta` and the newer `rope_parameters` are read.
+            where: the file's name, for messages.
+
+        Raises:
+            PunaError: a field is missing or describes a network that this one is not.
+        """
+        family = fields.get("model_type")
+        if family not in FAMILIES:
+            raise PunaError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        if missing := [name for name in needed if fields.get(name) is None]:
+            raise PunaError(f"{where} lacks {', '.join(missing)}")
+        theta, scaling = _rope(fields, where)
+        if fields.get("hidden_act", "silu") != "silu":
+            raise PunaError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported, only 'silu'")
+        context = fields.get("max_position_embeddings", 2048)
+        _refuse_sliding_window(fields, context, where)
+        qkv_bias, output_bias = FAMILIES[family]
+        eos = fields.get("eos_token_id", 2)
+        return cls(
+            vocab_size=fields["vocab_size"],
+            hidden_size=fields["hidden_size"],
+            intermediate_size=fields["intermediate_size"],
+            num_hidden_layers=fields["num_hidden_layers"],
+            num_attention_heads=fields["num_attention_heads"],
+            num_key_value_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+            rope_theta=theta,
+            max_position_embeddings=context,
+            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            head_dim=fields.get("head_dim") or 0,
+            rope_scaling=scaling,
+            tie_word_embeddings=fields.get("tie_word_embeddings", False),
+            attention_bias=fields.get("attention_bias", qkv_bias),
+            attention_output_bias=fields.get("attention_bias", False) if family == "llama" else output_bias,
+            mlp_bias=fields.get("mlp_bias", False),
+            bos_token_id=fields.get("bos_token_id", 1),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            initializer_range=fields.get("initializer_range", 0.02),
+            model_type=family,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a `config.json` that transformers, vLLM and llama.cpp's converter read."""
+        if self.attention_output_bias != (self.attention_bias and self.model_type == "llama"):
+            raise PunaError(f"model_type {self.model_type!r} cannot say attention_output_bias={self.attention_output_bias}")
+        names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+        fields = {
+            "architectures": [names[self.model_type]],
+            "hidden_act": "silu",
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+        }
+        del fields["attention_output_bias"]
+        if self.model_type != "llama":
+            del fields["attention_bias"], fields["mlp_bias"]
+        if self.model_type == "mistral":
+            fields["sliding_window"] = None
+        return fields
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights, a tied head counted once."""
+        d, h = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * h, self.num_key_value_heads * h
+        attention = d * (q + 2 * kv) + q * d + self.attention_bias * (q + 2 * kv) + self.attention_output_bias * d
+        mlp = 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
+        heads = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * (attention + mlp + 2 * d) + heads * self.vocab_size * d + d
+
+    @property
+    def matmul_parameter_count(self) -> int:
+        """Weights that multiply every token: all but the embedding table and the norms, the head included."""
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        table = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return self.parameter_count - table - norms
+
+
+def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    scaling = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    theta = fields.get("rope_theta", scaling.pop("rope_theta", None))
+    if theta is None:
+        raise PunaError(
+            f'{where} has no "rope_theta"; write down the one the model was trained with '
+            "(1000000 for Code Llama, 10000 for Llama 2 and for 70B-Instruct)"
+        )
+    kind = scaling.pop("type", None) or "default"
+    kind = scaling.setdefault("rope_type", kind)
+    if kind not in ROPE_TYPES:
+        raise PunaError(f"{where}: rope_type {kind!r} is not supported, only {', '.join(ROPE_TYPES)}")
+    return float(theta), None if kind == "default" else scaling
+
+
+def _refuse_sliding_window(fields: dict[str, Any], context: int, where: str) -> None:
+    window = fields.get("sliding_window")
+    if window is not None and window < context and fields.get("use_sliding_window", True):
+        raise PunaError(f"{where}: sliding_window {window} is shorter than the context ({context}); not supported")
+
+
+_7B = ModelConfig(32016, 4096, 11008, 32, 32, 32, rope_theta=1e6, max_position_embeddings=16384)
+_13B = ModelConfig(32016, 5120, 13824, 40, 40, 40, rope_theta=1e6, max_position_embeddings=16384)
+_34B = ModelConfig(32000, 8192, 22016, 48, 64, 8, rope_theta=1e6, max_position_embeddings=16384)
+_70B = ModelConfig(32016, 8192, 28672, 80, 64, 8, rope_theta=1e6, max_position_embeddings=16384)
+#: 70B Instruct and Python were not tuned for long contexts: theta of Llama 2, 4,096 positions.
+_70B_SHORT = replace(_70B, rope_theta=1e4, max_position_embeddings=4096)
+
+#: Models known by name. Vocabulary 32,016 where the tokenizer has infilling markers or `<step>`, 32,000 elsewhere.
+PRESETS: dict[str, ModelConfig] = {
+    "codellama-7b": _7B,
+    "codellama-7b-python": replace(_7B, vocab_size=32000),
+    "codellama-7b-instruct": _7B,
+    "codellama-13b": _13B,
+    "codellama-13b-python": replace(_13B, vocab_size=32000),
+    "codellama-13b-instruct": _13B,
+    "codellama-34b": _34B,
+    "codellama-34b-python": _34B,
+    "codellama-34b-instruct": _34B,
+    "codellama-70b": _70B,
+    "codellama-70b-python": _70B_SHORT,
+    "codellama-70b-instruct": _70B_SHORT,
+    "tiny-64": ModelConfig(512, 64, 176, 2, 4, 2, rope_theta=1e6, max_position_embeddings=2048),
+    "tiny-256": ModelConfig(4096, 256, 688, 4, 4, 2, rope_theta=1e6, max_position_embeddings=2048),
+    "tiny-512": ModelConfig(32000, 512, 1376, 8, 8, 8, rope_theta=1e6, max_position_embeddings=4096),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration of a model known by name.
+
+    Raises:
+        PunaError: there is no such name; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise PunaError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

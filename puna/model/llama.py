@@ -1,0 +1,267 @@
+"""The network: Llama as Code Llama has it, readable in one sitting.
+
+    tokens (B, T) -> embed_tokens -> N x [norm, attention, norm, gated MLP] -> norm -> lm_head -> logits (B, T, V)
+
+It knows no device, file, mesh or hidden cache. Modules bear Hugging Face's names, so a checkpoint needs no map, and
+heads are found with -1, so a layer does not know whether it holds all of them. Weights are cast to the activations'
+dtype where they are used: fp32 master weights compute in bf16 by setting `compute_dtype`, and gradients arrive in fp32.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puna.model.attention import Documents, attend, attend_cached
+from puna.model.cache import KVCache
+from puna.model.config import ModelConfig
+
+
+class Llama(nn.Module):
+    """A causal language model; parameters are uninitialised until loaded or drawn by `init_weights`.
+
+    Attributes:
+        compute_dtype: dtype of the activations; None: that of the weights.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits of the token that follows each token.
+
+        Args:
+            tokens: (B, T) ids.
+            positions: (B, T) position of each token in its document; None: 0 to T-1 in every row.
+            documents: the documents in the rows, which never see each other; None: each row is one.
+            cache: keys and values of earlier tokens, extended in place; excludes `documents`.
+
+        Returns:
+            (B, T, V) in the compute dtype.
+        """
+        return self.lm_head(self.hidden(tokens, positions=positions, documents=documents, cache=cache))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head multiplies: (B, T, D), normed. Arguments as for `forward`."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        if cache is not None:
+            cache.make_room(positions)
+        return self.model(tokens, positions, documents, cache, self.compute_dtype)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents | None,
+        cache: KVCache | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        """(B, T) ids to (B, T, D)."""
+        x = self.embed_tokens(tokens)
+        x = x if dtype is None else x.to(dtype)
+        rotation = rotary_tables(positions, self.config)
+        for layer in self.layers:
+            x = layer(x, rotation, positions, documents, cache)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        documents: Documents | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, positions, documents, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        documents: Documents | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is None:
+            out = attend(q, k, v, documents)
+        else:
+            k, v = cache.write(self.index, positions, k, v)
+            out = attend_cached(q, k, v, positions)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, then times the weight (the reference's order)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weights are cast to the input's dtype where they are used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of `x`."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that rotate channel pairs (i, i + H/2) by position times frequency.
+
+    Angles are formed in fp64, so the tables are right to fp32's last digit at any position (a product in fp32 would be
+    wrong by 0.006 radians at position 100,000).
+
+    Args:
+        positions: (B, T) integers.
+        config: gives H, theta and the scaling.
+
+    Returns:
+        Two (B, T, 1, H) float32 tensors.
+
+    Source: RoFormer (arXiv:2104.09864), eq. 15; theta from Code Llama (arXiv:2308.12950), section 2.4.
+    """
+    frequencies = rotary_frequencies(config).to(positions.device)
+    angles = positions.double()[..., None, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each channel pair, (H/2,) float64, with the config's scaling applied.
+
+    Source: for `llama3`, the function that Meta published with Llama 3.1 (long wavelengths are stretched by `factor`,
+    short ones kept, those between blended).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling: dict[str, Any] = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / scaling["factor"])
+    return frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the channel pairs (i, i + H/2) of every head by the angles of its position, in fp32.
+
+    Args:
+        x: (B, T, N, H).
+        cos, sin: (B, T, 1, H) from `rotary_tables`.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def init_weights(model: Llama, *, seed: int) -> None:
+    """Draws every weight from N(0, initializer_range) by its name, so that no order or split of them matters.
+
+    Norms become ones and biases zeros.
+    """
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1)
+            else:
+                generator = torch.Generator().manual_seed(_seed_of(name, seed))
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                values.normal_(0, model.config.initializer_range, generator=generator)
+                parameter.copy_(values)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

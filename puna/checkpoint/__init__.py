@@ -1,0 +1,9 @@
+"""Weights on disk: the Hugging Face layout, training checkpoints, and the ways between formats.
+
+`huggingface` reads and writes the only layout in which weights leave puna, `runs` keeps a training run's checkpoints,
+`export` turns the latter into the former, and `convert` does so for other systems' files (`formats/`, one file each).
+"""
+
+from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
+
+__all__ = ["load", "load_config", "load_model", "resolve", "save_model"]

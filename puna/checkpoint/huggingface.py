@@ -1,0 +1,349 @@
+"""The Hugging Face layout: a folder of `config.json`, safetensors and a tokenizer, read strictly and written whole.
+
+    folder/config.json                         the network's shape, always believed
+    folder/model.safetensors                   or model-00001-of-00003.safetensors … and model.safetensors.index.json
+    folder/generation_config.json              the ids that begin and end a text
+    folder/tokenizer.model | tokenizer.json
+
+Loading builds the model without memory and fills it tensor by tensor from mapped files: it takes the memory of the
+model and one tensor more. Every tensor of the model must be there and every tensor that is there must be of the model.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from puna.checkpoint.tensors import (
+    StoredTensor,
+    dtype_name,
+    dtype_of,
+    open_pickled,
+    open_safetensors,
+    write_safetensors,
+)
+from puna.errors import PunaError
+from puna.files import folder_aside, read_json, write_json
+from puna.model.config import ModelConfig
+from puna.model.llama import Llama
+
+if TYPE_CHECKING:
+    from puna.tokenizer import Tokenizer
+
+#: Endings of tensors that old checkpoints carry and no network reads.
+HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
+
+#: Files of a tokenizer that a folder may hold.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+#: Most bytes of a file of weights.
+SHARD_BYTES = 5_000_000_000
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load(
+    folder: Path | str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> "tuple[Llama, Tokenizer | None]":
+    """Loads a model and its tokenizer.
+
+    Args:
+        folder: a folder in Hugging Face layout, or a hub id.
+        dtype: of the weights ("fp32", "bf16", "fp16" or a torch dtype); None: as stored.
+        device: where the weights go.
+
+    Returns:
+        The model, and the tokenizer or None if the folder has none.
+
+    Raises:
+        PunaError: a file or tensor is missing, damaged, unknown or of the wrong shape, or the tokenizer has ids that
+            the model has no embedding for.
+    """
+    folder = resolve(folder)
+    config = load_config(folder)
+    tokenizer = load_tokenizer_of(folder)
+    if tokenizer is not None and hasattr(tokenizer, "check_vocab_size"):
+        tokenizer.check_vocab_size(config.vocab_size)
+    return load_model(folder, dtype=dtype, device=device), tokenizer
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Llama:
+    """Loads a model alone; arguments and errors as for `load`."""
+    folder = resolve(folder)
+    return build_model(load_config(folder), open_weights(folder), dtype=dtype, device=device)
+
+
+def build_model(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> Llama:
+    """Makes a model of stored tensors, reading one at a time.
+
+    Raises:
+        PunaError: the tensors are not exactly those of the model.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    for name, stored in fit(config, tensors).items():
+        values = stored.read()
+        copy = torch.empty(values.shape, dtype=dtype_of(dtype) or values.dtype, device=device)
+        copy.copy_(values)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(copy))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def fit(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The stored tensors that make the model of `config`, in the model's order.
+
+    A tied model's head, and what `HARMLESS_EXTRAS` lists, is left out.
+
+    Raises:
+        PunaError: a tensor is missing, unknown or of the wrong shape; the message names it.
+    """
+    shapes = parameter_shapes(config)
+    where = _place(tensors)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise PunaError(f"{where} lacks {_some(missing)}, which config.json asks for; fetch or make the weights again")
+    unknown = [name for name in tensors if name not in shapes and not name.endswith(HARMLESS_EXTRAS)]
+    if config.tie_word_embeddings and HEAD in unknown:
+        unknown.remove(HEAD)
+        _check_tied(tensors[EMBEDDING], tensors[HEAD])
+    if unknown:
+        raise PunaError(f"{where} holds {_some(unknown)}, which the model of config.json does not have")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise PunaError(_misfit(name, tensors[name], shape, config))
+    return {name: tensors[name] for name in shapes}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a model, a tied head left out."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+
+
+def load_config(folder: Path | str) -> ModelConfig:
+    """The shape of the model in a folder in Hugging Face layout.
+
+    Raises:
+        PunaError: there is no `config.json`, or it describes a network that puna does not have.
+    """
+    path = Path(folder) / "config.json"
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise PunaError(f"{path} is not a JSON object")
+    if fields.get("quantization_config"):
+        raise PunaError(f"{path}: the weights are quantised; use the checkpoint that they were made from")
+    return ModelConfig.from_json(fields, str(path))
+
+
+def load_tokenizer_of(folder: Path) -> "Tokenizer | None":
+    """The tokenizer in a folder; None if it has no file of one."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES[:2]):
+        return None
+    from puna.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def open_weights(folder: Path | str) -> dict[str, StoredTensor]:
+    """Every tensor of a folder in Hugging Face layout, unread; safetensors are preferred to `.bin`.
+
+    Raises:
+        PunaError: there are no weights, a file is missing or damaged, or two files hold the same tensor.
+    """
+    folder = Path(folder)
+    for stem, suffix, opened in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickled)):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            return _open_index(index, opened)
+        if (folder / f"{stem}.{suffix}").exists():
+            return opened(folder / f"{stem}.{suffix}")
+    raise PunaError(
+        f"{folder} holds no weights: there is neither model.safetensors nor model.safetensors.index.json "
+        "(nor pytorch_model.bin)"
+    )
+
+
+def resolve(name: Path | str) -> Path:
+    """The folder of MODEL: itself, or the download of a Hugging Face hub id.
+
+    Raises:
+        PunaError: there is no such folder, and the hub cannot be reached, is not installed or does not give access.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise PunaError(f"{folder} is a file; a model is a folder with config.json and its weights")
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise PunaError(f"there is no folder {name}")
+    return _download(str(name))
+
+
+def save_model(
+    model: Llama,
+    folder: Path | str,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
+
+    Raises:
+        PunaError: the folder exists.
+    """
+    tensors = {name: StoredTensor.of(values) for name, values in model.named_parameters()}
+    write_model(folder, model.config, tensors, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def write_model(
+    folder: Path | str,
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes stored tensors in Hugging Face layout, one in memory at a time; the folder appears when it is whole.
+
+    Args:
+        folder: to be made.
+        config: the model's shape.
+        tensors: exactly the model's.
+        tokenizer: goes along; None: none does.
+        max_shard_bytes: most bytes of a file, unless one tensor is larger.
+
+    Raises:
+        PunaError: the folder exists, or the tensors are not those of the model.
+    """
+    tensors = fit(config, tensors)
+    with folder_aside(folder) as aside:
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        fields = config.to_json()
+        if len(dtypes) == 1:
+            fields["torch_dtype"] = dtype_name(dtypes.pop())
+        write_json(aside / "config.json", fields)
+        write_json(aside / "generation_config.json", _generation_config(config, tokenizer))
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        _write_weights(aside, tensors, max_shard_bytes)
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", tensors)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in shard})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.size_bytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.size_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.size_bytes
+    return shards
+
+
+def _generation_config(config: ModelConfig, tokenizer: "Tokenizer | None") -> dict[str, Any]:
+    ends = [config.eos_token_id]
+    if tokenizer is not None and tokenizer.infilling is not None:
+        ends.append(tokenizer.infilling.eot_id)
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def _open_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise PunaError(f'{index} has no "weight_map"')
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).exists():
+            raise PunaError(f"{index.parent / file} does not exist, but {index.name} names it; fetch it again")
+        found = opened(index.parent / file)
+        if both := [name for name in found if name in tensors]:
+            raise PunaError(f"{_some(both)} is in {file} and in {Path(tensors[both[0]].where).name} of {index.parent}")
+        if lost := [name for name, place in weight_map.items() if place == file and name not in found]:
+            raise PunaError(f"{index.parent / file} lacks {_some(lost)}, which {index.name} says it holds")
+        tensors.update(found)
+    return tensors
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+    if embedding.shape != head.shape or not torch.equal(embedding.read(), head.read()):
+        raise PunaError(
+            f"{head.where}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
+            'set "tie_word_embeddings" to false there'
+        )
+
+
+def _misfit(name: str, stored: StoredTensor, shape: tuple[int, ...], config: ModelConfig) -> str:
+    message = f"{stored.where}: {name} has shape {stored.shape}, config.json makes it {shape}"
+    if name in (EMBEDDING, HEAD) and stored.shape[1:] == shape[1:]:
+        message += f"; its vocab_size is {config.vocab_size}, the weights' is {stored.shape[0]}"
+    return message
+
+
+def _place(tensors: Mapping[str, StoredTensor]) -> str:
+    files = {tensor.where for tensor in tensors.values()}
+    return files.pop() if len(files) == 1 else str(Path(min(files, default="the checkpoint")).parent)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    except ImportError:
+        raise PunaError(
+            f"there is no folder {name}; to fetch it from the Hugging Face hub, install huggingface_hub: "
+            "pip install 'puna[hub]'"
+        ) from None
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError:
+        raise PunaError(
+            f"the hub gives {name} only to those who accepted its licence: accept it at "
+            f"https://huggingface.co/{name} and run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise PunaError(f"there is no folder {name}, and no such model on the Hugging Face hub") from None
+    except Exception as error:  # the hub's client passes on errors of whatever it is built upon
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PunaError(f"there is no folder {name}, and the Hugging Face hub cannot be reached ({reason})") from None

@@ -1,0 +1,167 @@
+"""Tensors that stay on the disk until they are read, one at a time.
+
+A `StoredTensor` knows its shape and dtype without touching its bytes; reading maps the file, so that a model of any
+size passes through in the memory of its largest tensor. Readers of every format give dictionaries of them, the writer
+of safetensors files takes them.
+
+    open_safetensors(file) -> {name: StoredTensor} -> write_safetensors(file, {name: StoredTensor})
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puna.errors import PunaError, UsageError
+from puna.files import file_aside
+
+#: Our names for the dtypes of weights.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Names of dtypes in the header of a safetensors file.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is read when asked.
+
+    Attributes:
+        shape: its size in every dim.
+        dtype: as stored.
+        where: the file that holds it, for messages.
+        read: gives the tensor; it may lie in mapped memory, so copy what must outlive or change it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    where: str
+    read: Callable[[], Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "StoredTensor":
+        """The same tensor with `change`, which must keep shape and dtype, applied once it is read."""
+        return StoredTensor(self.shape, self.dtype, self.where, lambda: change(self.read()))
+
+    def to(self, dtype: torch.dtype | None) -> "StoredTensor":
+        """The same tensor, rounded to `dtype` once it is read; None: as it is."""
+        if dtype is None or dtype == self.dtype:
+            return self
+        return StoredTensor(self.shape, dtype, self.where, lambda: self.read().to(dtype))
+
+    @classmethod
+    def of(cls, tensor: Tensor, where: str = "memory") -> "StoredTensor":
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, where, lambda: tensor.detach())
+
+
+def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype called `name`; dtypes and None pass through.
+
+    Raises:
+        UsageError: nothing is called so; the message lists the names.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UsageError(f"no dtype is called {name!r}; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What Hugging Face calls a dtype, e.g. "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, mapped.
+
+    Raises:
+        PunaError: the file is missing, cut off or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            piece = file.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
+            if dtype is None:
+                raise PunaError(f"{path}: {name} is stored as {piece.get_dtype()}, which puna does not read")
+            tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, str(path), partial(file.get_tensor, name))
+        return tensors
+    except FileNotFoundError:
+        raise PunaError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise PunaError(f"{path} is damaged or cut off ({error}); fetch or make it again") from None
+
+
+def open_pickled(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file that `torch.save` wrote (`.bin`, `.pth`), mapped; no code in it is run.
+
+    Raises:
+        PunaError: the file is missing, cut off, or holds more than named tensors.
+    """
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise PunaError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise PunaError(f"{path} is damaged, or holds more than tensors and is not opened ({reason})") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PunaError(f"{path} is damaged or cut off ({reason}); fetch or make it again") from None
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise PunaError(f"{path} does not hold a mapping of names to tensors; it is no file of weights")
+    return {name: StoredTensor.of(tensor, str(path)) for name, tensor in content.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Writes a safetensors file, reading one tensor at a time; aside, synced and renamed.
+
+    Raises:
+        ValueError: a tensor that was read has another shape or dtype than it promised.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.size_bytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    with file_aside(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, tensor in ordered:
+            values = tensor.read()
+            if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}"
+                )
+            if values.numel():
+                file.write(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,234 @@
+"""What every tokenizer can do, given only how its backend splits plain text.
+
+A backend supplies a table of pieces with the bytes that each spells, the set of control ids, and `_split`. Everything
+that must be the same for all of them lives here: specials around a text, decoding, streaming, and the check against a
+model's vocabulary.
+"""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from puna.errors import PunaError
+from puna.files import file_aside, sha256_of
+
+#: SentencePiece's sign for a space inside a piece.
+SPACE_MARK = "\u2581"
+
+#: The last sixteen pieces of Code Llama's vocabulary, in the order of their ids (32000 to 32015). Four are used; the
+#: others are there because the vocabulary is merged pair by pair. Source: facebookresearch/codellama's tokenizer.model.
+INFILLING_PIECES = tuple(
+    SPACE_MARK + piece
+    for piece in ["<SU", "<SUF", "<PRE", "<M", "<MID", "<E", "<EOT", "<PRE>", "<SUF>", "<MID>", "<EOT>"]
+    + ["<EOT>" * count for count in range(2, 7)]
+)
+
+#: What ends each message of Code Llama 70B Instruct.
+STEP_PIECE = "<step>"
+
+#: Files that belong to a tokenizer and travel with it.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """The ids that lay out an infilling prompt; only a vocabulary that has all four can infill."""
+
+    prefix_id: int
+    suffix_id: int
+    middle_id: int
+    eot_id: int
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: ids are 0 to vocab_size - 1.
+        bos_id, eos_id: begin and end of a document; where a vocabulary has no BOS, its EOS serves as both.
+        unk_id: the id of what cannot be spelled; None where every byte can.
+        infilling: the four markers, or None where the vocabulary lacks one.
+        step_id: the id of `<step>`, or None.
+        sha256: of the vocabulary's file; data and models that share it share their ids.
+        adds_leading_space: whether `encode` puts a space in front of a text unless told not to.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        pieces: list[str],
+        spellings: list[bytes],
+        control: Iterable[int],
+        bos_id: int,
+        eos_id: int,
+        unk_id: int | None,
+        adds_leading_space: bool,
+    ) -> None:
+        """Takes the backend's tables.
+
+        Args:
+            path: the vocabulary's file.
+            pieces: id -> piece as the vocabulary writes it.
+            spellings: id -> the bytes that the piece stands for; empty for control pieces.
+            control: ids that no text may produce.
+            bos_id, eos_id, unk_id, adds_leading_space: as in the class.
+        """
+        self.path, self.sha256 = path, sha256_of(path)
+        self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
+        self.adds_leading_space = adds_leading_space
+        self.control = frozenset(control)
+        self._pieces, self._spellings = pieces, spellings
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        self._use_markers()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self._pieces)
+
+    @abstractmethod
+    def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
+        """The ids of each text, none of them a control id."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, leading_space: bool = True) -> list[int]:
+        """The ids of a text; control ids only where `bos` and `eos` ask for them.
+
+        Args:
+            text: any text that UTF-8 can spell.
+            bos, eos: put the begin, the end of a document around it.
+            leading_space: whether a tokenizer that puts a space in front of a text does so. False is for text in the
+                middle of a line: the suffix and the middle of infilling, an answer after its prompt.
+
+        Raises:
+            PunaError: the text holds half of a surrogate pair.
+        """
+        return self.encode_batch([text], bos=bos, eos=eos, leading_space=leading_space)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, bos: bool = False, eos: bool = False, leading_space: bool = True
+    ) -> list[list[int]]:
+        """`encode` of each text."""
+        try:
+            rows = self._split(texts, leading_space)
+        except UnicodeEncodeError as error:
+            character = f"U+{ord(error.object[error.start]):04X}"
+            raise PunaError(
+                f"the text holds {character}, half of a surrogate pair, which no encoding can spell; "
+                'read its file with errors="replace" or leave it out'
+            ) from None
+        if bos or eos:
+            before, after = [self.bos_id] * bos, [self.eos_id] * eos
+            rows = [before + row + after for row in rows]
+        return rows
+
+    def decode(self, ids: Iterable[int], *, leading_space: bool = True) -> str:
+        """The text of the ids, without control tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: any ids of the vocabulary.
+            leading_space: whether the ids were encoded so, and the space that was put in front is taken out again.
+                False keeps a first space: the ids continue a text.
+
+        Raises:
+            PunaError: an id is outside the vocabulary.
+        """
+        return self.decode_bytes(ids, leading_space=leading_space).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, leading_space: bool = True) -> bytes:
+        """The bytes of the ids; see `decode`."""
+        spelled = b"".join([self._spelling(i) for i in ids])
+        return spelled[1:] if leading_space and self.adds_leading_space and spelled[:1] == b" " else spelled
+
+    def stream(self, *, leading_space: bool = False) -> "StreamDecoder":
+        """A decoder that takes one id at a time; by default for ids that continue a prompt (a first space is kept)."""
+        return StreamDecoder(self, leading_space=leading_space)
+
+    def piece(self, id: int) -> str:
+        """The piece as the vocabulary writes it, for display."""
+        self._check(id)
+        return self._pieces[id]
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece, control pieces included; None if the vocabulary lacks it."""
+        return self._ids.get(piece)
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Makes sure that a model with this many embeddings has one for every id that can come out of `encode`.
+
+        More embeddings than ids are fine (models pad them). Fewer are fine only if nothing but unused control pieces
+        lies beyond: those are then dropped from this tokenizer, and with them `infilling` and `step_id`. That is the
+        case of the Hugging Face folders of Code Llama 34B and Python: transformers added the infilling markers to
+        their tokenizers, giving them 32,004 ids, while the models have 32,000 embeddings and cannot infill.
+
+        Raises:
+            PunaError: ordinary text, BOS or EOS could give an id that the model does not have.
+        """
+        if vocab_size >= self.vocab_size:
+            return
+        used = [i for i in range(vocab_size, self.vocab_size) if i not in self.control or i in (self.bos_id, self.eos_id)]
+        if used:
+            raise PunaError(
+                f"{self.path} gives ids up to {max(used)} ({self._pieces[max(used)]!r}) but the model's vocab_size is "
+                f"{vocab_size}; use the tokenizer that the model was trained with"
+            )
+        for piece in self._pieces[vocab_size:]:
+            del self._ids[piece]
+        del self._pieces[vocab_size:], self._spellings[vocab_size:]
+        self.control = frozenset(i for i in self.control if i < vocab_size)
+        self._use_markers()
+
+    def save(self, folder: Path | str) -> None:
+        """Copies the tokenizer's own files into a folder, unchanged."""
+        folder = Path(folder)
+        names = {self.path.name, *TOKENIZER_FILES}
+        for source in sorted(self.path.with_name(name) for name in names):
+            if source.is_file():
+                content = source.read_bytes()
+                with file_aside(folder / source.name) as file:
+                    file.write(content)
+        if sha256_of(folder / self.path.name) != self.sha256:
+            raise PunaError(f"{self.path} has changed since it was loaded; load it again")
+
+    def _use_markers(self) -> None:
+        prefix, suffix, middle, eot = (self.id_of(f"{SPACE_MARK}<{name}>") for name in ("PRE", "SUF", "MID", "EOT"))
+        has_all = prefix is not None and suffix is not None and middle is not None and eot is not None
+        self.infilling = Infilling(prefix, suffix, middle, eot) if has_all else None
+        self.step_id = self.id_of(STEP_PIECE)
+
+    def _check(self, id: int) -> None:
+        if not 0 <= id < len(self._pieces):
+            raise PunaError(f"token id {id} is outside the vocabulary of {self.path} (0 to {self.vocab_size - 1})")
+
+    def _spelling(self, id: int) -> bytes:
+        self._check(id)
+        return self._spellings[id]
+
+
+class StreamDecoder:
+    """Text of ids that come one by one; what it has given is always whole characters, in total exactly `decode`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, leading_space: bool) -> None:
+        self._spelling = tokenizer._spelling
+        self._drops_space = leading_space and tokenizer.adds_leading_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The characters that this id completes; empty while one is half there."""
+        spelled = self._spelling(id)
+        if self._drops_space and spelled:
+            spelled, self._drops_space = spelled.removeprefix(b" "), False
+        return self._utf8.decode(spelled)
+
+    def finish(self) -> str:
+        """What is left: nothing, or U+FFFD for a character that never came to its end."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,125 @@
+"""SentencePiece vocabularies (`tokenizer.model`), made safe and exact by editing the model before it is loaded.
+
+SentencePiece's Python offers no switch for what Code Llama needs, but its file is a protobuf that says it all:
+
+- the infilling markers and `<step>` are ordinary pieces there, so that a source file which contains ` <EOT>` would end
+  an infilling by itself: they are retyped as control pieces, which text cannot produce;
+- text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's
+  `encode_infilling` drops the first two ids of "☺" + text to the same end.
+
+One character would still be lost: SentencePiece writes a space as U+2581 and reads U+2581 in a text as a space. It is
+carried around the splitting by a stand-in and spelled by its three bytes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from puna.errors import PunaError
+from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model`; see `Tokenizer`."""
+
+    def __init__(self, path: Path) -> None:
+        model = read_model(path)
+        for piece in model.pieces:
+            if piece.piece in (*INFILLING_PIECES, STEP_PIECE):
+                piece.type = CONTROL
+        super().__init__(
+            path,
+            pieces=[piece.piece for piece in model.pieces],
+            spellings=[_spelling(piece, model.trainer_spec.unk_surface) for piece in model.pieces],
+            control=[i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN, UNUSED)],
+            **_special_ids(model, path),
+            adds_leading_space=model.normalizer_spec.add_dummy_prefix,
+        )
+        self.has_byte_fallback = sum(piece.type == BYTE for piece in model.pieces) == 256
+        self.is_plain_bpe = _is_plain_bpe(model)
+        self._spaced = _processor(model)
+        model.normalizer_spec.add_dummy_prefix = False
+        self._plain = _processor(model)
+        self._characters = frozenset().union(*self._pieces)
+
+    def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
+        processor = self._spaced if leading_space else self._plain
+        if self.has_byte_fallback and any(SPACE_MARK in text for text in texts):
+            return [self._split_around_marks(processor, text) for text in texts]
+        if len(texts) == 1:
+            return [processor.encode(texts[0])]  # a batch starts threads, which costs more than a short text
+        return processor.encode(list(texts), num_threads=1)
+
+    def _split_around_marks(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+        stand_in = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text and c not in self._characters)
+        ids = processor.encode(text.replace(SPACE_MARK, stand_in))
+        find, put = self._byte_ids(stand_in), self._byte_ids(SPACE_MARK)
+        at = 0
+        while at < len(ids):
+            if ids[at : at + 3] == find:
+                ids[at : at + 3] = put
+            at += 1
+        return ids
+
+    def _byte_ids(self, character: str) -> list[int]:
+        return [self._ids[f"<0x{byte:02X}>"] for byte in character.encode()]
+
+
+def read_model(path: Path) -> model_pb2.ModelProto:
+    """Reads a SentencePiece model.
+
+    Raises:
+        PunaError: the file is not one, or is cut off.
+    """
+    model = model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        model.Clear()
+    if not model.pieces:
+        raise PunaError(f"{path} is not a SentencePiece model, or is cut off; fetch it again")
+    return model
+
+
+def _processor(model: model_pb2.ModelProto) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _special_ids(model: model_pb2.ModelProto, path: Path) -> dict[str, int]:
+    ids = {}
+    for name in ("bos", "eos", "unk"):
+        id, piece = (getattr(model.trainer_spec, f"{name}_{what}") for what in ("id", "piece"))
+        if not 0 <= id < len(model.pieces):
+            id = next((i for i, p in enumerate(model.pieces) if p.piece == piece), -1)
+        ids[f"{name}_id"] = id
+    if ids["eos_id"] < 0:
+        raise PunaError(f"{path} has no end-of-document piece ({model.trainer_spec.eos_piece}); puna cannot use it")
+    if ids["bos_id"] < 0:
+        ids["bos_id"] = ids["eos_id"]
+    return ids
+
+
+def _spelling(piece: model_pb2.ModelProto.SentencePiece, unk_surface: str) -> bytes:
+    if piece.type == BYTE:
+        return bytes([int(piece.piece[3:5], 16)])
+    if piece.type == UNKNOWN:
+        return unk_surface.encode()
+    return b"" if piece.type == CONTROL else piece.piece.replace(SPACE_MARK, " ").encode()
+
+
+def _is_plain_bpe(model: model_pb2.ModelProto) -> bool:
+    """Whether splitting is byte-pair merging of the text as it stands, so that it may be done part by part."""
+    normalizer = model.normalizer_spec
+    return (
+        model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE
+        and normalizer.escape_whitespaces
+        and not model.trainer_spec.treat_whitespace_as_suffix
+        and not normalizer.remove_extra_whitespaces
+        and not normalizer.precompiled_charsmap
+        and not any(piece.type == USER_DEFINED for piece in model.pieces)
+    )

@@ -1,0 +1,25 @@
+"""`puna train`: runs a recipe, or continues the run that is in its folder."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from puna.cli import app
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted fields, e.g. optimizer.peak_lr=1e-5.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the last numbers as JSON.")] = False,
+) -> None:
+    """Train as RECIPE says; on an existing run folder, continue."""
+    from puna.train import train as train_recipe
+
+    result = train_recipe(recipe, overrides)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        loss = f", loss {result['loss']:.4f}" if "loss" in result else ""
+        print(f"{result['run_dir']}: step {result['step']}{loss}")

@@ -1,0 +1,234 @@
+"""The recipe: everything a training run depends on, in one YAML file, checked before anything is loaded.
+
+    puna train tiny-pretrain data.train=data/mine optimizer.peak_lr=3e-4
+
+takes `puna/recipes/tiny-pretrain.yaml` (or a path), applies the dotted overrides and checks the result against the
+models below. The resolved recipe is stored in the run folder and in every checkpoint, and repeats the run.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from puna.errors import UsageError
+
+#: Recipes that ship with puna; the folder is the registry.
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Strict):
+    """What is learned from."""
+
+    train: str | dict[str, Annotated[float, Field(gt=0)]]
+    """A prepared folder, or several with their weights: {data/mine: 0.9, data/chat: 0.1}."""
+    valid: str | None = None
+    """A prepared folder that is only measured; null: none."""
+    fill: Literal["auto", "end-to-end", "whole-documents"] = "auto"
+    """How documents fill rows; auto: as the prepared folder says (whole documents for dialogs and infilling)."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Prepared folder -> its weight in the mixture."""
+        return {self.train: 1.0} if isinstance(self.train, str) else self.train
+
+
+class Optimizer(_Strict):
+    """AdamW (arXiv:1711.05101); weights of one dimension (norms, biases) do not decay."""
+
+    name: Literal["adamw"] = "adamw"
+    peak_lr: Annotated[float, Field(gt=0)] = 1e-5
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Schedule(_Strict):
+    """How the learning rate moves: up to the peak in `warmup_steps`, then down to `final_fraction` of it."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_fraction: Share = 1 / 30
+    """Of the peak, at the last step; 1/30 is Code Llama's. A constant schedule takes no notice of it."""
+
+
+class Validation(_Strict):
+    """When the loss on `data.valid` is measured, and on how much."""
+
+    every: Positive = 100
+    """Steps between two measurements; the last step is always measured."""
+    rows: Positive = 64
+    """Rows measured, the same ones every time."""
+
+
+class Checkpoint(_Strict):
+    """When the state is saved, and what is kept."""
+
+    every: Positive = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: Positive = 3
+    """How many of the newest are kept."""
+    keep_every: Positive | None = None
+    """Checkpoints at multiples of this step are kept for good."""
+
+
+class Log(_Strict):
+    """Where numbers go besides metrics.jsonl, which has every step."""
+
+    every: Positive = 1
+    """Steps between two updates of the terminal."""
+    tensorboard: bool = False
+
+
+class Recipe(_Strict):
+    """A training run."""
+
+    model: str
+    """A preset (random weights) or a folder in Hugging Face layout (its weights)."""
+    start: str | None = None
+    """A folder in Hugging Face layout whose weights and config.json are taken instead; null: as `model` says."""
+    data: Data
+    sequence_length: Annotated[int, Field(ge=2)] = 4096
+    run_dir: str
+    steps: Positive
+    batch_tokens: Positive
+    """Tokens of one optimizer step over all devices; a multiple of `sequence_length`."""
+    micro_batch_rows: Positive = 1
+    """Rows that go through the model at once; changes memory and speed, not the result."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-pure"] = "auto"
+    """bf16: fp32 weights, bf16 products. bf16-pure: weights and optimizer state too, with stochastic rounding.
+    auto: bf16 where the device multiplies it natively, else fp32."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    recompute: Literal["none", "selective", "block"] = "none"
+    """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks."""
+    compile: bool = False
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    device: str = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "Recipe":
+        if self.batch_tokens % self.sequence_length:
+            rows = max(1, round(self.batch_tokens / self.sequence_length))
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} must be a multiple of sequence_length={self.sequence_length}; "
+                f"the nearest is {rows * self.sequence_length}"
+            )
+        if self.batch_rows % self.micro_batch_rows:
+            fits = [n for n in range(1, self.batch_rows + 1) if self.batch_rows % n == 0]
+            raise ValueError(
+                f"micro_batch_rows={self.micro_batch_rows} must divide the {self.batch_rows} rows of a batch; "
+                f"use one of {fits}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}")
+        return self
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one optimizer step, over all devices."""
+        return self.batch_tokens // self.sequence_length
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load_recipe` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(name: str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe, applies overrides and checks it.
+
+    Args:
+        name: a shipped recipe's name, a YAML file, or the content itself.
+        overrides: `["optimizer.peak_lr=1e-5", …]` or {"optimizer.peak_lr": 1e-5, …}.
+
+    Raises:
+        UsageError: no such recipe, not YAML, an unknown field or a wrong value; lists what there is.
+    """
+    content, where = (name, "recipe") if isinstance(name, dict) else (_read(name), str(name))
+    for path, value in _parsed(overrides or {}).items():
+        content = _with(content, path.split("."), value)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{where}: " + "; ".join(_message(e) for e in error.errors())) from None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with puna."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    shipped = RECIPES / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise UsageError(f"there is no recipe {name!s}: neither a file nor one of {', '.join(recipe_names())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold fields and values (model: …), not {type(content).__name__}")
+    return content
+
+
+def _parsed(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(overrides, dict):
+        return overrides
+    pairs: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UsageError(f"{override!r} is not of the form field.name=value")
+        try:
+            pairs[path] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"{override!r}: the value is not valid YAML") from None
+    return pairs
+
+
+def _with(content: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of `content` with the value at `path` replaced."""
+    head, *rest = path
+    if not rest:
+        return {**content, head: value}
+    inner = content.get(head)
+    return {**content, head: _with(inner if isinstance(inner, dict) else {}, rest, value)}
+
+
+def _message(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path) or "recipe"
+    if error["type"] == "extra_forbidden":
+        fields = _fields_of(path[:-1])
+        close = difflib.get_close_matches(path[-1], fields, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        return f"there is no field {name}{meant}; there are {', '.join(fields)}"
+    if error["type"] == "missing":
+        return f"the field {name} is missing; give it in the file or as {name}=VALUE"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields_of(path: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        model = field.annotation
+    return list(model.model_fields)

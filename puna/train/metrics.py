@@ -1,0 +1,65 @@
+"""Numbers of a run: metrics.jsonl, one JSON object a step, and TensorBoard where asked for.
+
+A run that continues cuts the file back to its checkpoint, so the file reads as if the run had never stopped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from puna.errors import PunaError
+from puna.files import file_aside
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends the numbers of each step to `run_dir/metrics.jsonl`.
+
+    Args:
+        run_dir: the run folder.
+        step: the step that the run continues from; later lines are cut off.
+        tensorboard: also write TensorBoard events, under `run_dir/tensorboard`.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int, tensorboard: bool = False) -> None:
+        path = run_dir / FILE
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+        with file_aside(path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._board = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
+
+    def write(self, numbers: dict[str, Any]) -> None:
+        """Writes one step's numbers; `numbers["step"]` says which."""
+        self._file.write(json.dumps(numbers) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in numbers.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, numbers["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The numbers of every step so far; a last line that a kill cut off is left out."""
+    path = run_dir / FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _summary_writer(folder: Path, step: int):  # noqa: ANN202 - a class of an optional package
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise PunaError("log.tensorboard needs the package tensorboard: pip install 'puna[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)

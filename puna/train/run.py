@@ -1,0 +1,369 @@
+"""A training run: from a recipe to a folder that holds the run.
+
+    run_dir/recipe.yaml     the resolved recipe
+            metrics.jsonl   one JSON object a step
+            tokenizer/      the tokenizer of the data
+            checkpoints/    step-00000100/ …
+
+Training on an existing folder continues it from its newest sound checkpoint, to the last bit as if it had never
+stopped: everything that happens at a step is a function of the recipe, the step and the state saved.
+"""
+
+import contextlib
+import fcntl
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna import devices
+from puna.checkpoint import load_checkpoint, load_config, load_model, newest_checkpoint, resolve, save_checkpoint
+from puna.config import Recipe, load_recipe
+from puna.data.loader import Batch, Loader
+from puna.data.rows import open_rows
+from puna.data.shards import Dataset
+from puna.errors import PunaError, UsageError
+from puna.files import file_aside, write_json
+from puna.model.attention import Documents
+from puna.model.config import PRESETS, ModelConfig, preset
+from puna.model.llama import Llama, init_weights
+from puna.progress import Progress, say
+from puna.train.flops import attended_length, flops_per_token
+from puna.train.loss import IGNORE
+from puna.train.metrics import Metrics
+from puna.train.optimizer import AdamW
+from puna.train.recompute import apply_recompute
+from puna.train.schedule import learning_rate
+from puna.train.step import batch_loss, train_step
+
+#: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
+MAX_SKIPPED = 3
+
+#: Fields that may change when a run continues; any other change would make it another run.
+MAY_CHANGE = {"steps", "micro_batch_rows", "recompute", "compile", "validation", "checkpoint", "log", "device"}
+
+
+class Stopped(PunaError):
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def train(
+    recipe: Recipe | str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains as the recipe says, or continues a run that stopped.
+
+    Args:
+        recipe: a recipe, a shipped recipe's name, a YAML file, or its content.
+        overrides: dotted fields and their values, as for `load_recipe`.
+
+    Returns:
+        {"run_dir", "step", "loss", "tokens", "seconds", …}: where the run is and its last numbers.
+
+    Raises:
+        UsageError: the recipe is wrong, or differs from the one that the run folder was made with.
+        PunaError: data, weights or folder cannot be used; the loss is not finite several steps in a row.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    device = devices.pick_device(None if recipe.device == "auto" else recipe.device)
+    recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
+    run_dir = Path(recipe.run_dir)
+    with _only_run_in(run_dir):
+        _check_continues(recipe, run_dir)
+        return _Run(recipe, run_dir, device).go()
+
+
+class _Run:
+    """One process's share of a run: model, optimizer, data and place."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, device: torch.device) -> None:
+        self.recipe, self.run_dir, self.device = recipe, run_dir, device
+        self.config = model_config(recipe)
+        tokenizer = _check_data(recipe, self.config)
+        self.loader = open_loader(recipe)
+        self.step = self.tokens = self.skipped = 0
+        self.model = Llama(self.config)
+        self.optimizer = AdamW([], recipe.optimizer, seed=recipe.seed)
+        checkpoint = newest_checkpoint(run_dir)
+        self._make_model(draw=checkpoint is None)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        else:
+            with file_aside(run_dir / "recipe.yaml", "w") as file:
+                file.write(recipe.to_yaml())
+            if tokenizer.is_dir() and not (run_dir / "tokenizer").exists():
+                shutil.copytree(tokenizer, run_dir / "tokenizer")
+        self.peak_flops = devices.peak_flops(device, self.model.compute_dtype or torch.float32)
+
+    def go(self) -> dict[str, Any]:
+        """Takes the steps that are left."""
+        recipe, started = self.recipe, time.monotonic()
+        self._introduce()
+        numbers: dict[str, Any] = {}
+        skipped_in_a_row = 0
+        with (
+            Metrics(self.run_dir, step=self.step, tensorboard=recipe.log.tensorboard) as metrics,
+            Progress("training", recipe.steps, "steps") as progress,
+            _stop_signals() as stop_signal,
+        ):
+            progress.advance(self.step)
+            while self.step < recipe.steps:
+                numbers = self._take_step()
+                skipped_in_a_row = 0 if numbers["is_applied"] else skipped_in_a_row + 1
+                if skipped_in_a_row > MAX_SKIPPED:
+                    self._give_up(skipped_in_a_row)
+                is_last = self.step == recipe.steps
+                if recipe.data.valid and (is_last or self.step % recipe.validation.every == 0):
+                    numbers["valid_loss"] = self.validate()
+                metrics.write(numbers)
+                note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
+                progress.advance(1, note)
+                if is_last or stop_signal() or self.step % recipe.checkpoint.every == 0:
+                    self._save()
+                if not is_last and (number := stop_signal()):
+                    raise Stopped(f"stopped at step {self.step}, which is saved; run the same command to continue", number)
+        if not numbers:
+            say(f"{self.run_dir} has taken its {recipe.steps} steps already; raise steps to train further")
+        return {"run_dir": str(self.run_dir), **numbers, "step": self.step, "tokens": self.tokens,
+                "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
+
+    def validate(self) -> float:
+        """Mean loss over the targets of the first rows of the validation data, in the order they lie."""
+        recipe = self.recipe
+        rows = open_rows(Dataset.open(recipe.data.valid), recipe.sequence_length, _fill(recipe))
+        loss, n_targets = 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, min(len(rows), recipe.validation.rows), recipe.micro_batch_rows):
+                stop = min(start + recipe.micro_batch_rows, len(rows), recipe.validation.rows)
+                batch = Batch.of([rows[i] for i in range(start, stop)])
+                loss += batch_loss(self.model, batch).item()
+                n_targets += int((batch.targets != IGNORE).sum())
+        self.model.train()
+        return loss / max(1, n_targets)
+
+    def _take_step(self) -> dict[str, Any]:
+        recipe, started = self.recipe, time.perf_counter()
+        batch = self.loader.batch(self.step)
+        update = self.step + 1
+        lr = learning_rate(update, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
+        result = train_step(
+            self.model, self.optimizer, batch, update=update, lr=lr,
+            micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        self.step, self.tokens = update, self.tokens + batch.tokens.size
+        if not result.is_applied:
+            self.skipped += 1
+            say(f"step {update}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were left alone")
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.tokens,
+            "targets": int((batch.targets != IGNORE).sum()),
+            "tokens_per_second": batch.tokens.size / seconds,
+            "mfu": self._mfu(batch, seconds),
+            "memory_gib": devices.memory_gib(self.device),
+            "seconds": seconds,
+            "is_applied": result.is_applied,
+        }
+
+    def _mfu(self, batch: Batch, seconds: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        flops = flops_per_token(self.config, attended_length(Documents.of(batch.documents).lengths))
+        return flops * batch.tokens.size / seconds / self.peak_flops
+
+    def _make_model(self, *, draw: bool) -> None:
+        recipe = self.recipe
+        source = weights_folder(recipe)
+        dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
+        if source is not None and draw:
+            self.model = load_model(source, dtype=dtype, device=self.device)
+        else:
+            self.model = self.model.to(device=self.device, dtype=dtype)
+            if draw:
+                init_weights(self.model, seed=recipe.seed)
+        self.model.compute_dtype = None if recipe.precision == "fp32" else torch.bfloat16
+        apply_recompute(self.model, recipe.recompute)
+        if recipe.compile:
+            for layer in self.model.model.layers:
+                layer.compile()
+        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, seed=recipe.seed)
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state}
+
+    def _save(self) -> None:
+        meta = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model_config": self.config.to_json(),
+        }
+        keep = self.recipe.checkpoint
+        save_checkpoint(self.run_dir, self.step, self._state(), meta, keep=keep.keep, keep_every=keep.keep_every)
+
+    def _restore(self, checkpoint: Path) -> None:
+        meta = load_checkpoint(checkpoint, self._state())
+        self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
+        say(f"continuing {self.run_dir} from step {self.step}")
+
+    def _introduce(self) -> None:
+        recipe, config = self.recipe, self.config
+        say(
+            f"{config.parameter_count / 1e6:,.1f} M weights on {devices.device_name(self.device)}, {recipe.precision}; "
+            f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
+            f"useful tokens {self.loader.useful_tokens_share:.1%}"
+        )
+
+    def _give_up(self, in_a_row: int) -> None:
+        path = self.run_dir / "not-finite.json"
+        first = self.step - in_a_row
+        write_json(path, {str(step + 1): self.loader.row_numbers(step) for step in range(first, self.step)})
+        raise PunaError(
+            f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); the "
+            f"weights are as before them, the batches' rows are in {path}. Try a lower optimizer.peak_lr, or "
+            f"`puna inspect` the rows"
+        )
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """The shape of the model that a recipe trains: the weights' config.json where there are weights, else a preset."""
+    source = weights_folder(recipe)
+    return preset(recipe.model) if source is None else load_config(source)
+
+
+def weights_folder(recipe: Recipe) -> Path | None:
+    """The folder that a recipe's weights come from; None: random weights."""
+    if recipe.start is not None:
+        return resolve(recipe.start)
+    return None if recipe.model in PRESETS else resolve(recipe.model)
+
+
+def open_loader(recipe: Recipe) -> Loader:
+    """The batches of a recipe."""
+    sources = [
+        (open_rows(Dataset.open(folder), recipe.sequence_length, _fill(recipe)), weight)
+        for folder, weight in recipe.data.weights.items()
+    ]
+    return Loader(sources, batch_rows=recipe.batch_rows, seed=recipe.seed)
+
+
+def _fill(recipe: Recipe) -> str | None:
+    return None if recipe.data.fill == "auto" else recipe.data.fill
+
+
+def _precision(asked: str, device: torch.device) -> str:
+    if asked == "auto":
+        return "bf16" if devices.has_fast_bf16(device) else "fp32"
+    if asked != "fp32" and not devices.has_fast_bf16(device):
+        say(f"precision {asked}: {devices.device_name(device)} has no bf16 units and will be slow; fp32 is faster here")
+    return asked
+
+
+def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
+    """Refuses data that the model cannot read; returns the folder of the data's tokenizer."""
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise UsageError(
+            f"sequence_length={recipe.sequence_length} is beyond the model's context of "
+            f"{config.max_position_embeddings} (max_position_embeddings); use that or less"
+        )
+    folders = [*recipe.data.weights, *([recipe.data.valid] if recipe.data.valid else [])]
+    tokenizers = {folder: Dataset.open(folder).info["tokenizer"] for folder in folders}
+    first, *others = tokenizers.items()
+    for folder, tokenizer in others:
+        if tokenizer["sha256"] != first[1]["sha256"]:
+            raise PunaError(f"{folder} was prepared with another tokenizer than {first[0]}; prepare one of them again")
+    if first[1]["vocab_size"] > config.vocab_size:
+        raise PunaError(
+            f"{first[0]} was prepared with a tokenizer of {first[1]['vocab_size']} ids, the model {recipe.model} has "
+            f"{config.vocab_size}; prepare the data with the model's own tokenizer"
+        )
+    source = weights_folder(recipe)
+    if source is not None:
+        _check_tokenizer(source, first[0], first[1]["sha256"])
+    return Path(first[0]) / "tokenizer"
+
+
+def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:
+    from puna.tokenizer import load_tokenizer
+
+    try:
+        own = load_tokenizer(model).sha256
+    except PunaError as error:
+        say(f"the tokenizer of {model} cannot be compared with that of {folder}: {error}")
+        return
+    if own != sha256:
+        raise PunaError(
+            f"{folder} was prepared with another tokenizer than that of {model}; prepare it again with "
+            f"--tokenizer {model}"
+        )
+
+
+def _check_continues(recipe: Recipe, run_dir: Path) -> None:
+    """Refuses to continue a run under a recipe that would make it another run."""
+    stored = run_dir / "recipe.yaml"
+    if not stored.is_file():
+        return
+    before, now = load_recipe(stored).model_dump(), recipe.model_dump()
+    changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    forbidden = [change for change in changed if change.partition(":")[0] not in MAY_CHANGE | {"run_dir"}]
+    if forbidden:
+        raise UsageError(
+            f"{run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir to start a new "
+            f"run, or remove that folder"
+        )
+    if changed:
+        say(f"continuing with changes: {'; '.join(changed)}")
+
+
+@contextlib.contextmanager
+def _only_run_in(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PunaError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """While open, SIGINT and SIGTERM are noted instead of obeyed; gives a function that says which came (0: none)."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        say("stopping after this step; once more to stop at once")
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it there also stops it
+        previous = {}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _note(numbers: dict[str, Any]) -> str:
+    note = f"loss {numbers['loss']:.4f}  {numbers['tokens_per_second']:,.0f} tokens/s"
+    return note + (f"  valid {numbers['valid_loss']:.4f}" if "valid_loss" in numbers else "")
+
+

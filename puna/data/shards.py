@@ -179,11 +179,12 @@ class Dataset:
 
     def is_target(self, start: int, stop: int) -> np.ndarray | None:
         """Whether each of these tokens is to be learnt, (stop - start,) bool; None where all are (no dialogs)."""
-        pieces = list(self._pieces(start, stop))
-        if any(batch.is_target is None for batch, _, _ in pieces):
-            return None
-        bits = [batch.is_target.slice(a, b - a).to_numpy(zero_copy_only=False) for batch, a, b in pieces]
-        return _joined(bits, np.bool_)
+        parts = []
+        for batch, a, b in self._pieces(start, stop):
+            if batch.is_target is None:
+                return None
+            parts.append(batch.is_target.slice(a, b - a).to_numpy(zero_copy_only=False))
+        return _joined(parts, np.bool_)
 
     def document(self, index: int) -> tuple[str, str, np.ndarray]:
         """Id, source and tokens of one document."""

@@ -1,0 +1,46 @@
+"""Fakes for tests, of puna and of what is built on it: small, in memory, with the interface of the real thing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FakeDataset:
+    """Documents in memory, with the interface of `puna.data.shards.Dataset`.
+
+    Args:
+        documents: the token ids of each document.
+        is_target: for each token of each document whether it is to be learnt; None: all are.
+        info: what `dataset.json` would say, e.g. {"fill": "whole-documents"}.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],
+        is_target: Sequence[Sequence[bool]] | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        self.info = info or {}
+        self.lengths = np.array([len(document) for document in documents], dtype=np.int32)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        self._tokens = np.array([token for document in documents for token in document], dtype=np.int32)
+        self._is_target: NDArray[np.bool_] | None = None
+        if is_target is not None:
+            self._is_target = np.array([asked for document in is_target for asked in document], dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Tokens `start` to `stop` of the documents laid end to end."""
+        return self._tokens[start:stop]
+
+    def is_target(self, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Whether each of these tokens is to be learnt; None: all are."""
+        return None if self._is_target is None else self._is_target[start:stop]
+
+    def document(self, index: int) -> tuple[str, str, NDArray[np.int32]]:
+        """Id, source and tokens of one document."""
+        return f"document-{index}", "memory", self._tokens[self.starts[index] : self.starts[index + 1]]

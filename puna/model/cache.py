@@ -53,3 +53,7 @@ class KVCache:
         self.keys[layer][rows, positions] = k
         self.values[layer][rows, positions] = v
         return self.keys[layer][:, : self.used], self.values[layer][:, : self.used]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forgets all rows but these, which become rows 0, 1, 2 and so on."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]

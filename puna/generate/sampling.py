@@ -1,0 +1,123 @@
+"""From logits to the next token: one frozen value says how, two functions do it.
+
+    logits (V,) -> repetition penalty -> / temperature -> top-k -> top-p -> min-p -> softmax -> one uniform number -> id
+
+This is transformers' order. Each step sees what the one before left, and min-p compares probabilities by their ratio,
+so its place behind top-p changes nothing that it keeps. Temperature 0 takes the likeliest id after the penalty.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.errors import PunaError, UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is chosen and when it ends.
+
+    Attributes:
+        temperature: divides the logits; 0: always the likeliest token.
+        top_k: only the k likeliest tokens (more where the k-th is tied); 0: all.
+        top_p: only the likeliest tokens that together reach this probability; at least one.
+        min_p: only tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: positive logits of tokens in prompt or completion are divided by it, negative multiplied.
+        max_tokens: most tokens of a completion; the model's context ends it too.
+        stop: the completion ends before the first of these strings.
+        stop_ids: tokens that end a completion besides the tokenizer's EOS and EOT, and stay out of it.
+        seed: of the completion's own random numbers, so that nothing else in the batch has a say.
+        ignore_eos: EOS and EOT are tokens like all others (for benchmarks); `stop_ids` still end.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        for name, is_valid, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings of at least one character"),
+        ):
+            if not is_valid:
+                raise UsageError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Sampling":
+        """Makes one from keyword arguments.
+
+        Raises:
+            UsageError: there is no such setting; the message lists those there are.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise UsageError(f"no sampling setting is called {', '.join(unknown)}; there are {', '.join(known)}")
+        return cls(**settings)
+
+
+def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Picks the next token.
+
+    Args:
+        logits: (V,) of one sequence, on the CPU; -inf where a token is ruled out.
+        is_seen: (V,) bool, tokens of the prompt and the completion so far.
+        sampling: how to pick.
+        generator: the sequence's own, on the CPU; advanced by one number a token unless the temperature is 0.
+
+    Raises:
+        PunaError: the logits are not numbers.
+    """
+    if logits.isnan().any():
+        raise PunaError("the model's logits are not numbers: its weights are damaged, or too large for this dtype")
+    if sampling.temperature == 0:
+        return int(penalised(logits, is_seen, sampling.repetition_penalty).argmax())
+    shares = distribution(logits, is_seen, sampling).double().cumsum(0)
+    share = torch.rand((), generator=generator, dtype=torch.float64) * shares[-1]
+    return int(torch.searchsorted(shares, share, right=True))  # never a token of probability 0
+
+
+def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling) -> Tensor:
+    """Probability (V,) fp32 with which each token comes next; arguments as for `choose`, temperature above 0."""
+    scores = penalised(logits, is_seen, sampling.repetition_penalty)
+    scores = (scores - scores.max()) / sampling.temperature  # 0 at most, so that no temperature overflows
+    if 0 < sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -math.inf)
+    if sampling.top_p < 1:
+        ascending, order = scores.sort()
+        is_tail = ascending.softmax(0).cumsum(0) <= 1 - sampling.top_p
+        is_tail[-1] = False
+        scores = scores.masked_fill(torch.zeros_like(is_tail).scatter(0, order, is_tail), -math.inf)
+    if sampling.min_p > 0:
+        likelihoods = scores.softmax(0)
+        scores = scores.masked_fill(likelihoods < sampling.min_p * likelihoods.max(), -math.inf)
+    return scores.softmax(0)
+
+
+def penalised(logits: Tensor, is_seen: Tensor, penalty: float) -> Tensor:
+    """Logits (V,) fp32 in which tokens seen before are made less likely (penalty above 1) or more.
+
+    Source: CTRL (arXiv:1909.05858), section 4.1; the rule for negative logits is transformers' and vLLM's.
+    """
+    logits = logits.float()
+    if penalty == 1:
+        return logits
+    return torch.where(is_seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

@@ -60,6 +60,10 @@ class Tokenizer(ABC):
         step_id: the id of `<step>`, or None.
         sha256: of the vocabulary's file; data and models that share it share their ids.
         adds_leading_space: whether `encode` puts a space in front of a text unless told not to.
+        control: ids that no text can produce.
+        byte_ids: byte -> the id that spells it alone, where the vocabulary spells unknown characters so; else empty.
+        merges_plain_text: whether a text is split by merging neighbours into pieces of the vocabulary, and nothing else
+            is done to it, so that it may be split part by part (see `BulkEncoder`).
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Tokenizer(ABC):
         eos_id: int,
         unk_id: int | None,
         adds_leading_space: bool,
+        byte_ids: dict[int, int],
+        merges_plain_text: bool,
     ) -> None:
         """Takes the backend's tables.
 
@@ -81,12 +87,13 @@ class Tokenizer(ABC):
             pieces: id -> piece as the vocabulary writes it.
             spellings: id -> the bytes that the piece stands for; empty for control pieces.
             control: ids that no text may produce.
-            bos_id, eos_id, unk_id, adds_leading_space: as in the class.
+            bos_id, eos_id, unk_id, adds_leading_space, byte_ids, merges_plain_text: as in the class.
         """
         self.path, self.sha256 = path, sha256_of(path)
         self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
         self.adds_leading_space = adds_leading_space
         self.control = frozenset(control)
+        self.byte_ids, self.merges_plain_text = byte_ids, merges_plain_text
         self._pieces, self._spellings = pieces, spellings
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._use_markers()
@@ -175,7 +182,9 @@ class Tokenizer(ABC):
         """
         if vocab_size >= self.vocab_size:
             return
-        used = [i for i in range(vocab_size, self.vocab_size) if i not in self.control or i in (self.bos_id, self.eos_id)]
+        used = [
+            i for i in range(vocab_size, self.vocab_size) if i not in self.control or i in (self.bos_id, self.eos_id)
+        ]
         if used:
             raise PunaError(
                 f"{self.path} gives ids up to {max(used)} ({self._pieces[max(used)]!r}) but the model's vocab_size is "

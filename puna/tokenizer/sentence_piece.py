@@ -39,9 +39,9 @@ class SentencePieceTokenizer(Tokenizer):
             control=[i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN, UNUSED)],
             **_special_ids(model, path),
             adds_leading_space=model.normalizer_spec.add_dummy_prefix,
+            byte_ids=_byte_ids(model),
+            merges_plain_text=_merges_plain_text(model),
         )
-        self.has_byte_fallback = sum(piece.type == BYTE for piece in model.pieces) == 256
-        self.is_plain_bpe = _is_plain_bpe(model)
         self._spaced = _processor(model)
         model.normalizer_spec.add_dummy_prefix = False
         self._plain = _processor(model)
@@ -49,7 +49,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         processor = self._spaced if leading_space else self._plain
-        if self.has_byte_fallback and any(SPACE_MARK in text for text in texts):
+        if self.byte_ids and any(SPACE_MARK in text for text in texts):
             return [self._split_around_marks(processor, text) for text in texts]
         if len(texts) == 1:
             return [processor.encode(texts[0])]  # a batch starts threads, which costs more than a short text
@@ -58,16 +58,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _split_around_marks(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
         stand_in = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text and c not in self._characters)
         ids = processor.encode(text.replace(SPACE_MARK, stand_in))
-        find, put = self._byte_ids(stand_in), self._byte_ids(SPACE_MARK)
+        find, put = ([self.byte_ids[byte] for byte in character.encode()] for character in (stand_in, SPACE_MARK))
         at = 0
         while at < len(ids):
             if ids[at : at + 3] == find:
                 ids[at : at + 3] = put
             at += 1
         return ids
-
-    def _byte_ids(self, character: str) -> list[int]:
-        return [self._ids[f"<0x{byte:02X}>"] for byte in character.encode()]
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
@@ -112,11 +109,16 @@ def _spelling(piece: model_pb2.ModelProto.SentencePiece, unk_surface: str) -> by
     return b"" if piece.type == CONTROL else piece.piece.replace(SPACE_MARK, " ").encode()
 
 
-def _is_plain_bpe(model: model_pb2.ModelProto) -> bool:
-    """Whether splitting is byte-pair merging of the text as it stands, so that it may be done part by part."""
+def _byte_ids(model: model_pb2.ModelProto) -> dict[int, int]:
+    ids = {int(piece.piece[3:5], 16): i for i, piece in enumerate(model.pieces) if piece.type == BYTE}
+    return ids if len(ids) == 256 else {}
+
+
+def _merges_plain_text(model: model_pb2.ModelProto) -> bool:
     normalizer = model.normalizer_spec
     return (
         model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE
+        and bool(_byte_ids(model))
         and normalizer.escape_whitespaces
         and not model.trainer_spec.treat_whitespace_as_suffix
         and not normalizer.remove_extra_whitespaces

@@ -1,10 +1,14 @@
 """Fakes for tests, of puna and of what is built on it: small, in memory, with the interface of the real thing."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
 
 
 class FakeDataset:
@@ -44,3 +48,40 @@ class FakeDataset:
     def document(self, index: int) -> tuple[str, str, NDArray[np.int32]]:
         """Id, source and tokens of one document."""
         return f"document-{index}", "memory", self._tokens[self.starts[index] : self.starts[index + 1]]
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> "Llama":
+    """A model of the size `tiny-64` with random weights, drawn so wide that it prefers some tokens to others.
+
+    Args:
+        seed: of the weights.
+        changes: fields of its `ModelConfig`, e.g. `vocab_size=300`.
+    """
+    from dataclasses import replace
+
+    from puna.model.config import preset
+    from puna.model.llama import Llama, init_weights
+
+    model = Llama(replace(preset("tiny-64"), **{"initializer_range": 0.2, **changes}))
+    init_weights(model, seed=seed)
+    return model
+
+
+def write_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
+    """Writes `tiny_model` with a tokenizer of its own (512 pieces, infilling markers) in Hugging Face layout.
+
+    Args:
+        folder: to be made.
+        seed: as for `tiny_model`.
+        changes: likewise.
+    """
+    import tempfile
+
+    from puna.checkpoint import save_model
+    from puna.tokenizer import train_tokenizer
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer = train_tokenizer(texts, place, vocab_size=512)
+        save_model(tiny_model(seed, **changes), folder, tokenizer=tokenizer)
+    return Path(folder)

@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real data, where there is one."""
+"""What all tests share: the folder of real data, where there is one, and a tiny model."""
 
 from pathlib import Path
 
@@ -12,3 +12,11 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of the size `tiny-64` with a tokenizer of 512 pieces and infilling markers; only to be read."""
+    from puna.testing import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

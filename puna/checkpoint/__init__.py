@@ -4,6 +4,18 @@
 `export` turns the latter into the former, and `convert` does so for other systems' files (`formats/`, one file each).
 """
 
+from puna.checkpoint.export import export
 from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
+from puna.checkpoint.runs import load_checkpoint, newest_checkpoint, save_checkpoint
 
-__all__ = ["load", "load_config", "load_model", "resolve", "save_model"]
+__all__ = [
+    "export",
+    "load",
+    "load_checkpoint",
+    "load_config",
+    "load_model",
+    "newest_checkpoint",
+    "resolve",
+    "save_checkpoint",
+    "save_model",
+]

@@ -35,18 +35,6 @@ if TYPE_CHECKING:
 #: Endings of tensors that old checkpoints carry and no network reads.
 HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
 
-#: Files of a tokenizer that a folder may hold.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 #: Most bytes of a file of weights.
 SHARD_BYTES = 5_000_000_000
 
@@ -158,7 +146,7 @@ def load_config(folder: Path | str) -> ModelConfig:
 
 def load_tokenizer_of(folder: Path) -> "Tokenizer | None":
     """The tokenizer in a folder; None if it has no file of one."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES[:2]):
+    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         return None
     from puna.tokenizer import load_tokenizer
 

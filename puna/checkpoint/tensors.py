@@ -7,9 +7,10 @@ of safetensors files takes them.
     open_safetensors(file) -> {name: StoredTensor} -> write_safetensors(file, {name: StoredTensor})
 """
 
+import contextlib
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside
+from puna.progress import Progress
 
 #: Our names for the dtypes of weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,6 +140,19 @@ def open_pickled(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise PunaError(f"{path} does not hold a mapping of names to tensors; it is no file of weights")
     return {name: StoredTensor.of(tensor, str(path)) for name, tensor in content.items()}
+
+
+@contextlib.contextmanager
+def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
+    """The same tensors, whose reading moves a progress bar."""
+    total = sum(tensor.size_bytes for tensor in tensors.values())
+    with Progress(title, total / 1e6, "MB") as progress:
+
+        def count(values: Tensor) -> Tensor:
+            progress.advance(values.nbytes / 1e6)
+            return values
+
+        yield {name: tensor.then(count) for name, tensor in tensors.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:

@@ -1,0 +1,62 @@
+"""A training checkpoint becomes a folder in Hugging Face layout, tensor by tensor, without a device.
+
+Only the weights are read: optimizer states stay on the disk. What is written is what the run holds, to the last bit,
+unless another dtype is asked for.
+"""
+
+from pathlib import Path
+
+import torch
+
+from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model
+from puna.checkpoint.runs import checkpoints, damage, newest_checkpoint, read_meta
+from puna.checkpoint.sharded import open_sharded
+from puna.checkpoint.tensors import counted, dtype_of
+from puna.errors import PunaError
+from puna.model.config import ModelConfig
+
+
+def export(
+    run_dir: Path | str, output: Path | str, *, step: int | None = None, dtype: torch.dtype | str | None = None
+) -> Path:
+    """Writes the weights of a run in Hugging Face layout.
+
+    Args:
+        run_dir: the run's folder; its `tokenizer/` goes along if there is one.
+        output: the folder to make.
+        step: of the checkpoint to take; None: the newest sound one.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype to round the weights to; None: as the run holds them.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PunaError: the run has no such checkpoint, it is damaged, or `output` exists.
+    """
+    run_dir, output, dtype = Path(run_dir), Path(output), dtype_of(dtype)
+    if output.exists():
+        raise PunaError(f"{output} exists already; choose another place or remove it first")
+    checkpoint = _choose(run_dir, step)
+    config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
+    tensors = fit(config, open_sharded(checkpoint, "model"))
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    with counted("exporting", tensors) as tensors:
+        write_model(output, config, tensors, tokenizer=load_tokenizer_of(run_dir / "tokenizer"))
+    return output
+
+
+def _choose(run_dir: Path, step: int | None) -> Path:
+    if not run_dir.is_dir():
+        raise PunaError(f"there is no run folder {run_dir}")
+    paths = checkpoints(run_dir)
+    if not paths:
+        raise PunaError(f"{run_dir} has no checkpoints; name a folder that `puna train` made")
+    if step is None:
+        newest = newest_checkpoint(run_dir)
+        assert newest is not None  # there are some, and it raises if none is sound
+        return newest
+    if step not in paths:
+        raise PunaError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, paths))}")
+    if (reason := damage(paths[step])) is not None:
+        raise PunaError(f"{paths[step]} is damaged ({reason}); export another step")
+    return paths[step]

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from puna.model.llama import Llama
 
 
@@ -85,3 +87,39 @@ def write_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
         tokenizer = train_tokenizer(texts, place, vocab_size=512)
         save_model(tiny_model(seed, **changes), folder, tokenizer=tokenizer)
     return Path(folder)
+
+
+class ScriptedModel:
+    """A model that says `script[i]` behind a prompt and i tokens, whatever came before; for all around the network.
+
+    Attributes:
+        batch_sizes: rows of each call, in order.
+    """
+
+    def __init__(self, script: Sequence[int], *, prompt_tokens: int) -> None:
+        """Takes the ids to say, the last one again and again, and the length of every prompt."""
+        import torch
+
+        from puna.model.config import preset
+
+        self.config = preset("tiny-64")
+        self.compute_dtype = None
+        self.lm_head = torch.nn.Linear(self.config.vocab_size, self.config.vocab_size, bias=False)
+        torch.nn.init.eye_(self.lm_head.weight)
+        self.script = list(script)
+        self.batch_sizes: list[int] = []
+        self._first = prompt_tokens - 1
+
+    def hidden(self, tokens: "Tensor", *, positions: "Tensor | None" = None, cache: Any = None) -> "Tensor":
+        """One hot at the next id: (B, T, V)."""
+        import torch
+
+        self.batch_sizes.append(len(tokens))
+        if positions is None:
+            positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        turns = (positions - self._first).clamp(0, len(self.script) - 1)
+        return torch.nn.functional.one_hot(torch.tensor(self.script)[turns], self.config.vocab_size).float()
+
+    def __call__(self, tokens: "Tensor", *, positions: "Tensor | None" = None, cache: Any = None) -> "Tensor":
+        """Logits (B, T, V)."""
+        return self.lm_head(self.hidden(tokens, positions=positions, cache=cache))

@@ -1,0 +1,176 @@
+"""How the next token is chosen, held against transformers' processors and against counted frequencies."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from puna.errors import PunaError, UsageError
+from puna.generate.sampling import Sampling, choose, distribution
+
+V = 50
+
+
+def logits_of(seed: int, width: float = 3.0) -> torch.Tensor:
+    return torch.randn(V, generator=torch.Generator().manual_seed(seed)) * width
+
+
+def seen(ids: list[int]) -> torch.Tensor:
+    is_seen = torch.zeros(V, dtype=torch.bool)
+    is_seen[ids] = True
+    return is_seen
+
+
+def transformers_distribution(logits: torch.Tensor, ids: list[int], sampling: Sampling) -> torch.Tensor:
+    """The processors in the order in which transformers' `generate` lists them."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    return processors(torch.tensor([ids], dtype=torch.long), logits[None].clone())[0].softmax(-1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    ids=st.lists(st.integers(0, V - 1), min_size=1, max_size=8),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 60),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 0.9),
+    penalty=st.floats(0.5, 2),
+)
+def test_the_distribution_is_transformers(
+    seed: int, ids: list[int], temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    logits = logits_of(seed)
+    ours = distribution(logits, seen(ids), sampling)
+    torch.testing.assert_close(ours, transformers_distribution(logits, ids, sampling), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.49}, [0]),
+        ({"top_p": 0.51}, [0, 1]),
+        ({"top_p": 1e-9}, [0]),
+        ({"min_p": 0.31}, [0, 1]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_p": 0.6}, [0, 1]),
+        ({"top_p": 0.6, "top_k": 2}, [0]),  # 0.5 is already 0.625 of the two that top-k left
+    ],
+)
+def test_what_is_kept_of_a_distribution_that_one_can_read(settings_: dict, kept: list[int]) -> None:
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    ours = distribution(shares.log(), torch.zeros(4, dtype=torch.bool), Sampling(temperature=1.0, **settings_))
+    assert ours.nonzero().flatten().tolist() == kept
+    torch.testing.assert_close(ours[kept], shares[kept] / shares[kept].sum())
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 8},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.3},
+    ],
+)
+def test_tokens_come_as_often_as_the_distribution_says(settings_: dict) -> None:
+    sampling, logits, draws = Sampling(**settings_), logits_of(7, width=1.5), 6_000
+    is_seen = seen([3, 4, 5])
+    expected = distribution(logits, is_seen, sampling).double()
+    generator = torch.Generator().manual_seed(11)
+    counts = torch.zeros(V, dtype=torch.float64)
+    for _ in range(draws):
+        counts[choose(logits, is_seen, sampling, generator)] += 1
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    squares = ((counts - draws * expected) ** 2 / (draws * expected))[possible].sum().item()
+    freedom = int(possible.sum()) - 1
+    assert squares < freedom + 5 * math.sqrt(2 * freedom)  # five standard deviations of chi-square
+    uniform = ((counts[possible] - draws / (freedom + 1)) ** 2 / (draws / (freedom + 1))).sum().item()
+    assert uniform > 10 * freedom, "the draws would also pass for another distribution"
+
+
+def test_temperature_zero_takes_the_likeliest_after_the_penalty_and_draws_nothing() -> None:
+    logits = torch.tensor([1.0, 4.0, 3.9, -5.0])
+    generator = torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    none, second = torch.zeros(4, dtype=torch.bool), torch.tensor([False, True, False, False])
+    assert choose(logits, none, Sampling(), generator) == 1
+    assert choose(logits, second, Sampling(repetition_penalty=1.2), generator) == 2
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_tiny_temperature_is_greedy_and_not_a_number_out_of_range() -> None:
+    logits = logits_of(1, width=1e4)
+    for temperature in (1e-6, 1e-30, 1e-44):
+        sampling = Sampling(temperature=temperature)
+        assert choose(logits, seen([]), sampling, torch.Generator().manual_seed(0)) == int(logits.argmax())
+
+
+def test_ruled_out_tokens_are_never_chosen() -> None:
+    logits = torch.full((V,), -math.inf)
+    logits[[0, 20, V - 2]] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    drawn = {choose(logits, seen([]), Sampling(temperature=5.0, top_p=0.999), generator) for _ in range(300)}
+    assert drawn == {0, 20, V - 2}
+
+
+def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
+    logits = logits_of(0)
+    logits[3] = math.nan
+    with pytest.raises(PunaError, match="not numbers"):
+        choose(logits, seen([]), Sampling(), torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -0.01),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("max_tokens", 0),
+        ("seed", -1),
+        ("stop", ("",)),
+        ("stop", ("x", 3)),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_value_and_range(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"^{field}=.* must be "):
+        Sampling(**{field: value})
+
+
+def test_an_unknown_setting_lists_those_there_are() -> None:
+    with pytest.raises(UsageError, match=r"called temprature; there are temperature, top_k"):
+        Sampling.of({"temprature": 1.0})
+
+
+def test_one_stop_string_may_be_given_bare() -> None:
+    assert Sampling(stop="\n\n") == Sampling(stop=("\n\n",)) == Sampling(stop=["\n\n"])  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ import torch
 from puna import devices
 from puna.checkpoint import load_checkpoint, load_config, load_model, newest_checkpoint, resolve, save_checkpoint
 from puna.config import Recipe, load_recipe
-from puna.data.loader import Batch, Loader
+from puna.data.loader import Batch, Loader, stack
 from puna.data.rows import open_rows
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
@@ -143,7 +143,7 @@ class _Run:
         with torch.no_grad():
             for start in range(0, min(len(rows), recipe.validation.rows), recipe.micro_batch_rows):
                 stop = min(start + recipe.micro_batch_rows, len(rows), recipe.validation.rows)
-                batch = Batch.of([rows[i] for i in range(start, stop)])
+                batch = stack(rows[i] for i in range(start, stop))
                 loss += batch_loss(self.model, batch).item()
                 n_targets += int((batch.targets != IGNORE).sum())
         self.model.train()
@@ -221,16 +221,19 @@ class _Run:
 
     def _introduce(self) -> None:
         recipe, config = self.recipe, self.config
+        weights = list(recipe.data.weights.values())
+        shares = [rows.useful_tokens_share for rows in self.loader.sources]  # type: ignore[attr-defined]
+        useful = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
         say(
             f"{config.parameter_count / 1e6:,.1f} M weights on {devices.device_name(self.device)}, {recipe.precision}; "
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
-            f"useful tokens {self.loader.useful_tokens_share:.1%}"
+            f"useful tokens {useful:.1%}"
         )
 
     def _give_up(self, in_a_row: int) -> None:
         path = self.run_dir / "not-finite.json"
         first = self.step - in_a_row
-        write_json(path, {str(step + 1): self.loader.row_numbers(step) for step in range(first, self.step)})
+        write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
         raise PunaError(
             f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); the "
             f"weights are as before them, the batches' rows are in {path}. Try a lower optimizer.peak_lr, or "

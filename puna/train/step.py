@@ -49,11 +49,9 @@ def train_step(
     n_targets = max(1, int((batch.targets != IGNORE).sum()))
     loss = 0.0
     for start in range(0, len(batch.tokens), micro_batch_rows):
-        part = batch.rows(start, start + micro_batch_rows)
-        if (part.targets != IGNORE).any():
-            share = batch_loss(model, part) / n_targets
-            share.backward()
-            loss += share.item()
+        share = batch_loss(model, batch[start : start + micro_batch_rows]) / n_targets
+        share.backward()
+        loss += share.item()
     norm = grad_norm(model)
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:

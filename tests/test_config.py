@@ -1,0 +1,64 @@
+"""Recipes: strict, overridable, and helpful when wrong."""
+
+import pytest
+import yaml
+
+from puna.config import load_recipe, recipe_names
+from puna.errors import UsageError
+
+SMALL = {
+    "model": "tiny-64",
+    "data": {"train": "data/mine"},
+    "sequence_length": 16,
+    "run_dir": "runs/x",
+    "steps": 10,
+    "batch_tokens": 64,
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_survives_its_own_yaml(name: str) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_overrides_reach_nested_fields_and_keep_the_others() -> None:
+    recipe = load_recipe(SMALL, ["optimizer.peak_lr=1e-5", "batch_tokens=128", "optimizer.betas=[0.8, 0.9]"])
+    assert recipe.optimizer.peak_lr == 1e-5
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.optimizer.weight_decay == 0.1
+    assert recipe.batch_rows == 8
+
+
+def test_a_wrong_field_lists_the_fields_there_are_and_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"no field optimizer\.peek_lr \(did you mean peak_lr\?\); there are name, "):
+        load_recipe(SMALL, ["optimizer.peek_lr=1e-5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_tokens=65", "must be a multiple of sequence_length=16; the nearest is 64"),
+        ("micro_batch_rows=3", r"must divide the 4 rows of a batch; use one of \[1, 2, 4\]"),
+        ("schedule.warmup_steps=11", "more than steps=10"),
+        ("steps=soon", "steps='soon'"),
+        ("precision=fp8", "precision='fp8'"),
+        ("steps", "not of the form field.name=value"),
+        ("data={}", r"the field data\.train is missing"),
+    ],
+)
+def test_a_wrong_value_says_what_would_do(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_recipe(SMALL, [override])
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no recipe nonsense: neither a file nor one of .*tiny-pretrain"):
+        load_recipe("nonsense")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [")
+    with pytest.raises(UsageError, match=r"broken\.yaml is not valid YAML"):
+        load_recipe(path)

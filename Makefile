@@ -1,0 +1,40 @@
+# make demo   the whole story, small: code -> tokens -> model -> report, on the CPU
+# make test   lint, types and every test
+# A machine without a GPU saves gigabytes with TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint types sandbox clean
+
+demo: .venv/.ready sandbox
+	$(BIN)/puna demo -o demo
+
+test: .venv/.ready sandbox lint types
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/.ready sandbox
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	$(BIN)/mypy
+
+# Installs bubblewrap, which running model code needs, where this user may; says so elsewhere.
+sandbox:
+	@command -v bwrap >/dev/null || scripts/install-bubblewrap || true
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "puna needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv demo

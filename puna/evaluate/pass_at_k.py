@@ -1,0 +1,39 @@
+"""pass@k: the chance that at least one of k samples passes, estimated without bias from n ≥ k of them.
+
+Source: Evaluating Large Language Models Trained on Code (arXiv:2107.03374), section 2.1.
+"""
+
+from collections.abc import Iterable
+
+#: The k that results are given for, as far as there are samples enough.
+KS = (1, 10, 100)
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The share of the k-element subsets of a task's samples that hold one that passed: 1 - C(n-c, k) / C(n, k).
+
+    Args:
+        samples: n, how many samples the task has.
+        passed: c, how many of them passed.
+        k: size of the subsets.
+
+    Raises:
+        ValueError: not 0 <= c <= n or not 1 <= k <= n.
+    """
+    if not 0 <= passed <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@k needs 0 <= passed <= samples and 1 <= k <= samples, not {passed=}, {samples=}, {k=}")
+    none_passed = 1.0
+    for i in range(samples - passed + 1, samples + 1):
+        none_passed *= max(0.0, 1 - k / i)
+    return 1 - none_passed
+
+
+def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
+    """The mean pass@k over tasks, each (samples, passed), for every k of `KS` that all tasks have samples enough for.
+
+    Returns:
+        `{"pass@1": …, "pass@10": …}`.
+    """
+    counts = list(tasks)
+    fewest = min((samples for samples, _ in counts), default=0)
+    return {f"pass@{k}": sum(pass_at_k(*task, k) for task in counts) / len(counts) for k in KS if k <= fewest}

@@ -1,0 +1,413 @@
+"""A place where a program that nobody has read may run, and a judge that it cannot reach.
+
+A `Job` is an untrusted program and a trusted test of one of its functions. Each half runs in a bubblewrap sandbox of
+its own (`sandbox_worker.py`): the test asks, the program answers with data, and the judge out here reads the verdict
+from the test alone, so nothing that the program says, returns or exits with can be a verdict.
+
+    judge (this process) ──starts──▶ [sandbox: hold the program] ◀──questions, answers──▶ [sandbox: test]
+        ▲                                      └── stdout, stderr: read up to a limit              │
+        └───────────────────────────────────────────── verdict ────────────────────────────────────┘
+
+What it stops. Every judgement has fresh user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary
+uid (where the judge is root, root is given up before bubblewrap starts, since root is above the limit on processes), no
+capabilities, no environment, a read-only view of `/usr` and of the Python that runs it, no `/proc`, no `/home`, a `/tmp`
+of its own in memory, and limits on processor time, wall time, memory, processes, files and output. When a judgement ends,
+its process namespace ends, and with it every process that was started in it; if the judge is killed, so are they. The
+program never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and printed words reach nothing.
+
+What it does not stop. A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a virtual
+machine. Memory is limited per process, so all processes of a program together may use `processes` times `memory_mib`,
+and System V shared memory more, until the wall time is over; a memory cgroup around puna limits the sum. A program can
+slow its neighbours down, which is why a timeout is judged once more, alone. It reads the arguments of the questions, as
+any function does, and it can tell time. What is returned as anything but plain data (an object of an own class, a
+function) is a wrong answer.
+"""
+
+import contextlib
+import os
+import py_compile
+import selectors
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, Self, cast
+
+from puna.errors import PunaError
+from puna.evaluate import sandbox_worker
+from puna.evaluate.sandbox_worker import GONE, NOT_STARTED, encode
+
+#: Verdict -> what it says of the program. They are kept apart: a timeout or a fault of the sandbox is not a wrong answer.
+VERDICTS = {
+    "passed": "every question of the test was answered as it should be",
+    "wrong": "the test refused an answer",
+    "error": "the program does not compile, raises, exits or dies",
+    "timeout": "it used up its processor time or wall time, twice",
+    "memory": "it asked for more memory than it may have",
+    "output": "it printed or answered more than it may",
+    "sandbox": "the sandbox or the task's own code failed; it says nothing about the program",
+}
+
+#: Exit codes of a sandbox whose program was ended for its processor time: the soft limit's signal, the hard limit's.
+OUT_OF_TIME = (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
+
+#: Folders of the host that a sandbox sees, read-only, where they exist; links (`/lib` on most systems) stay links.
+HOST_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store")
+
+#: The ordinary uid and gid that root becomes: `nobody`.
+NOBODY = 65534
+
+#: Parts of a Python installation that a judged program does without; left out where Python has to be copied.
+NOT_COPIED = (
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "ensurepip",
+    "tkinter",
+    "lib2to3",
+    "config-*",
+    "*.a",
+)
+
+#: Package manager -> the command that installs bubblewrap.
+INSTALL = {
+    "apt-get": "apt-get install -y bubblewrap",
+    "dnf": "dnf install -y bubblewrap",
+    "yum": "yum install -y bubblewrap",
+    "apk": "apk add bubblewrap",
+    "pacman": "pacman -S --noconfirm bubblewrap",
+    "zypper": "zypper install -y bubblewrap",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one judgement may use; memory, files and processor time count per process."""
+
+    cpu_seconds: int = 3
+    wall_seconds: float = 12.0
+    memory_mib: int = 512
+    processes: int = 8
+    file_mib: int = 8
+    tmp_mib: int = 32
+    output_kib: int = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """An untrusted program and the trusted test of its function `entry_point`.
+
+    `setup` runs first, on the test's side: the definitions that the test uses. In `test`, the name `entry_point` is
+    a function that asks the program. Whatever the two draw from `random` is the same each time.
+    """
+
+    program: str
+    entry_point: str
+    test: str
+    setup: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict (one of `VERDICTS`), what led to it in one line, and the wall time it took."""
+
+    verdict: str
+    detail: str
+    seconds: float
+
+
+class Sandbox:
+    """Judges jobs; a context manager, whose entry proves that the sandbox works on this machine.
+
+    Raises:
+        PunaError: there is no bubblewrap, or it cannot work here; nothing is ever run without it.
+    """
+
+    def __init__(self, limits: Limits = Limits(), *, workers: int | None = None) -> None:
+        self.limits = limits
+        self.workers = workers or len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Self:
+        self.bubblewrap, self.version, features = _bubblewrap()
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+            stage = _stage(self._cleanup, others=bool(self._identity))
+            self._command = [self.bubblewrap, *_walls(features, self.limits), *_view(stage), "--remount-ro", "/", "--"]
+            self._command += [_executable(), "-s", "-S", "-P", "-B", "/puna/worker.pyc"]
+            self._prove()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def mechanism(self) -> str:
+        """How programs are kept apart, for the record of a result."""
+        uid = NOBODY if self._identity else os.geteuid()
+        return f"bubblewrap {self.version}, all namespaces, uid {uid}, Python {sys.version.split()[0]}"
+
+    def judge(self, job: Job) -> Judgement:
+        """Runs one job, once."""
+        started = time.monotonic()
+        verdict, detail = _judged(self, job)
+        return Judgement(verdict, detail, time.monotonic() - started)
+
+    def judge_all(
+        self, jobs: Sequence[Job], *, done: Callable[[Judgement], object] = lambda _: None
+    ) -> list[Judgement]:
+        """Runs all jobs, several at once; what timed out, or failed for the sandbox, is run once more, alone."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self.judge, job) for job in jobs]
+            try:
+                judgements = []
+                for future in futures:
+                    judgements.append(future.result())
+                    done(judgements[-1])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        again = (i for i, judgement in enumerate(judgements) if judgement.verdict in ("timeout", "sandbox"))
+        for i in again:
+            judgements[i] = self.judge(jobs[i])
+        return judgements
+
+    def start(
+        self,
+        role: Literal["hold", "test"],
+        inbox: IO[bytes],
+        outbox: IO[bytes],
+        *,
+        stdin: int | IO[bytes],
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+    ) -> subprocess.Popen[bytes]:
+        """Starts one half of a judgement in a sandbox of its own."""
+        limits, ends = self.limits, (inbox.fileno(), outbox.fileno())
+        numbers = (*ends, limits.cpu_seconds, limits.memory_mib << 20, limits.processes, limits.file_mib << 20)
+        return subprocess.Popen(
+            [*self._command, role, *map(str, numbers)],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=ends,
+            env={},
+            **self._identity,  # type: ignore[call-overload]
+        )
+
+    def _prove(self) -> None:
+        try:
+            right = self.judge(Job("def f(x): return x + 1", "f", "assert f(1) == 2"))
+            wrong = self.judge(Job("def f(x): return x", "f", "assert f(1) == 2"))
+        except OSError as error:
+            raise PunaError(f"the sandbox cannot start ({error}); nothing was run") from None
+        if (right.verdict, wrong.verdict) != ("passed", "wrong"):
+            failed = right if right.verdict != "passed" else wrong
+            raise PunaError(
+                f"the sandbox does not work on this machine, so nothing was run: {failed.detail or failed.verdict}\n"
+                "user namespaces must be allowed: in a container, --security-opt seccomp=unconfined and "
+                "apparmor=unconfined; on Ubuntu, sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+            )
+
+
+# ---- one judgement
+
+
+def _judged(sandbox: Sandbox, job: Job) -> tuple[str, str]:
+    """Starts both halves, reads until the test has spoken or a limit is met, and ends both."""
+    limits = sandbox.limits
+    started = time.monotonic()
+    with contextlib.ExitStack() as open_files:
+        (questions, ask), (answers, answer), (verdict, speak), (printed, print_), (complaints, complain) = (
+            _pipe(open_files) for _ in range(5)
+        )
+        task = open_files.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
+        task.write(encode([job.program, job.entry_point, job.setup, job.test]))
+        task.seek(0)
+        hold = sandbox.start("hold", questions, answer, stdin=subprocess.DEVNULL, stdout=print_, stderr=print_)
+        open_files.callback(_end, hold)
+        test = sandbox.start("test", answers, ask, stdin=task, stdout=speak, stderr=complain)
+        open_files.callback(_end, test)
+        for theirs in (questions, ask, answers, answer, speak, print_, complain):
+            theirs.close()
+
+        heard = {verdict: bytearray(), printed: bytearray(), complaints: bytearray()}
+        ending = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
+        if ending == "late":
+            return "timeout", f"no verdict after {limits.wall_seconds:g} s"
+        if ending == "flood":
+            return "output", f"it printed more than {limits.output_kib} KiB"
+        said, words, complaint = (bytes(text).decode(errors="replace").strip() for text in heard.values())
+        kind, _, detail = said.partition("\t")
+        spent = time.monotonic() - started >= limits.cpu_seconds
+        if kind not in VERDICTS:
+            code = _exit_code(test)
+            if spent and code in OUT_OF_TIME:
+                return "timeout", f"the answers cost the test more than {limits.cpu_seconds} s of processor time"
+            return "sandbox", f"the test ended with code {code}: {complaint[-1000:]}"
+        if detail == NOT_STARTED:
+            return kind, f"{detail}: {words[-1000:]}"
+        if detail == GONE:
+            code = _exit_code(hold)
+            if spent and code in OUT_OF_TIME:
+                return "timeout", f"more than {limits.cpu_seconds} s of processor time"
+            return kind, f"{detail} (exit code {code})"
+        return kind, detail
+
+
+def _listen(
+    heard: dict[IO[bytes], bytearray], verdict: IO[bytes], printed: IO[bytes], *, most: int, until: float
+) -> Literal["spoken", "flood", "late"]:
+    """Reads into `heard` until the verdict ends, `most` bytes are passed by what is printed, or it is `until`."""
+    with selectors.DefaultSelector() as selector:
+        for file in heard:
+            selector.register(file, selectors.EVENT_READ)
+        while True:
+            spoken = verdict not in selector.get_map()
+            ready = selector.select(0 if spoken else max(0.0, until - time.monotonic()))
+            if not ready and spoken:
+                return "spoken"
+            if time.monotonic() >= until:
+                return "late"
+            for key, _ in ready:
+                file = cast("IO[bytes]", key.fileobj)
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(file)
+                heard[file] += chunk[: most + 1 - len(heard[file])]
+            if len(heard[printed]) > most:
+                return "flood"
+
+
+def _pipe(open_files: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    inbox, outbox = os.pipe()
+    return (
+        open_files.enter_context(open(inbox, "rb", buffering=0)),
+        open_files.enter_context(open(outbox, "wb", buffering=0)),
+    )
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()  # bubblewrap's; the process namespace dies with it
+    process.wait()
+
+
+# ---- the walls
+
+
+def _bubblewrap() -> tuple[str, str, str]:
+    """Path, version and help text of bubblewrap; the help says which of its newer options there are."""
+    path = shutil.which("bwrap")
+    if path is None:
+        raise PunaError(
+            f"generated code runs only inside bubblewrap, which is not here; install it: {install_command()}"
+        )
+    version, features = (
+        subprocess.run([path, option], capture_output=True, text=True, check=False).stdout
+        for option in ("--version", "--help")
+    )
+    return path, version.split()[-1] if version else "of unknown version", features
+
+
+def install_command() -> str:
+    """The command that installs bubblewrap on this machine."""
+    if sys.platform != "linux":
+        return "none; it is a Linux program: score on a Linux machine or in a virtual one"
+    command = next((command for manager, command in INSTALL.items() if shutil.which(manager)), None)
+    if command is None:
+        return "see https://github.com/containers/bubblewrap"
+    return command if os.geteuid() == 0 else f"sudo {command}"
+
+
+def _walls(features: str, limits: Limits) -> list[str]:
+    walls = ["--unshare-all", "--die-with-parent", "--new-session", "--hostname", "puna"]
+    if "--clearenv" in features:
+        walls += ["--clearenv"]
+    if "--disable-userns" in features:
+        walls += ["--unshare-user", "--disable-userns"]
+    for name, value in (("PATH", "/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8"), ("PYTHONHASHSEED", "0")):
+        walls += ["--setenv", name, value]
+    walls += ["--dev", "/dev", "--remount-ro", "/dev"]
+    if "--size" in features:
+        walls += ["--size", str(limits.tmp_mib << 20), "--tmpfs", "/tmp"]
+    else:  # a /tmp without a limit would be a way to fill the memory: leave it read-only
+        walls += ["--dir", "/tmp"]
+    return [*walls, "--chdir", "/tmp"]
+
+
+def _view(stage: Path) -> list[str]:
+    """What of the host is seen: system folders, the Python that judges, and the worker."""
+    view = []
+    for folder in HOST_FOLDERS:
+        if os.path.islink(folder):
+            view += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            view += ["--ro-bind", folder, folder]
+    view += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for i, prefix in enumerate(_prefixes()):
+        copy = stage / f"python-{i}"
+        view += ["--ro-bind", str(copy if copy.exists() else prefix), prefix]
+    return [*view, "--ro-bind", str(stage / "worker.pyc"), "/puna/worker.pyc"]
+
+
+def _stage(cleanup: contextlib.ExitStack, *, others: bool) -> Path:
+    """A temporary folder with the compiled worker and, where `others` may not enter this Python's folder, a copy of it."""
+    parents = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    parent = next((parent for parent in parents if not others or _is_open(Path(parent))), None)
+    if parent is None:
+        raise PunaError(
+            f"an ordinary user can enter none of {', '.join(parents)}; set TMPDIR to a folder that all may enter"
+        )
+    stage = Path(tempfile.mkdtemp(prefix="puna-sandbox-", dir=parent))
+    cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
+    stage.chmod(0o755)
+    py_compile.compile(sandbox_worker.__file__, cfile=str(stage / "worker.pyc"), dfile="worker", doraise=True)
+    (stage / "worker.pyc").chmod(0o644)
+    for i, prefix in enumerate(_prefixes()):
+        if others and not _is_open(Path(prefix)):
+            _copy_python(Path(prefix), stage / f"python-{i}")
+    return stage
+
+
+def _copy_python(prefix: Path, copy: Path) -> None:
+    def copy_open(source: str, target: str) -> None:
+        shutil.copy2(source, target)
+        os.chmod(target, 0o755)
+
+    shutil.copytree(prefix, copy, symlinks=True, copy_function=copy_open, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    for folder, _, _ in os.walk(copy):
+        os.chmod(folder, 0o755)
+
+
+def _prefixes() -> list[str]:
+    """Folders of this Python that the host folders do not hold already."""
+    prefixes = dict.fromkeys(os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix))
+    return [prefix for prefix in prefixes if not any(Path(prefix).is_relative_to(folder) for folder in HOST_FOLDERS)]
+
+
+def _executable() -> str:
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _is_open(path: Path) -> bool:
+    """Whether every user may enter the folder."""
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents))

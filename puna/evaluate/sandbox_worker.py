@@ -1,0 +1,408 @@
+"""What runs inside the sandboxes: `hold` keeps the untrusted program, `test` puts the trusted questions to it.
+
+The two run in sandboxes of their own and share nothing but a pair of pipes. `test` calls the program's function by
+sending the arguments, and gets an answer that is rebuilt here, strictly, as plain builtin data; so the program can
+neither reach the test's memory, nor answer with an object that equals everything, nor say "passed":
+
+    test                                       hold
+    [program, "add"]            ──────────▶    executes the program
+                                ◀──────────    ["ready"]
+    [(2, 3), {}]                ──────────▶    add(2, 3)
+                                ◀──────────    ["answer", 5, []]
+    assert candidate(2, 3) == 5
+
+The file is run on its own, without site-packages, and imports next to nothing: starting is most of a judgement's time.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+TYPE_CHECKING = False  # typing's own would have to be imported
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+#: Longest message between the two halves, in bytes.
+MESSAGE_BYTES = 4 << 20
+
+#: How deep lists, tuples, sets and dicts may lie within each other.
+DEPTH = 100
+
+#: What `test` reports when the other half went away; the judge looks at its exit status and says why.
+GONE = "the program ended without answering"
+
+#: What `test` reports when the other half never started.
+NOT_STARTED = "the sandbox of the program did not start"
+
+#: Arguments that a function may change in place; the change is carried over.
+MUTABLE = (list, dict, set, bytearray)
+
+
+def main(role: str, inbox: str, outbox: str, *limits: str) -> None:
+    """Sets the limits for this process and its children, then plays `role` on the two pipes."""
+    cpu_seconds, memory_bytes, processes, file_bytes = map(int, limits)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+    {"hold": hold, "test": test}[role](Pipe(int(inbox), int(outbox)))
+
+
+# ---- the untrusted half
+
+
+def hold(pipe: Pipe) -> None:
+    """Executes the program that comes first, then calls its function for every question that follows."""
+    pipe.send(encode(["hello"]))
+    program, entry_point = decode(pipe.receive())
+    module = sys.modules["candidate"] = type(sys)("candidate")
+    try:
+        _seed_random(program)
+        exec(compile(program, "<program>", "exec"), module.__dict__)
+        function = module.__dict__[entry_point]
+    except BaseException as error:
+        pipe.send(_raised(error))
+        return
+    pipe.send(encode(["ready"]))
+    while True:
+        pipe.send(_answer(function, *decode(pipe.receive())))
+
+
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+    before = [encode(argument) if isinstance(argument, MUTABLE) else None for argument in arguments]
+    try:
+        result = function(*arguments, **keywords)
+        changed = [[i, arguments[i]] for i, old in enumerate(before) if old is not None and encode(arguments[i]) != old]
+        return encode(["answer", result, changed])
+    except NotDataError as error:
+        return encode(["not data", str(error)])
+    except BaseException as error:
+        return _raised(error)
+
+
+def _raised(error: BaseException) -> bytes:
+    try:
+        message = str(error)[:1000]
+    except BaseException:
+        message = ""
+    return encode(["raised", type(error).__name__, message])
+
+
+def _seed_random(source: str) -> None:
+    """Makes what `source` draws the same in every judgement, at no cost where it draws nothing."""
+    if "random" in source:
+        import random
+
+        random.seed(0)
+
+
+# ---- the trusted half
+
+
+def test(pipe: Pipe) -> None:
+    """Runs the test that comes on stdin and prints one line, `verdict<TAB>detail`; whatever it says is final.
+
+    The verdict is "passed", "wrong" (the test refused an answer), "error" (the program failed to give one), "memory",
+    "output" (an answer beyond `MESSAGE_BYTES`) or "sandbox" (the task's own code fails, or the sandbox does).
+    """
+    verdicts, sys.stdout = os.dup(1), sys.stderr
+    os.dup2(2, 1)
+
+    def report(verdict: str, detail: str = "") -> NoReturn:
+        os.write(verdicts, f"{verdict}\t{detail}".encode(errors="backslashreplace")[:4000])
+        os._exit(0)
+
+    program, entry_point, setup, questions = decode(_read(0, None))
+    proxy = Proxy(pipe, entry_point, report)
+    namespace: dict[str, Any] = {"__name__": "test"}
+    try:
+        _seed_random(questions)
+        exec(compile(setup, "<setup>", "exec"), namespace)
+        code = compile(questions, "<test>", "exec")
+    except Exception as error:
+        report("sandbox", f"the task's own code fails: {_shown(error)}")
+    proxy.start(program)
+    namespace[entry_point] = proxy.call
+    try:
+        exec(code, namespace)
+    except MemoryError as error:
+        report("memory", _shown(error))
+    except Exception as error:
+        report("error" if error is proxy.raised else "wrong", _shown(error))
+    except BaseException as error:
+        report("sandbox", f"the task's own code fails: {_shown(error)}")
+    report("passed")
+
+
+class Proxy:
+    """Stands for the program's function in the test. What cannot be data ends the test at once, past any `except`."""
+
+    def __init__(self, pipe: Pipe, name: str, report: Callable[..., NoReturn]) -> None:
+        self.pipe, self.name, self.report = pipe, name, report
+        self.raised: Exception | None = None
+
+    def start(self, program: str) -> None:
+        """Has the other half execute the program."""
+        if self._receive(NOT_STARTED, "sandbox") != ["hello"]:
+            self.report("sandbox", NOT_STARTED)
+        match self._ask([program, self.name]):
+            case ["ready"]:
+                return
+            case ["raised", "MemoryError", str()]:
+                self.report("memory", "MemoryError")
+            case ["raised", str() as kind, str() as message]:
+                self.report("error", f"{kind}: {message}")
+        self.report("error", "the program answered out of turn")
+
+    def call(self, *arguments: Any, **keywords: Any) -> Any:
+        """Calls the function over there: gives its answer, changes the arguments it changed, raises what it raised."""
+        try:
+            question = encode([arguments, keywords])
+        except NotDataError as error:
+            self.report("sandbox", f"the test passes {error} to {self.name}")
+        match self._ask(question):
+            case ["answer", result, list() as changes]:
+                for change in changes:
+                    self._change(arguments, change)
+                return result
+            case ["not data", str() as what]:
+                self.report("wrong", f"{self.name} returned {what}")
+            case ["raised", str() as kind, str() as message]:
+                self.raised = _rebuilt_exception(kind, message)
+                raise self.raised
+        self.report("error", "the program answered out of turn")
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            self.pipe.send(question if isinstance(question, bytes) else encode(question))
+        except OSError:
+            self.report("error", GONE)
+        return self._receive(GONE, "error")
+
+    def _receive(self, otherwise: str, verdict: str) -> Any:
+        try:
+            return decode(self.pipe.receive())
+        except EOFError:
+            self.report(verdict, otherwise)
+        except TooLongError:
+            self.report("output", f"an answer is longer than {MESSAGE_BYTES:,} bytes")
+        except NotDataError as error:
+            self.report("error", f"the program's answer is not data: {error}")
+
+    def _change(self, arguments: tuple[Any, ...], change: Any) -> None:
+        match change:
+            case [int() as i, new] if 0 <= i < len(arguments) and type(new) is type(arguments[i]):
+                old = arguments[i]
+                if isinstance(old, list | bytearray):
+                    old[:] = new
+                elif isinstance(old, dict | set):
+                    old.clear()
+                    old.update(new)
+                return
+        self.report("error", "the program answered out of turn")
+
+
+class CandidateError(Exception):
+    """An exception of the program that has no plain builtin counterpart."""
+
+
+def _rebuilt_exception(kind: str, message: str) -> Exception:
+    import builtins
+
+    found = vars(builtins).get(kind)
+    usable = isinstance(found, type) and issubclass(found, Exception)
+    if usable and not issubclass(found, StopIteration | StopAsyncIteration):  # these would end a test's loop quietly
+        try:
+            return found(message)
+        except TypeError:
+            pass
+    return CandidateError(f"{kind}: {message}")
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+# ---- data over a pipe
+
+
+class NotDataError(Exception):
+    """A value that cannot cross, or bytes that are no value; the message says which."""
+
+
+class TooLongError(Exception):
+    """A message beyond `MESSAGE_BYTES`."""
+
+
+class Pipe:
+    """Messages over two file descriptors, each led by its length in 8 bytes."""
+
+    def __init__(self, inbox: int, outbox: int) -> None:
+        self.inbox, self.outbox = inbox, outbox
+
+    def send(self, message: bytes) -> None:
+        """Writes one message."""
+        rest = memoryview(len(message).to_bytes(8, "big") + message)
+        while rest:
+            rest = rest[os.write(self.outbox, rest) :]
+
+    def receive(self) -> bytes:
+        """Reads one message.
+
+        Raises:
+            EOFError: the other half is gone.
+            TooLongError: the message announces more than `MESSAGE_BYTES`.
+        """
+        size = int.from_bytes(_read(self.inbox, 8), "big")
+        if size > MESSAGE_BYTES:
+            raise TooLongError
+        return _read(self.inbox, size)
+
+
+def _read(descriptor: int, size: int | None) -> bytes:
+    """Reads `size` bytes, or all there are."""
+    chunks, left = [], size
+    while left is None or left > 0:
+        chunk = os.read(descriptor, 1 << 16 if left is None else min(left, 1 << 16))
+        if not chunk and left is None:
+            break
+        if not chunk:
+            raise EOFError
+        chunks.append(chunk)
+        left = None if left is None else left - len(chunk)
+    return b"".join(chunks)
+
+
+#: Letter of a container -> its type, and how it is built from a list of its items. `dict` goes as its items.
+CONTAINERS: dict[bytes, tuple[type, Callable[[list[Any]], Any]]] = {
+    b"l": (list, list),
+    b"u": (tuple, tuple),
+    b"e": (set, set),
+    b"z": (frozenset, frozenset),
+    b"m": (dict, dict),
+    b"k": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
+    b"v": (type({}.values()), lambda items: dict(enumerate(items)).values()),
+    b"w": (type({}.items()), lambda items: dict(items).items()),
+}
+
+#: Letter of a plain value -> its type, its text, and how it is built from the text.
+SCALARS: dict[bytes, tuple[type, Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    b"i": (int, lambda x: b"%x" % int.__index__(x), lambda text: int(text, 16)),
+    b"d": (float, lambda x: float.hex(x).encode(), lambda text: float.fromhex(text.decode())),
+    b"c": (complex, lambda x: f"{x.real.hex()} {x.imag.hex()}".encode(), lambda text: _complex(text.decode())),
+    b"s": (str, lambda x: str.encode(x, "utf-8", "surrogatepass"), lambda text: text.decode("utf-8", "surrogatepass")),
+    b"b": (bytes, bytes, bytes),
+    b"a": (bytearray, bytes, bytearray),
+}
+
+#: Letter -> value, for the values there is only one of.
+CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": ...}
+
+#: Letter of a standard library number -> its type, and how it is spelled; built from the spelling by the type itself.
+NUMBERS = {b"D": ("decimal", "Decimal"), b"Q": ("fractions", "Fraction")}
+
+
+def encode(value: Any) -> bytes:
+    """Plain data as bytes: a letter, a length and the text, or a letter, a count and the items.
+
+    A subclass of a builtin type goes as the builtin, an iterator as an iterator over the items it still has.
+
+    Raises:
+        NotDataError: the value, or something in it, is not plain data; the message names its type.
+    """
+    out: list[bytes] = []
+    _encode(value, out, DEPTH)
+    return b"".join(out)
+
+
+def _encode(value: Any, out: list[bytes], depth: int) -> None:
+    if depth == 0:
+        raise NotDataError(f"data nested deeper than {DEPTH}")
+    for letter, constant in CONSTANTS.items():
+        if value is constant:
+            out.append(letter)
+            return
+    for letter, (kind, spelled, _) in SCALARS.items():
+        if isinstance(value, kind):
+            text = spelled(value)
+            out.append(b"%b%d:%b" % (letter, len(text), text))
+            return
+    for letter, (module, name) in NUMBERS.items():
+        if type(value).__name__ == name and type(value).__module__ == module:
+            text = str(value).encode()
+            out.append(b"%b%d:%b" % (letter, len(text), text))
+            return
+    if isinstance(value, range):
+        letter, items = b"r", [value.start, value.stop, value.step]
+    elif hasattr(value, "__next__"):
+        letter, items = b"n", list(value)
+    else:
+        letter = next((letter for letter, (kind, _) in CONTAINERS.items() if isinstance(value, kind)), b"")
+        if not letter:
+            raise NotDataError(f"a {type(value).__name__}, which is not plain data")
+        items = list(dict.items(value)) if isinstance(value, dict) else list(value)
+    out.append(b"%b%d:" % (letter, len(items)))
+    for item in items:
+        _encode(item, out, depth - 1)
+
+
+def decode(message: bytes) -> Any:
+    """The value that `encode` made the bytes of; its types are exactly the builtin ones.
+
+    Raises:
+        NotDataError: the bytes are not what `encode` makes.
+    """
+    try:
+        value, end = _decode(message, 0, DEPTH)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise NotDataError(str(error)) from None
+    if end != len(message):
+        raise NotDataError("bytes after its end")
+    return value
+
+
+def _decode(message: bytes, start: int, depth: int) -> tuple[Any, int]:
+    letter = message[start : start + 1]
+    if letter in CONSTANTS:
+        return CONSTANTS[letter], start + 1
+    if depth == 0:
+        raise NotDataError(f"nested deeper than {DEPTH}")
+    colon = message.index(b":", start, start + 12)
+    size, start = int(message[start + 1 : colon]), colon + 1
+    if not 0 <= size <= len(message) - start:
+        raise NotDataError("cut off")
+    if letter in SCALARS or letter in NUMBERS:
+        text, end = message[start : start + size], start + size
+        return (SCALARS[letter][2](text) if letter in SCALARS else _number(letter, text.decode())), end
+    items = []
+    for _ in range(size):
+        item, start = _decode(message, start, depth - 1)
+        items.append(item)
+    if letter == b"r":
+        return range(*items), start
+    if letter == b"n":
+        return iter(items), start
+    if letter in CONTAINERS:
+        return CONTAINERS[letter][1](items), start
+    raise NotDataError(f"no kind of value is called {letter!r}")
+
+
+def _complex(text: str) -> complex:
+    real, imaginary = text.split()
+    return complex(float.fromhex(real), float.fromhex(imaginary))
+
+
+def _number(letter: bytes, text: str) -> Any:
+    import importlib
+
+    module, name = NUMBERS[letter]
+    return getattr(importlib.import_module(module), name)(text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

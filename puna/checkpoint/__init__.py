@@ -4,11 +4,13 @@
 `export` turns the latter into the former, and `convert` does so for other systems' files (`formats/`, one file each).
 """
 
+from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
 from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
 from puna.checkpoint.runs import load_checkpoint, newest_checkpoint, save_checkpoint
 
 __all__ = [
+    "convert",
     "export",
     "load",
     "load_checkpoint",

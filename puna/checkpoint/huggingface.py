@@ -129,8 +129,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
 
 
-def load_config(folder: Path | str) -> ModelConfig:
+def load_config(folder: Path | str, *, rope_theta: float | None = None) -> ModelConfig:
     """The shape of the model in a folder in Hugging Face layout.
+
+    Args:
+        folder: holds `config.json`.
+        rope_theta: wavelength base of the rotary positions, for a `config.json` that states none.
 
     Raises:
         PunaError: there is no `config.json`, or it describes a network that puna does not have.
@@ -141,7 +145,10 @@ def load_config(folder: Path | str) -> ModelConfig:
         raise PunaError(f"{path} is not a JSON object")
     if fields.get("quantization_config"):
         raise PunaError(f"{path}: the weights are quantised; use the checkpoint that they were made from")
-    return ModelConfig.from_json(fields, str(path))
+    config = ModelConfig.from_json(fields if rope_theta is None else {"rope_theta": rope_theta, **fields}, str(path))
+    if rope_theta not in (None, config.rope_theta):
+        raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
+    return config
 
 
 def load_tokenizer_of(folder: Path) -> "Tokenizer | None":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -142,6 +143,30 @@ def open_pickled(path: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor.of(tensor, str(path)) for name, tensor in content.items()}
 
 
+def write_pickled(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Writes a file as `torch.save` does for a dictionary, reading one tensor at a time; aside, synced and renamed.
+
+    Checksums inside the archive stay empty, as with `torch.serialization.set_crc32_options(False)`; `torch.load` does
+    not look at them.
+
+    Raises:
+        ValueError: a tensor that was read has another shape or dtype than it promised.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.serialization import skip_data
+
+    with file_aside(path) as file:
+        with FakeTensorMode():
+            form = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+            with skip_data(materialize_fake_tensors=True):
+                torch.save(form, file)  # all but the values, with room for them
+            file.flush()
+            places = torch.load(file.name, weights_only=True)
+        for name, tensor in tensors.items():
+            file.seek(places[name].untyped_storage()._checkpoint_offset)
+            _write_values(file, name, tensor)
+
+
 @contextlib.contextmanager
 def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
     """The same tensors, whose reading moves a progress bar."""
@@ -173,10 +198,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     with file_aside(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, tensor in ordered:
-            values = tensor.read()
-            if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(
-                    f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}"
-                )
-            if values.numel():
-                file.write(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            _write_values(file, name, tensor)
+
+
+def _write_values(file: IO[bytes], name: str, tensor: StoredTensor) -> None:
+    values = tensor.read()
+    if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
+        raise ValueError(f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}")
+    if values.numel():
+        file.write(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,5 +1,6 @@
 """`puna export`: a training run's weights as a folder in Hugging Face layout."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,6 @@ def export(
 ) -> None:
     """Write a run's weights as a Hugging Face folder, which transformers, vLLM and llama.cpp open as it is."""
     from puna.checkpoint import export
-    from puna.cli.convert import print_folder
 
-    print_folder(export(run_dir, output, step=step, dtype=dtype), as_json)
+    folder = export(run_dir, output, step=step, dtype=dtype)
+    print(json.dumps({"folder": str(folder)}) if as_json else folder)

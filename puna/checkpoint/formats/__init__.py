@@ -1,0 +1,1 @@
+"""Formats of checkpoints, one module each; see `puna.checkpoint.convert`."""

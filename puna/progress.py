@@ -6,7 +6,7 @@ stdout stays free for data. `Progress` knows nothing of what it counts; callers 
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 #: Seconds between two lines where stderr is not a terminal.
 LINE_EVERY_SECONDS = 5.0
@@ -31,8 +31,8 @@ class Progress:
         self.done = 0.0
         self._note = ""
         self._started = self._last_line = time.monotonic()
-        self._bar = None
-        self._task = None
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -43,8 +43,11 @@ class Progress:
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}" if self.total else
-                           "{task.completed:,.0f} {task.fields[unit]}"),
+                TextColumn(
+                    "{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"
+                    if self.total
+                    else "{task.completed:,.0f} {task.fields[unit]}"
+                ),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -58,7 +61,7 @@ class Progress:
         """Adds `amount` to what is done; `note` is shown behind the bar."""
         self.done += amount
         self._note = self._note if note is None else note
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=self._note)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._line()

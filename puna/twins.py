@@ -1,6 +1,6 @@
 """Packages that are called like the function they are named after.
 
-`puna.train` is both a package (`from puna.train.loss import …`) and the Python twin of a command (`puna.train(recipe)`).
+`puna.train` is a package (`from puna.train.loss import …`) and the Python twin of a command (`puna.train(recipe)`).
 """
 
 import sys

@@ -53,7 +53,7 @@ def test_a_wrong_value_says_what_would_do(override: str, message: str) -> None:
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
-    with pytest.raises(UsageError, match="no recipe nonsense: neither a file nor one of .*tiny-pretrain"):
+    with pytest.raises(UsageError, match=r"no recipe nonsense: neither a file nor one of .*tiny-pretrain"):
         load_recipe("nonsense")
 
 

@@ -4,8 +4,11 @@
 keys that were kept. `attend_reference` is the plain formula that both are tested against.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,12 +63,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     if documents is None or set(documents.lengths) == {q.shape[1]}:
         return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
-    if (varlen := _varlen_attention(q, is_grouped)) is not None:
+    if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
         starts, longest = documents.starts, documents.longest
         return varlen(q_, k_, v_, starts, starts, longest, longest, window_size=(-1, 0)).view_as(q)
     parts = zip(*(x.split(documents.lengths) for x in (q_, k_, v_)), strict=True)
     out = [_sdpa(*(x[None] for x in part), is_causal=True, enable_gqa=is_grouped)[0] for part in parts]
     return torch.cat(out).view_as(q)
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, *, is_grouped: bool) -> str:
+    """What computes packed documents there, in words: a run prints it at its start."""
+    if _varlen_attention(device.type, dtype, is_grouped) is not None:
+        return "variable-length flash attention"
+    return "scaled_dot_product_attention per document"
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -106,14 +116,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)  # type: ignore[arg-type]
 
 
-def _varlen_attention(q: Tensor, is_grouped: bool):  # noqa: ANN202 - a function of torch, or None
-    """Torch's variable-length flash attention where it can serve: CUDA, half precision, no groups before torch 2.12."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+@cache
+def _varlen_attention(device: str, dtype: torch.dtype, is_grouped: bool) -> Callable[..., Any] | None:
+    """Torch's flash attention over documents of any lengths, where it can serve; None elsewhere."""
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    from functools import partial
-
     from torch.nn.attention.varlen import varlen_attn
 
     if not is_grouped:
         return varlen_attn
-    return partial(varlen_attn, enable_gqa=True) if torch.__version__ >= (2, 12) else None
+    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
+    return partial(varlen_attn, enable_gqa=True) if takes_groups else None

@@ -114,7 +114,9 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of a `config.json` that transformers, vLLM and llama.cpp's converter read."""
         if self.attention_output_bias != (self.attention_bias and self.model_type == "llama"):
-            raise PunaError(f"model_type {self.model_type!r} cannot say attention_output_bias={self.attention_output_bias}")
+            raise PunaError(
+                f"model_type {self.model_type!r} cannot say attention_output_bias={self.attention_output_bias}"
+            )
         names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
         fields = {
             "architectures": [names[self.model_type]],

@@ -37,9 +37,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
         if not found:
-            raise PunaError(
-                f"{path} holds neither tokenizer.model nor tokenizer.json; name a folder or a file that does"
-            )
+            raise PunaError(f"{path} holds neither tokenizer.model nor tokenizer.json; name a folder that does")
         path = found[0]
     elif not path.is_file():
         raise PunaError(f"{path} does not exist; a tokenizer is a tokenizer.model, a tokenizer.json or a folder of one")

@@ -80,15 +80,7 @@ class Tokenizer(ABC):
         byte_ids: dict[int, int],
         merges_plain_text: bool,
     ) -> None:
-        """Takes the backend's tables.
-
-        Args:
-            path: the vocabulary's file.
-            pieces: id -> piece as the vocabulary writes it.
-            spellings: id -> the bytes that the piece stands for; empty for control pieces.
-            control: ids that no text may produce.
-            bos_id, eos_id, unk_id, adds_leading_space, byte_ids, merges_plain_text: as in the class.
-        """
+        """Takes the backend's tables: `pieces` as the vocabulary writes them, `spellings` the bytes they stand for."""
         self.path, self.sha256 = path, sha256_of(path)
         self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
         self.adds_leading_space = adds_leading_space
@@ -112,7 +104,8 @@ class Tokenizer(ABC):
 
         Args:
             text: any text that UTF-8 can spell.
-            bos, eos: put the begin, the end of a document around it.
+            bos: put the begin of a document in front.
+            eos: put the end of a document behind.
             leading_space: whether a tokenizer that puts a space in front of a text does so. False is for text in the
                 middle of a line: the suffix and the middle of infilling, an answer after its prompt.
 
@@ -126,13 +119,14 @@ class Tokenizer(ABC):
     ) -> list[list[int]]:
         """`encode` of each text."""
         try:
-            rows = self._split(texts, leading_space)
-        except UnicodeEncodeError as error:
-            character = f"U+{ord(error.object[error.start]):04X}"
-            raise PunaError(
-                f"the text holds {character}, half of a surrogate pair, which no encoding can spell; "
-                'read its file with errors="replace" or leave it out'
-            ) from None
+            if self.byte_ids and any(SPACE_MARK in text for text in texts):
+                rows = [self._split_around_marks(text, leading_space) for text in texts]
+            else:
+                rows = self._split(texts, leading_space)
+        except (RuntimeError, TypeError):
+            for text in texts:
+                _refuse_surrogates(text)
+            raise
         if bos or eos:
             before, after = [self.bos_id] * bos, [self.eos_id] * eos
             rows = [before + row + after for row in rows]
@@ -208,10 +202,23 @@ class Tokenizer(ABC):
         if sha256_of(folder / self.path.name) != self.sha256:
             raise PunaError(f"{self.path} has changed since it was loaded; load it again")
 
+    def _split_around_marks(self, text: str, leading_space: bool) -> list[int]:
+        """Splits a text that holds U+2581, which the backend would read as a space.
+
+        A character that no piece holds takes its place; it comes out as three byte pieces, which are put right after.
+        """
+        characters = frozenset(text).union(*self._pieces)
+        stand_in = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in characters)
+        ids = self._split([text.replace(SPACE_MARK, stand_in)], leading_space)[0]
+        find, put = ([self.byte_ids[byte] for byte in character.encode()] for character in (stand_in, SPACE_MARK))
+        for at in range(len(ids) - 2):
+            if ids[at : at + 3] == find:
+                ids[at : at + 3] = put
+        return ids
+
     def _use_markers(self) -> None:
-        prefix, suffix, middle, eot = (self.id_of(f"{SPACE_MARK}<{name}>") for name in ("PRE", "SUF", "MID", "EOT"))
-        has_all = prefix is not None and suffix is not None and middle is not None and eot is not None
-        self.infilling = Infilling(prefix, suffix, middle, eot) if has_all else None
+        ids = [i for name in ("PRE", "SUF", "MID", "EOT") if (i := self.id_of(f"{SPACE_MARK}<{name}>")) is not None]
+        self.infilling = Infilling(*ids) if len(ids) == 4 else None
         self.step_id = self.id_of(STEP_PIECE)
 
     def _check(self, id: int) -> None:
@@ -221,6 +228,16 @@ class Tokenizer(ABC):
     def _spelling(self, id: int) -> bytes:
         self._check(id)
         return self._spellings[id]
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PunaError(
+            f"the text holds U+{ord(text[error.start]):04X} at character {error.start}, half of a surrogate pair, "
+            'which UTF-8 cannot spell; read its file with errors="replace" or leave it out'
+        ) from None
 
 
 class StreamDecoder:

@@ -1,10 +1,10 @@
-"""Encoding large corpora: words are split into pieces once and remembered.
+r"""Encoding large corpora: words are split into pieces once and remembered.
 
 Byte-pair merging never reaches across a place that no piece of the vocabulary spans. In Llama's vocabulary a space
 stands only at the beginning of a piece, no piece holds a newline, and none holds an ASCII letter beside an ASCII sign
 or digit; so a text may be cut at those places, and the ids of the parts laid end to end are the ids of the whole:
 
-    "    return x + f(1)\\n"   ->   "    return" | " x" | " +" | " f" | "(1)\\n"
+    "    return x + f(1)\n"   ->   "    return" | " x" | " +" | " f" | "(1)\n"
 
 Code repeats itself, so nearly all parts have been seen before. Which cuts a vocabulary allows is checked, never
 assumed; where it allows none, `BulkEncoder` is `Tokenizer.encode`.

@@ -7,20 +7,24 @@ SentencePiece's Python offers no switch for what Code Llama needs, but its file 
 - text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's
   `encode_infilling` drops the first two ids of "☺" + text to the same end.
 
-One character would still be lost: SentencePiece writes a space as U+2581 and reads U+2581 in a text as a space. It is
-carried around the splitting by a stand-in and spelled by its three bytes.
+One character would still be lost, U+2581, which SentencePiece reads as a space: `Tokenizer` carries it around.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece import sentencepiece_model_pb2
 
 from puna.errors import PunaError
 from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
 
+#: The generated module has no types.
+model_pb2: Any = sentencepiece_model_pb2
+
+#: Types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -36,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
             path,
             pieces=[piece.piece for piece in model.pieces],
             spellings=[_spelling(piece, model.trainer_spec.unk_surface) for piece in model.pieces],
-            control=[i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN, UNUSED)],
+            control=[i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNUSED)],
             **_special_ids(model, path),
             adds_leading_space=model.normalizer_spec.add_dummy_prefix,
             byte_ids=_byte_ids(model),
@@ -45,29 +49,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._spaced = _processor(model)
         model.normalizer_spec.add_dummy_prefix = False
         self._plain = _processor(model)
-        self._characters = frozenset().union(*self._pieces)
 
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         processor = self._spaced if leading_space else self._plain
-        if self.byte_ids and any(SPACE_MARK in text for text in texts):
-            return [self._split_around_marks(processor, text) for text in texts]
         if len(texts) == 1:
             return [processor.encode(texts[0])]  # a batch starts threads, which costs more than a short text
         return processor.encode(list(texts), num_threads=1)
 
-    def _split_around_marks(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-        stand_in = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text and c not in self._characters)
-        ids = processor.encode(text.replace(SPACE_MARK, stand_in))
-        find, put = ([self.byte_ids[byte] for byte in character.encode()] for character in (stand_in, SPACE_MARK))
-        at = 0
-        while at < len(ids):
-            if ids[at : at + 3] == find:
-                ids[at : at + 3] = put
-            at += 1
-        return ids
 
-
-def read_model(path: Path) -> model_pb2.ModelProto:
+def read_model(path: Path) -> Any:
     """Reads a SentencePiece model.
 
     Raises:
@@ -83,11 +73,11 @@ def read_model(path: Path) -> model_pb2.ModelProto:
     return model
 
 
-def _processor(model: model_pb2.ModelProto) -> sentencepiece.SentencePieceProcessor:
+def _processor(model: Any) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def _special_ids(model: model_pb2.ModelProto, path: Path) -> dict[str, int]:
+def _special_ids(model: Any, path: Path) -> dict[str, int]:
     ids = {}
     for name in ("bos", "eos", "unk"):
         id, piece = (getattr(model.trainer_spec, f"{name}_{what}") for what in ("id", "piece"))
@@ -101,7 +91,7 @@ def _special_ids(model: model_pb2.ModelProto, path: Path) -> dict[str, int]:
     return ids
 
 
-def _spelling(piece: model_pb2.ModelProto.SentencePiece, unk_surface: str) -> bytes:
+def _spelling(piece: Any, unk_surface: str) -> bytes:
     if piece.type == BYTE:
         return bytes([int(piece.piece[3:5], 16)])
     if piece.type == UNKNOWN:
@@ -109,12 +99,12 @@ def _spelling(piece: model_pb2.ModelProto.SentencePiece, unk_surface: str) -> by
     return b"" if piece.type == CONTROL else piece.piece.replace(SPACE_MARK, " ").encode()
 
 
-def _byte_ids(model: model_pb2.ModelProto) -> dict[int, int]:
+def _byte_ids(model: Any) -> dict[int, int]:
     ids = {int(piece.piece[3:5], 16): i for i, piece in enumerate(model.pieces) if piece.type == BYTE}
     return ids if len(ids) == 256 else {}
 
 
-def _merges_plain_text(model: model_pb2.ModelProto) -> bool:
+def _merges_plain_text(model: Any) -> bool:
     normalizer = model.normalizer_spec
     return (
         model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE

@@ -57,7 +57,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _summary_writer(folder: Path, step: int):  # noqa: ANN202 - a class of an optional package
+def _summary_writer(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -5,6 +5,7 @@ attention, and computes norms, rotations and gates again.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -13,16 +14,13 @@ from puna.model.llama import Llama
 
 #: Operations whose results selective recomputation keeps.
 KEPT = {
-    name
-    for name in (
-        "aten::mm",
-        "aten::addmm",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "torch_attn::_varlen_attn",
-    )
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "torch_attn::_varlen_attn",
 }
 
 
@@ -30,9 +28,11 @@ def apply_recompute(model: Llama, mode: str) -> None:
     """Makes every layer of `model` recompute in the given mode: "none", "selective" or "block"."""
     if mode == "none":
         return
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
+    recompute: Any = partial(checkpoint, use_reentrant=False)
+    if mode == "selective":
+        recompute = partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     for layer in model.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **context)  # type: ignore[assignment]
+        layer.forward = partial(recompute, layer.forward)  # type: ignore[method-assign]
 
 
 def _policy(context: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:

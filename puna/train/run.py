@@ -28,7 +28,7 @@ from puna.data.rows import open_rows
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, write_json
-from puna.model.attention import Documents
+from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.llama import Llama, init_weights
 from puna.progress import Progress, say
@@ -121,23 +121,23 @@ class _Run:
                     self._give_up(skipped_in_a_row)
                 is_last = self.step == recipe.steps
                 if recipe.data.valid and (is_last or self.step % recipe.validation.every == 0):
-                    numbers["valid_loss"] = self.validate()
+                    numbers["valid_loss"] = self.validate(recipe.data.valid)
                 metrics.write(numbers)
                 note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
                 progress.advance(1, note)
                 if is_last or stop_signal() or self.step % recipe.checkpoint.every == 0:
                     self._save()
                 if not is_last and (number := stop_signal()):
-                    raise Stopped(f"stopped at step {self.step}, which is saved; run the same command to continue", number)
+                    raise Stopped(f"stopped at step {self.step}; run the same command to continue", number)
         if not numbers:
             say(f"{self.run_dir} has taken its {recipe.steps} steps already; raise steps to train further")
         return {"run_dir": str(self.run_dir), **numbers, "step": self.step, "tokens": self.tokens,
                 "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
 
-    def validate(self) -> float:
-        """Mean loss over the targets of the first rows of the validation data, in the order they lie."""
+    def validate(self, folder: str) -> float:
+        """Mean loss over the targets of the first rows of the prepared folder, in the order they lie."""
         recipe = self.recipe
-        rows = open_rows(Dataset.open(recipe.data.valid), recipe.sequence_length, _fill(recipe))
+        rows = open_rows(Dataset.open(folder), recipe.sequence_length, _fill(recipe))
         loss, n_targets = 0.0, 0
         self.model.eval()
         with torch.no_grad():
@@ -224,10 +224,13 @@ class _Run:
         weights = list(recipe.data.weights.values())
         shares = [rows.useful_tokens_share for rows in self.loader.sources]  # type: ignore[attr-defined]
         useful = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
+        dtype = self.model.compute_dtype or torch.float32
+        is_grouped = config.num_attention_heads != config.num_key_value_heads
+        kernel = attention_kernel(self.device, dtype, is_grouped=is_grouped)
         say(
             f"{config.parameter_count / 1e6:,.1f} M weights on {devices.device_name(self.device)}, {recipe.precision}; "
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
-            f"useful tokens {useful:.1%}"
+            f"useful tokens {useful:.1%}; attention: {kernel}"
         )
 
     def _give_up(self, in_a_row: int) -> None:
@@ -339,7 +342,7 @@ def _only_run_in(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PunaError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
+            raise PunaError(f"another process is training in {run_dir}; choose another run_dir") from None
         yield
 
 
@@ -368,5 +371,3 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 def _note(numbers: dict[str, Any]) -> str:
     note = f"loss {numbers['loss']:.4f}  {numbers['tokens_per_second']:,.0f} tokens/s"
     return note + (f"  valid {numbers['valid_loss']:.4f}" if "valid_loss" in numbers else "")
-
-

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No deadline: a busy machine would fail tests at random.
+settings.register_profile("puna", deadline=None)
+settings.load_profile("puna")
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def test_ranks_that_cannot_share_a_batch_are_told_what_would_do(batch_rows, worl
         loader.batch(0, rank=0, world_size=world_size)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.one_of(st.integers(1, 20), st.floats(0.05, 1.0)), min_size=1, max_size=6), st.integers(0, 10**9))
 def test_each_source_is_less_than_a_row_from_its_share_at_every_place(weights, far):
     mixture = Mixture(weights)
@@ -132,7 +132,6 @@ def test_each_source_is_less_than_a_row_from_its_share_at_every_place(weights, f
             assert before[here].tolist() == (given_so_far[here] - 1).tolist()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.integers(0, 10**9))
 def test_whole_number_weights_are_kept_exactly(weights, periods):
     mixture = Mixture(weights)

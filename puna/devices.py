@@ -1,0 +1,190 @@
+"""What computes: which device there is, what it is called, how fast it is at best, and how much memory is in use.
+
+Everything goes through `torch.accelerator`, so CUDA, Ascend (with torch-npu installed) and whatever torch learns next
+are the same code, and the CPU is the device of last resort. torch is imported inside the functions: asking the CPU
+about itself needs none.
+"""
+
+import functools
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puna.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+#: Words of a device's name -> its published peak for dense bf16 (and fp16) products with fp32 sums, in FLOP/s; the
+#: first row whose words are all in the name counts. None: not published, or the sources disagree. Source: the makers'
+#: data sheets; where they print the rate with sparsity, half of it. Not in the list: Ascend 910B, for which 256e12 and 320e12 are found.
+PEAK_FLOPS: list[tuple[tuple[str, ...], float | None]] = [
+    (("B200",), 2250e12),
+    (("GH200",), 989e12),
+    (("H200", "NVL"), 836e12),
+    (("H200",), 989e12),
+    (("H100", "PCIE"), 756e12),
+    (("H100", "NVL"), 835e12),
+    (("H100",), 989e12),
+    (("H800",), 989e12),
+    (("H20",), 148e12),
+    (("A100",), 312e12),
+    (("A800",), 312e12),
+    (("L40S",), 362e12),
+    (("L40",), 181e12),
+    (("L4",), 121e12),
+    (("A10",), 125e12),
+    (("A6000",), 155e12),
+    (("4090", "LAPTOP"), None),
+    (("4090", "D"), None),
+    (("4090",), 165e12),
+    (("3090",), 71e12),
+    (("MI300X",), 1307e12),
+]
+
+#: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.
+BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+#: How long the CPU's rate may be measured.
+MEASURE_SECONDS = 0.15
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device to compute on.
+
+    Args:
+        name: e.g. "cpu", "cuda", "cuda:1", "npu"; None: this machine's accelerator, or the CPU where there is none.
+
+    Raises:
+        UsageError: torch does not know such a device, or this machine has none.
+    """
+    import torch
+
+    if name is None:
+        if not torch.accelerator.is_available():
+            return torch.device("cpu")
+        name = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"torch knows no device {name!r}; this machine has {', '.join(device_names())}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type not in {name.partition(":")[0] for name in device_names()}:
+        raise UsageError(
+            f"device {name!r} is not there; this machine has {', '.join(device_names())} (see puna doctor)"
+        )
+    if device.index is None:
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    if device.index >= torch.accelerator.device_count():
+        raise UsageError(f"device {name!r} is not there; this machine has {', '.join(device_names())}")
+    return device
+
+
+def device_names() -> list[str]:
+    """What `pick_device` takes on this machine: "cpu", and one name an accelerator."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    return ["cpu", *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+
+
+def device_name(device: "torch.device") -> str:
+    """What its maker calls it, e.g. "NVIDIA H200"."""
+    if device.type == "cpu":
+        return cpu_name()
+    import torch
+
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
+    """The most floating-point operations a second that matrix products of `dtype` can reach; None: nobody knows.
+
+    Accelerators: the published peak for bf16 and fp16, None for other types. The CPU, for which nothing is published:
+    the best of a few square products, measured once a process.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return _measured_cpu_flops(dtype, torch.get_num_threads())
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return published_peak_flops(device_name(device))
+
+
+def published_peak_flops(name: str) -> float | None:
+    """The row of PEAK_FLOPS for a device's name; None where there is none."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    return next((flops for row, flops in PEAK_FLOPS if words.issuperset(row)), None)
+
+
+def memory_gib(device: "torch.device") -> float:
+    """The most memory that was in use at a time, in GiB: tensors on an accelerator, this whole process on the CPU."""
+    if device.type == "cpu":
+        return _peak_process_bytes() / 2**30
+    import torch
+
+    return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def has_fast_bf16(device: "torch.device") -> bool:
+    """Whether bf16 products are faster than fp32 ones: on accelerators, and on CPUs with units for them.
+
+    A CPU without such units multiplies bf16 up to a hundred times slower than fp32.
+    """
+    return device.type != "cpu" or bool(cpu_bf16_units())
+
+
+def cpu_bf16_units() -> list[str]:
+    """Instruction sets of the CPU that multiply bf16; empty where there are none, or where Linux does not say."""
+    flags = _cpu_info("flags") or _cpu_info("Features") or ""
+    return sorted(BF16_FLAGS & set(flags.split()))
+
+
+def cpu_name() -> str:
+    """What its maker calls this CPU, as far as the system tells."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpu_info(field: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
+
+
+@functools.cache
+def _measured_cpu_flops(dtype: "torch.dtype", n_threads: int) -> float:
+    """FLOP/s of the best of square products of growing size; `n_threads` is there because the rate depends on it."""
+    import torch
+
+    started, best, size = time.perf_counter(), 0.0, 256
+    with torch.inference_mode():
+        while time.perf_counter() - started < MEASURE_SECONDS:
+            factor = torch.full((size, size), 0.5, dtype=dtype)  # not random numbers: that would disturb the seed
+            for _ in range(2):
+                before = time.perf_counter()
+                factor @ factor
+                seconds = time.perf_counter() - before
+                best = max(best, 2 * size**3 / seconds)
+            if seconds < MEASURE_SECONDS / 8:
+                size *= 2
+    return best
+
+
+def _peak_process_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

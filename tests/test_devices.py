@@ -1,0 +1,151 @@
+"""Devices: the machine is asked through torch.accelerator, and says what it can do."""
+
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from puna import devices
+from puna.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """A machine with two H200, as far as torch.accelerator tells."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: (device.index + 1) * 2**30)
+    module = SimpleNamespace(get_device_name=lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+
+
+@pytest.fixture
+def cpu_info(monkeypatch):
+    """Lets a test say what /proc/cpuinfo holds."""
+    fields: dict[str, str] = {}
+    monkeypatch.setattr(devices, "_cpu_info", fields.get)
+    return fields
+
+
+def test_the_accelerator_is_picked_where_there_is_one(two_cards):
+    assert devices.pick_device() == torch.device("cuda", 1)
+    assert devices.pick_device("cuda:0") == torch.device("cuda", 0)
+    assert devices.pick_device("cpu") == CPU
+    assert devices.device_names() == ["cpu", "cuda:0", "cuda:1"]
+
+
+def test_the_cpu_is_picked_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert devices.pick_device() == devices.pick_device("cpu") == CPU
+    with pytest.raises(UsageError, match=r"device 'cuda' is not there; this machine has cpu \(see puna doctor\)"):
+        devices.pick_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "xpu"])
+def test_a_device_that_is_not_there_is_refused(two_cards, name):
+    with pytest.raises(UsageError, match=f"device '{name}' is not there; this machine has cpu, cuda:0, cuda:1"):
+        devices.pick_device(name)
+
+
+def test_a_device_that_torch_does_not_know_is_refused():
+    with pytest.raises(UsageError, match="torch knows no device 'abacus'; this machine has cpu"):
+        devices.pick_device("abacus")
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD Instinct MI300X", 1307),
+        ("Ascend910B2", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_published_peaks_are_found_by_the_words_of_a_name(name, teraflops):
+    found = devices.published_peak_flops(name)
+    assert found == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_an_accelerators_peak_is_its_data_sheets_for_bf16_and_unknown_for_fp32(two_cards):
+    device = torch.device("cuda", 0)
+    assert devices.device_name(device) == "NVIDIA H200"
+    assert devices.peak_flops(device, torch.bfloat16) == 989e12
+    assert devices.peak_flops(device, torch.float32) is None
+
+
+def test_the_cpus_peak_is_measured_once_and_quickly_and_leaves_the_seed_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    devices._measured_cpu_flops.cache_clear()
+    started = time.process_time()
+    peak = devices.peak_flops(CPU, torch.float32)
+    assert (time.process_time() - started) / torch.get_num_threads() < 1.0
+    assert torch.rand(2).tolist() == expected
+    factor = torch.full((512, 512), 0.5)
+    before = time.perf_counter()
+    factor @ factor
+    rate = 2 * 512**3 / (time.perf_counter() - before)
+    assert 0.02 * rate < peak < 1e15
+    assert devices.peak_flops(CPU, torch.float32) == peak
+
+
+def test_memory_of_the_cpu_is_the_peak_of_the_process():
+    # Apart, because a peak never falls: 300 MB that are gone again still count.
+    code = (
+        "import numpy as np; from types import SimpleNamespace; from puna.devices import memory_gib\n"
+        "cpu = SimpleNamespace(type='cpu'); before = memory_gib(cpu)\n"
+        "held = np.ones(300 * 2**17); del held\n"
+        "print(before, memory_gib(cpu))"
+    )
+    before, after = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert 0.001 < before < 0.25
+    assert 0.28 < after - before < 0.35
+
+
+def test_memory_of_an_accelerator_is_its_own(two_cards):
+    assert devices.memory_gib(torch.device("cuda", 1)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("field", "flags", "units"),
+    [
+        ("flags", "fpu sse avx2 avx512f avx512_bf16 amx_bf16 amx_tile", ["amx_bf16", "avx512_bf16"]),
+        ("flags", "fpu sse avx2 avx512f", []),
+        ("Features", "fp asimd bf16 i8mm", ["bf16"]),
+        ("model name", "bf16", []),
+    ],
+)
+def test_a_cpu_is_fast_at_bf16_only_with_units_for_it(cpu_info, field, flags, units):
+    cpu_info[field] = flags
+    assert devices.cpu_bf16_units() == units
+    assert devices.has_fast_bf16(CPU) is bool(units)
+    assert devices.has_fast_bf16(torch.device("cuda", 0))
+
+
+def test_the_cpu_has_a_name(cpu_info):
+    cpu_info["model name"] = "Abacus 9000"
+    assert devices.device_name(CPU) == "Abacus 9000"
+    del cpu_info["model name"]
+    assert devices.device_name(CPU)
+
+
+def test_importing_devices_loads_no_torch():
+    code = "import sys, puna.devices; puna.devices.cpu_bf16_units(); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

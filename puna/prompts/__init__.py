@@ -1,0 +1,23 @@
+"""How text is laid out for a model: infilling and chat, each layout spelled once.
+
+Training, generation, evaluation and serving all call this, so a model is asked in exactly the tokens that it was
+trained on. A layout is a sequence of token ids, never one string that is split afterwards: user text is encoded on its
+own terms and cannot become a control token.
+"""
+
+from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
+from puna.prompts.infilling import infill_document, infill_prompt, infill_stops
+from puna.prompts.templates import alpaca_prompt, chat_template, template_names
+
+__all__ = [
+    "ChatTemplate",
+    "Encoded",
+    "Message",
+    "UnusableDialog",
+    "alpaca_prompt",
+    "chat_template",
+    "infill_document",
+    "infill_prompt",
+    "infill_stops",
+    "template_names",
+]

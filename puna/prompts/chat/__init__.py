@@ -1,0 +1,1 @@
+"""Chat templates: one file each, called like the template, holding `TEMPLATE`; found because it is there."""

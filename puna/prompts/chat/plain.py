@@ -1,0 +1,27 @@
+"""No layout at all: the answer continues the question. For base models.
+
+BOS "{question}" "{answer}" EOS
+"""
+
+from collections.abc import Sequence
+
+from puna.prompts.dialog import ChatTemplate, Encoded, Message, only_turn
+from puna.tokenizer import Tokenizer
+
+
+class Plain(ChatTemplate):
+    """See the module."""
+
+    name = "plain"
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+        """Lays out a dialog; see `ChatTemplate`."""
+        question, answer = only_turn(messages)
+        encoded = Encoded()
+        encoded.given(tokenizer.encode(question, bos=True))
+        if answer is not None:
+            encoded.learned(tokenizer.encode(answer, eos=True, leading_space=False))
+        return encoded
+
+
+TEMPLATE = Plain()

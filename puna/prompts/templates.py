@@ -1,0 +1,63 @@
+"""Finding a chat template: by name, one file each in `puna/prompts/chat/`, or the one that a model ships."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from puna.errors import PunaError, UsageError
+from puna.files import read_json
+from puna.prompts import chat
+from puna.prompts.chat.alpaca import alpaca_prompt
+from puna.prompts.dialog import ChatTemplate
+
+__all__ = ["alpaca_prompt", "chat_template", "template_names"]
+
+
+def template_names() -> list[str]:
+    """The templates that come with puna."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(chat.__path__))
+
+
+def chat_template(name_or_folder: str | Path) -> ChatTemplate:
+    """The template of this name, or the one in a model's folder.
+
+    A folder's template is `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+
+    Raises:
+        UsageError: neither a name nor a folder.
+        PunaError: the folder ships no template, or one that cannot be read.
+    """
+    if str(name_or_folder) in template_names():
+        module = importlib.import_module(f"puna.prompts.chat.{str(name_or_folder).replace('-', '_')}")
+        return module.TEMPLATE
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{name_or_folder} is neither a chat template ({', '.join(template_names())}) nor a model's folder"
+        )
+    from puna.prompts.jinja import JinjaTemplate
+
+    settings: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            settings |= read_json(folder / file)
+    source = _source(folder, settings)
+    if source is None:
+        raise PunaError(f"{folder} ships no chat template; name one of {', '.join(template_names())}")
+    return JinjaTemplate(source, name=str(folder), specials=_special_texts(settings))
+
+
+def _source(folder: Path, settings: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    return source
+
+
+def _special_texts(settings: dict[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` and their like, which templates write by name."""
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}

@@ -1,8 +1,9 @@
 """Fakes for tests, of puna and of what is built on it: small, in memory, with the interface of the real thing."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,3 +124,37 @@ class ScriptedModel:
     def __call__(self, tokens: "Tensor", *, positions: "Tensor | None" = None, cache: Any = None) -> "Tensor":
         """Logits (B, T, V)."""
         return self.lm_head(self.hidden(tokens, positions=positions, cache=cache))
+
+
+class PeakAnonymousMemory:
+    """Watches this process's anonymous memory (what it allocated; mapped files do not count) while a block runs.
+
+    Attributes:
+        grown_bytes: the most it grew beyond what there was at the start; known when the block has ended.
+    """
+
+    def __init__(self) -> None:
+        self.grown_bytes = 0
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._start = self._anonymous_bytes()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while True:
+            is_last = self._is_over.wait(0.002)
+            self.grown_bytes = max(self.grown_bytes, self._anonymous_bytes() - self._start)
+            if is_last:
+                return
+
+    @staticmethod
+    def _anonymous_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024

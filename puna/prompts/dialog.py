@@ -98,11 +98,7 @@ def read_dialog(messages: Sequence[Message]) -> Dialog:
     Raises:
         UnusableDialog: they are not.
     """
-    for message in messages:
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise UnusableDialog("unknown role", f'{message.get("role")!r}; roles are "system", "user" and "assistant"')
-        if not isinstance(message.get("content"), str):
-            raise UnusableDialog("content is not text")
+    read_messages(messages)
     has_system = bool(messages) and messages[0]["role"] == "system"
     spoken = messages[1:] if has_system else messages
     if not spoken:
@@ -113,10 +109,27 @@ def read_dialog(messages: Sequence[Message]) -> Dialog:
         if message["role"] != ("user", "assistant")[i % 2]:
             raise UnusableDialog("roles do not alternate", f"message {i + 1 + has_system} is from {message['role']}")
         if not message["content"].strip():
-            raise UnusableDialog("empty question" if i % 2 == 0 else "empty answer")
+            raise UnusableDialog("empty question")
     contents = [message["content"] for message in spoken]
     answers: list[str | None] = [*contents[1::2], None][: len(contents[::2])]
     return Dialog(messages[0]["content"] if has_system else None, list(zip(contents[::2], answers, strict=True)))
+
+
+def read_messages(messages: Sequence[Message]) -> None:
+    """Checks what holds for every template: known roles, texts, and no empty answer.
+
+    Raises:
+        UnusableDialog: a message is not so, or there is none.
+    """
+    if not messages:
+        raise UnusableDialog("no messages")
+    for message in messages:
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise UnusableDialog("unknown role", f'{message.get("role")!r}; roles are "system", "user" and "assistant"')
+        if not isinstance(message.get("content"), str):
+            raise UnusableDialog("content is not text")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise UnusableDialog("empty answer")
 
 
 def only_turn(messages: Sequence[Message]) -> tuple[str, str | None]:

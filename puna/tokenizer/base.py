@@ -6,9 +6,11 @@ model's vocabulary.
 """
 
 import codecs
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from puna.errors import PunaError
@@ -64,6 +66,8 @@ class Tokenizer(ABC):
         byte_ids: byte -> the id that spells it alone, where the vocabulary spells unknown characters so; else empty.
         merges_plain_text: whether a text is split by merging neighbours into pieces of the vocabulary, and nothing else
             is done to it, so that it may be split part by part (see `BulkEncoder`).
+        adds_space_after_control: whether Hugging Face's twin of this tokenizer, given one string with control tokens
+            written out, puts the leading space also behind each of them (see `prompts.jinja`).
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Tokenizer(ABC):
         adds_leading_space: bool,
         byte_ids: dict[int, int],
         merges_plain_text: bool,
+        adds_space_after_control: bool,
+        control_strips: Mapping[int, tuple[bool, bool]] | None = None,
     ) -> None:
         """Takes the backend's tables: `pieces` as the vocabulary writes them, `spellings` the bytes they stand for."""
         self.path, self.sha256 = path, sha256_of(path)
@@ -86,8 +92,10 @@ class Tokenizer(ABC):
         self.adds_leading_space = adds_leading_space
         self.control = frozenset(control)
         self.byte_ids, self.merges_plain_text = byte_ids, merges_plain_text
+        self.adds_space_after_control = adds_space_after_control
+        self._control_strips = control_strips or {}
         self._pieces, self._spellings = pieces, spellings
-        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        self._ids = {piece: i for i, piece in enumerate(pieces) if piece}
         self._use_markers()
 
     @property
@@ -163,6 +171,14 @@ class Tokenizer(ABC):
         """The id of a piece, control pieces included; None if the vocabulary lacks it."""
         return self._ids.get(piece)
 
+    def find_controls(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Start, stop and id of each control piece that is written out in a text which we laid out ourselves.
+
+        Never for text from users. A vocabulary may say that a control piece takes the blanks beside it along.
+        """
+        for match in self._control_pattern.finditer(text):
+            yield *match.span(), self._ids[match[match.lastindex or 0]]
+
     def check_vocab_size(self, vocab_size: int) -> None:
         """Makes sure that a model with this many embeddings has one for every id that can come out of `encode`.
 
@@ -185,9 +201,10 @@ class Tokenizer(ABC):
                 f"{vocab_size}; use the tokenizer that the model was trained with"
             )
         for piece in self._pieces[vocab_size:]:
-            del self._ids[piece]
+            self._ids.pop(piece, None)
         del self._pieces[vocab_size:], self._spellings[vocab_size:]
         self.control = frozenset(i for i in self.control if i < vocab_size)
+        self.__dict__.pop("_control_pattern", None)
         self._use_markers()
 
     def save(self, folder: Path | str) -> None:
@@ -215,6 +232,15 @@ class Tokenizer(ABC):
             if ids[at : at + 3] == find:
                 ids[at : at + 3] = put
         return ids
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        alternatives = []
+        written = [i for i in self.control if self._pieces[i]]
+        for i in sorted(written, key=lambda i: len(self._pieces[i]), reverse=True):
+            left, right = self._control_strips.get(i, (False, False))
+            alternatives.append(r"\s*" * left + f"({re.escape(self._pieces[i])})" + r"\s*" * right)
+        return re.compile("|".join(alternatives) or "(?!)")
 
     def _use_markers(self) -> None:
         ids = [i for name in ("PRE", "SUF", "MID", "EOT") if (i := self.id_of(f"{SPACE_MARK}<{name}>")) is not None]

@@ -36,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         content = read_json(path)
         if not isinstance(content, dict) or "model" not in content:
             raise PunaError(f"{path} is not a tokenizer of the `tokenizers` library (it has no model)")
-        adds_leading_space = _take_leading_space_out(content)
+        adds_leading_space, adds_space_after_control = _take_leading_space_out(content)
         for token in content.get("added_tokens") or []:
             token["special"] = token.get("special") or token["content"] in (*INFILLING_PIECES, STEP_PIECE)
         control_pieces = _take_control_pieces_out(content)
@@ -59,6 +59,11 @@ class HuggingFaceTokenizer(Tokenizer):
             adds_leading_space=adds_leading_space,
             byte_ids=byte_ids if len(byte_ids) == 256 else {},
             merges_plain_text=False,
+            adds_space_after_control=adds_space_after_control,
+            control_strips={
+                ids[token["content"]]: (bool(token.get("lstrip")), bool(token.get("rstrip")))
+                for token in content.get("added_tokens") or []
+            },
         )
         for id in control:
             if control.intersection(self.encode(pieces[id])):
@@ -81,18 +86,19 @@ def _backend(content: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _take_leading_space_out(content: dict[str, Any]) -> bool:
-    """Removes the steps that put a space in front of a text; whether there was one."""
-    found = False
+def _take_leading_space_out(content: dict[str, Any]) -> tuple[bool, bool]:
+    """Removes the steps that put a space in front; whether they did so for a text, and behind each control token."""
+    found = everywhere = False
     for step in _steps(content, "normalizer", "pre_tokenizer"):
         if step["type"] == "Prepend":
-            found, step["prepend"] = True, ""
-        elif step["type"] == "Metaspace" and (step.get("add_prefix_space") or step.get("prepend_scheme") != "never"):
-            found, step["prepend_scheme"] = True, "never"
-            step.pop("add_prefix_space", None)
+            found, everywhere, step["prepend"] = True, True, ""
+        elif step["type"] == "Metaspace":
+            scheme = step.pop("prepend_scheme", "always" if step.pop("add_prefix_space", True) else "never")
+            found, everywhere = found or scheme != "never", everywhere or scheme == "always"
+            step["prepend_scheme"] = "never"
         elif step["type"] == "ByteLevel" and step.get("add_prefix_space"):
-            found, step["add_prefix_space"] = True, False
-    return found
+            found, everywhere, step["add_prefix_space"] = True, True, False
+    return found, everywhere
 
 
 def _take_control_pieces_out(content: dict[str, Any]) -> set[str]:

@@ -4,6 +4,8 @@ SentencePiece's Python offers no switch for what Code Llama needs, but its file 
 
 - the infilling markers and `<step>` are ordinary pieces there, so that a source file which contains ` <EOT>` would end
   an infilling by itself: they are retyped as control pieces, which text cannot produce;
+- what Hugging Face added behind the model's last id (`<|im_end|>` and the like) is told in files beside it, and
+  becomes control pieces;
 - text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's
   `encode_infilling` drops the first two ids of "☺" + text to the same end.
 
@@ -19,6 +21,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from puna.errors import PunaError
+from puna.files import read_json
 from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
 
 #: The generated module has no types.
@@ -36,15 +39,23 @@ class SentencePieceTokenizer(Tokenizer):
         for piece in model.pieces:
             if piece.piece in (*INFILLING_PIECES, STEP_PIECE):
                 piece.type = CONTROL
+        bos_id, eos_id, unk_id = _special_ids(model, path)
+        added = _added_pieces(path, len(model.pieces))
         super().__init__(
             path,
-            pieces=[piece.piece for piece in model.pieces],
-            spellings=[_spelling(piece, model.trainer_spec.unk_surface) for piece in model.pieces],
-            control=[i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNUSED)],
-            **_special_ids(model, path),
+            pieces=[piece.piece for piece in model.pieces] + added,
+            spellings=[_spelling(piece, model.trainer_spec.unk_surface) for piece in model.pieces] + [b""] * len(added),
+            control=[
+                *(i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNUSED)),
+                *range(len(model.pieces), len(model.pieces) + len(added)),
+            ],
+            bos_id=bos_id,
+            eos_id=eos_id,
+            unk_id=unk_id,
             adds_leading_space=model.normalizer_spec.add_dummy_prefix,
             byte_ids=_byte_ids(model),
             merges_plain_text=_merges_plain_text(model),
+            adds_space_after_control=_settings(path).get("legacy") is not False,
         )
         self._spaced = _processor(model)
         model.normalizer_spec.add_dummy_prefix = False
@@ -73,22 +84,36 @@ def read_model(path: Path) -> Any:
     return model
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """What Hugging Face keeps beside a tokenizer.model."""
+    file = path.with_name("tokenizer_config.json")
+    return read_json(file) if file.is_file() else {}
+
+
+def _added_pieces(path: Path, size: int) -> list[str]:
+    """Control pieces that Hugging Face put behind the model's own; they are told in files beside it."""
+    ids = {int(i): token["content"] for i, token in _settings(path).get("added_tokens_decoder", {}).items()}
+    file = path.with_name("added_tokens.json")
+    if file.is_file():
+        ids.update({i: piece for piece, i in read_json(file).items()})
+    return [ids.get(i, "") for i in range(size, max(ids, default=-1) + 1)]
+
+
 def _processor(model: Any) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def _special_ids(model: Any, path: Path) -> dict[str, int]:
-    ids = {}
-    for name in ("bos", "eos", "unk"):
-        id, piece = (getattr(model.trainer_spec, f"{name}_{what}") for what in ("id", "piece"))
-        if not 0 <= id < len(model.pieces):
-            id = next((i for i, p in enumerate(model.pieces) if p.piece == piece), -1)
-        ids[f"{name}_id"] = id
-    if ids["eos_id"] < 0:
-        raise PunaError(f"{path} has no end-of-document piece ({model.trainer_spec.eos_piece}); puna cannot use it")
-    if ids["bos_id"] < 0:
-        ids["bos_id"] = ids["eos_id"]
-    return ids
+def _special_ids(model: Any, path: Path) -> tuple[int, int, int | None]:
+    """The ids of BOS, EOS and of what cannot be spelled."""
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    told = model.trainer_spec
+    bos, eos, unk = (
+        id if 0 <= id < len(ids) else ids.get(piece)
+        for id, piece in ((told.bos_id, told.bos_piece), (told.eos_id, told.eos_piece), (told.unk_id, told.unk_piece))
+    )
+    if eos is None:
+        raise PunaError(f"{path} has no end-of-document piece ({told.eos_piece}); puna cannot use it")
+    return (eos if bos is None else bos), eos, unk
 
 
 def _spelling(piece: Any, unk_surface: str) -> bytes:

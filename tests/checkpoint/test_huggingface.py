@@ -1,0 +1,355 @@
+"""Loading and saving the Hugging Face layout: exact, lean, and strict about every tensor and file."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from puna.checkpoint import load, load_config, load_model, resolve, save_model
+from puna.checkpoint.huggingface import build_model, parameter_shapes
+from puna.checkpoint.tensors import StoredTensor
+from puna.errors import PunaError, UsageError
+from puna.model.config import preset
+from puna.testing import tiny_model, write_tiny_model
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model in one file."""
+    save_model(tiny_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A tiny model in several files."""
+    save_model(tiny_model(), tmp_path / "sharded", max_shard_bytes=100_000)
+    return tmp_path / "sharded"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000])
+def test_tensors_come_back_bit_for_bit(tmp_path, dtype, max_shard_bytes):
+    source = {name: all_bit_patterns(shape, dtype) for name, shape in parameter_shapes(preset("tiny-64")).items()}
+    model = build_model(preset("tiny-64"), {name: StoredTensor.of(values) for name, values in source.items()})
+    save_model(model, tmp_path / "a", max_shard_bytes=max_shard_bytes)
+    save_model(load_model(tmp_path / "a"), tmp_path / "b", max_shard_bytes=max_shard_bytes)
+    stored = {}
+    for file in (tmp_path / "b").glob("*.safetensors"):
+        stored.update(load_file(file))
+    assert stored.keys() == source.keys()
+    for name, values in source.items():
+        assert stored[name].dtype == dtype
+        assert torch.equal(stored[name].view(torch.uint8), values.view(torch.uint8)), name
+
+
+def test_shards_respect_the_limit_and_the_index_names_every_tensor(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    files = sorted(sharded.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    sizes = {file.name: sum(t.nbytes for t in load_file(file).values()) for file in files}
+    assert max(sizes[file.name] for file in files if len(load_file(file)) > 1) <= 100_000
+    assert index["metadata"]["total_size"] == sum(sizes.values()) == 4 * tiny_model().config.parameter_count
+    assert all(name in load_file(sharded / file) for name, file in index["weight_map"].items())
+
+
+def test_mixed_dtypes_stay_as_they_are_stored_unless_another_is_asked_for(folder):
+    change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].bfloat16()}))
+    model = load_model(folder)
+    assert model.get_parameter(Q_PROJ).dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.float32
+    save_model(model, folder.with_name("again"))  # tensors of 2 and 4 bytes side by side in one file
+    again = load_model(folder.with_name("again"))
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert {p.dtype for p in load_model(folder, dtype="fp16").parameters()} == {torch.float16}
+
+
+def test_an_unknown_dtype_lists_those_there_are(folder):
+    with pytest.raises(UsageError, match="no dtype is called 'int3'; there are fp32, bf16, fp16"):
+        load_model(folder, dtype="int3")
+
+
+def test_a_tied_model_stores_its_head_once_and_stays_tied(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    save_model(model, tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    loaded = load_model(tmp_path / "tied")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tied_model_whose_file_repeats_the_head_loads_if_the_two_are_equal(tmp_path):
+    folder = tmp_path / "tied"
+    save_model(tiny_model(tie_word_embeddings=True), folder)
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert load_model(folder).lm_head.weight.shape == (512, 64)
+    change(folder, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    with pytest.raises(PunaError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but .* ties them"):
+        load_model(folder)
+
+
+def test_loaded_weights_can_be_trained_and_outlive_their_file(folder):
+    model = load_model(folder)
+    before = model.lm_head.weight.detach().clone()
+    (folder / "model.safetensors").write_bytes(b"")
+    assert torch.equal(model.lm_head.weight, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_old_rotary_tables_are_skipped(folder):
+    change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert load_model(folder).config == tiny_model().config
+
+
+def test_a_missing_tensor_is_named(folder):
+    change(folder, lambda tensors: tensors.pop(Q_PROJ))
+    with pytest.raises(PunaError, match=rf"model\.safetensors lacks {Q_PROJ}, which config\.json asks for"):
+        load_model(folder)
+
+
+def test_an_unknown_tensor_is_named(folder):
+    change(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
+    with pytest.raises(PunaError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which .* does not have"):
+        load_model(folder)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(folder):
+    change(folder, lambda tensors: tensors.update({Q_PROJ: torch.ones(64, 32)}))
+    with pytest.raises(PunaError, match=rf"{Q_PROJ} has shape \(64, 32\), config\.json makes it \(64, 64\)"):
+        load_model(folder)
+
+
+def test_a_vocabulary_that_does_not_fit_the_tensors_is_named(folder):
+    edit_config(folder, vocab_size=500)
+    with pytest.raises(PunaError, match=r"embed_tokens\.weight .*; its vocab_size is 500, the weights' is 512"):
+        load_model(folder)
+
+
+def test_a_file_that_the_index_names_and_is_not_there_is_named(sharded):
+    file = sorted(sharded.glob("model-*.safetensors"))[1]
+    file.unlink()
+    with pytest.raises(PunaError, match=rf"{file.name} does not exist, but model\.safetensors\.index\.json names it"):
+        load_model(sharded)
+
+
+def test_a_tensor_in_two_files_is_named_with_both(sharded):
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: load_file(first)[name]}, second)
+    with pytest.raises(PunaError, match=rf"{name} is in {second.name} and in {first.name}"):
+        load_model(sharded)
+
+
+def test_a_file_without_a_tensor_that_the_index_promises_is_named(sharded):
+    file = sorted(sharded.glob("model-*.safetensors"))[1]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**{k: v for k, v in tensors.items() if k != name}, "filler": torch.ones(1)}, file)
+    with pytest.raises(
+        PunaError, match=rf"{file.name} lacks {name}, which model\.safetensors\.index\.json says it holds"
+    ):
+        load_model(sharded)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5, 100, -1])
+def test_a_file_that_is_cut_off_is_named(folder, kept_bytes):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(PunaError, match=r"model\.safetensors is damaged or cut off"):
+        load_model(folder)
+
+
+def test_an_empty_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(PunaError, match=r"config\.json does not exist"):
+        load_model(tmp_path)
+    shutil.copy(saved_config(tmp_path), tmp_path)
+    with pytest.raises(PunaError, match=r"holds no weights: there is neither model\.safetensors nor"):
+        load_model(tmp_path)
+
+
+def test_quantised_weights_are_refused(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(PunaError, match=r"config\.json: the weights are quantised"):
+        load_config(folder)
+
+
+def test_a_bin_file_loads_equal_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model = load_model(folder)
+    assert all(same_bits(parameter, tensors[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_bin_file_of_before_zip_loads_too(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    assert same_bits(load_model(folder).get_parameter(Q_PROJ), tensors[Q_PROJ])
+
+
+def test_code_in_a_bin_file_is_not_run(folder, tmp_path):
+    torch.save({"model.norm.weight": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PunaError, match=r"pytorch_model\.bin is damaged, or holds more than tensors and is not opened"):
+        load_model(folder)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_cut_off_bin_file_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    content = (folder / "pytorch_model.bin").read_bytes()
+    for kept in (0, 3, len(content) // 2):
+        (folder / "pytorch_model.bin").write_bytes(content[:kept])
+        with pytest.raises(PunaError, match=r"pytorch_model\.bin is damaged"):
+            load_model(folder)
+
+
+def test_load_gives_the_model_and_its_tokenizer(tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    model, tokenizer = load(folder)
+    assert tokenizer.decode(tokenizer.encode("def f(x):\n    return x")) == "def f(x):\n    return x"
+    assert tokenizer.vocab_size == model.config.vocab_size
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": [tokenizer.eos_id, tokenizer.infilling.eot_id],
+    }
+
+
+def test_a_folder_without_a_tokenizer_loads_without_one(folder):
+    assert load(folder)[1] is None
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    save_model(tiny_model(vocab_size=300), tmp_path / "small")
+    shutil.copy(folder / "tokenizer.model", tmp_path / "small")
+    with pytest.raises(PunaError, match="gives ids up to"):
+        load(tmp_path / "small")
+
+
+def test_nothing_is_overwritten(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(PunaError, match="exists already"):
+        save_model(tiny_model(seed=1), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("puna.checkpoint.huggingface.write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(tiny_model(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_takes_the_memory_of_the_model_and_one_tensor(tmp_path, peak_anonymous_bytes):
+    model = tiny_model(vocab_size=30_000, hidden_size=256)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    save_model(model, tmp_path / "model")
+    peak = peak_anonymous_bytes("model = puna.checkpoint.load_model(sys.argv[1])", tmp_path / "model")
+    slack = 8_000_000
+    assert size + largest + slack < 2 * size  # a second copy would be seen
+    assert 0.9 * size < peak < size + largest + slack
+
+
+def test_saving_takes_the_memory_of_one_tensor(tmp_path, peak_anonymous_bytes):
+    save_model(tiny_model(vocab_size=30_000, hidden_size=256), tmp_path / "model")
+    code = "puna.checkpoint.convert(sys.argv[1], sys.argv[2], dtype='bf16')"
+    peak = peak_anonymous_bytes(code, tmp_path / "model", tmp_path / "copy")
+    assert peak < 30_000 * 256 * 2 + 8_000_000
+    assert {p.dtype for p in load_model(tmp_path / "copy").parameters()} == {torch.bfloat16}
+
+
+def test_a_name_that_is_no_folder_says_so(tmp_path):
+    with pytest.raises(PunaError, match=r"there is no folder \S+/nothing"):
+        resolve(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(PunaError, match="is a file; a model is a folder"):
+        resolve(tmp_path / "file")
+
+
+def test_a_hub_id_without_the_hubs_client_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(PunaError, match=r"no folder codellama/nothing; .* pip install 'puna\[hub\]'"):
+        resolve("codellama/nothing")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("[Errno -3] Temporary failure in name resolution\nlong story")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    with pytest.raises(PunaError) as caught:
+        resolve("codellama/CodeLlama-7b-hf")
+    assert "the Hugging Face hub cannot be reached ([Errno -3] Temporary failure in name resolution)" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_gives_the_folder_of_its_download(monkeypatch, folder):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert load_model("codellama/tiny").config == tiny_model().config
+    assert "*.safetensors" in asked["codellama/tiny"]
+    assert not any(pattern.endswith((".bin", ".pth")) for pattern in asked["codellama/tiny"])
+
+
+class Touch:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def change(folder: Path, edit: object) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def saved_config(folder: Path) -> Path:
+    save_model(tiny_model(), folder / "other")
+    return folder / "other" / "config.json"
+
+
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one.detach().view(torch.uint8), two.view(torch.uint8))
+
+
+def all_bit_patterns(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Random bits, among them infinities, NaNs and subnormals."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.randint(256, (count,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)

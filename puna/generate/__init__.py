@@ -1,24 +1,35 @@
 """Prompts to completions: by text here, by token in `complete`.
 
-`generate` continues a text, `infill` writes what is missing between two; both prepare the tokens and leave the rest to
-the loop. Where a completion ends, and how it is chosen, is said by `Sampling`.
+`generate` continues a text, `infill` writes what is missing between two, `chat` answers a dialog; they lay out the
+tokens and leave the rest to the loop. Where a completion ends, and how it is chosen, is said by `Sampling`.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from puna.errors import PunaError
-from puna.generate.loop import Completion, OnText, complete
+from puna.generate.loop import Completion, OnCompletion, OnText, complete
 from puna.generate.sampling import Sampling
 from puna.model.llama import Llama
+from puna.prompts import ChatTemplate, Message, chat_template, infill_prompt, infill_stops
 from puna.tokenizer import Tokenizer
+from puna.twins import make_callable
 
-__all__ = ["Completion", "OnText", "Sampling", "complete", "generate", "infill"]
+__all__ = ["Completion", "OnCompletion", "OnText", "Sampling", "chat", "complete", "generate", "infill"]
+
+make_callable(__name__)
 
 
 def generate(
-    model: Llama, tokenizer: Tokenizer, prompts: str | Sequence[str], *, on_text: OnText | None = None, **sampling: Any
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    on_text: OnText | None = None,
+    on_completion: OnCompletion | None = None,
+    batch_rows: int = 16,
+    **sampling: Any,
 ) -> list[Completion]:
     """Continues texts.
 
@@ -27,6 +38,8 @@ def generate(
         tokenizer: likewise.
         prompts: one text or several.
         on_text: is given (number of the prompt, piece of text) while the text grows.
+        on_completion: is given (number of the prompt, completion) once it is finished.
+        batch_rows: prompts that are completed together.
         sampling: the fields of `Sampling`, e.g. `temperature=0.2, stop=("def ",)`.
 
     Returns:
@@ -37,7 +50,15 @@ def generate(
         if not prompt:
             raise PunaError(f"prompt {index} is empty; write what the model is to continue")
     tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    return complete(model, tokenizer, tokens, Sampling.of(sampling), on_text=on_text)
+    return complete(
+        model,
+        tokenizer,
+        tokens,
+        Sampling.of(sampling),
+        on_text=on_text,
+        on_completion=on_completion,
+        batch_rows=batch_rows,
+    )
 
 
 def infill(
@@ -46,7 +67,7 @@ def infill(
     prefix: str,
     suffix: str,
     *,
-    order: str = "psm",
+    order: Literal["psm", "spm"] = "psm",
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> Completion:
@@ -64,14 +85,41 @@ def infill(
     Raises:
         PunaError: the model cannot infill; the message says which can.
     """
-    from puna.prompts import infill_prompt, infill_stops
-
-    if tokenizer.infilling is None or tokenizer.infilling.eot_id >= model.config.vocab_size:
-        raise PunaError(
-            "this model has no infilling markers (▁<PRE> ▁<SUF> ▁<MID> ▁<EOT>); Code Llama 7B, 13B and 70B, base and "
-            "Instruct, have them (34B and Python do not), and so have models trained with a puna tokenizer"
-        )
-    settings = Sampling.of(sampling)
-    settings = replace(settings, stop_ids=(*settings.stop_ids, *infill_stops(tokenizer)))
     tokens = infill_prompt(tokenizer, prefix, suffix, order=order)
+    settings = _ending_also(sampling, infill_stops(tokenizer))
     return complete(model, tokenizer, [tokens], settings, on_text=on_text)[0]
+
+
+def chat(
+    model: Llama,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    template: ChatTemplate | str,
+    on_text: OnText | None = None,
+    **sampling: Any,
+) -> Completion:
+    """Answers the last message of a dialog.
+
+    Args:
+        model: from `puna.load`.
+        tokenizer: likewise.
+        messages: `{"role": "system" | "user" | "assistant", "content": text}`; the last is the user's.
+        template: the layout that the model was tuned with: a name, a folder that ships one, or from `chat_template`.
+        on_text: as for `generate`; the number is 0.
+        sampling: the fields of `Sampling`.
+
+    Raises:
+        UnusableDialog: the dialog does not fit the template.
+    """
+    template = chat_template(template) if isinstance(template, str) else template
+    if not messages or messages[-1]["role"] != "user":
+        raise PunaError("a dialog to answer ends with a message of the user")
+    tokens = template.encode(tokenizer, messages).tokens
+    settings = _ending_also(sampling, template.stops(tokenizer), template.stop_strings)
+    return complete(model, tokenizer, [tokens], settings, on_text=on_text)[0]
+
+
+def _ending_also(sampling: dict[str, Any], stop_ids: Sequence[int], stop: Sequence[str] = ()) -> Sampling:
+    settings = Sampling.of(sampling)
+    return replace(settings, stop_ids=(*settings.stop_ids, *stop_ids), stop=(*settings.stop, *stop))

@@ -41,6 +41,10 @@ class Completion:
     prompt_tokens: int
 
 
+#: Called with the number of a prompt and its completion.
+OnCompletion = Callable[[int, Completion], None]
+
+
 @torch.inference_mode()
 def complete(
     model: Llama,
@@ -49,6 +53,7 @@ def complete(
     sampling: Sampling | Sequence[Sampling],
     *,
     on_text: OnText | None = None,
+    on_completion: OnCompletion | None = None,
     batch_rows: int = 16,
 ) -> list[Completion]:
     """Completes prompts of tokens.
@@ -62,6 +67,7 @@ def complete(
         prompts: ids, BOS included where the model wants it.
         sampling: one for all prompts, or one for each.
         on_text: is given the text while it grows, in whole characters, never more than what stays.
+        on_completion: is given each completion once it is finished.
         batch_rows: prompts that are completed together.
 
     Raises:
@@ -78,7 +84,7 @@ def complete(
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     for start in range(0, len(sequences), batch_rows):
-        _complete_batch(model, sequences[start : start + batch_rows])
+        _complete_batch(model, sequences[start : start + batch_rows], on_completion)
     return [sequence.completion() for sequence in sequences]
 
 
@@ -96,7 +102,7 @@ def _check_prompt(index: int, prompt: Sequence[int], model: Llama) -> None:
         )
 
 
-def _complete_batch(model: Llama, batch: "list[_Sequence]") -> None:
+def _complete_batch(model: Llama, batch: "list[_Sequence]", on_completion: "OnCompletion | None") -> None:
     dtype = model.compute_dtype or model.lm_head.weight.dtype
     capacity = max(sequence.most_tokens for sequence in batch)
     cache = KVCache(model.config, len(batch), capacity, dtype=dtype, device=model.lm_head.weight.device)
@@ -104,6 +110,8 @@ def _complete_batch(model: Llama, batch: "list[_Sequence]") -> None:
     while True:
         for sequence, row in zip(batch, logits, strict=True):
             sequence.take(row)
+            if sequence.finish is not None and on_completion is not None:
+                on_completion(sequence.index, sequence.completion())
         unfinished = [row for row, sequence in enumerate(batch) if sequence.finish is None]
         if not unfinished:
             return

@@ -1,0 +1,158 @@
+"""`puna chat`: a conversation in the terminal, or with lines from standard input."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from puna.cli import app
+from puna.cli.generate import (
+    Device,
+    Dtype,
+    MaxTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    open_model,
+    print_piece,
+)
+from puna.errors import PunaError
+from puna.files import read_json
+from puna.progress import say
+
+if TYPE_CHECKING:
+    from puna.prompts import ChatTemplate, Message
+    from puna.tokenizer import Tokenizer
+
+#: A line that begins another dialog.
+NEW = "/new"
+
+
+@app.command()
+def chat(
+    model: Model,
+    template: Annotated[
+        str | None, typer.Option(help="Layout of dialogs; default: the model's own, else by kind.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first message.")] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.2,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Talk with a model; each line is a message, /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves."""
+    from puna.checkpoint import resolve
+    from puna.generate import Sampling
+    from puna.generate import chat as answer
+
+    settings = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    loaded, tokenizer = open_model(model, dtype, device)
+    layout = _template(template, resolve(model), tokenizer)
+    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    say(f"{model}, laid out as {layout.name}; {NEW} begins another dialog, Ctrl-D leaves")
+    for line in _lines():
+        if line.strip() == NEW:
+            messages = list(start)
+            continue
+        messages = _room_for({"role": "user", "content": line}, messages, start, layout, tokenizer)
+        spoken = _Spoken()
+        try:
+            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, **settings)
+        except KeyboardInterrupt:  # the answer ends here; what was said stays
+            if not sys.stdin.isatty():
+                raise
+        except PunaError as error:
+            if not sys.stdin.isatty():
+                raise
+            say(f"puna: {error}; {NEW} begins another dialog")
+        print()
+        if spoken.text.strip():
+            messages.append({"role": "assistant", "content": spoken.text.strip()})
+        else:
+            messages.pop()  # no layout has room for a message without an answer
+
+
+class _Spoken:
+    """Prints an answer while it grows, without the blanks before it, and keeps it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self, index: int, piece: str) -> None:
+        piece = piece if self.text else piece.lstrip()
+        self.text += piece
+        print_piece(index, piece)
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until Ctrl-D or, with nothing being answered, Ctrl-C."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return
+    import readline  # noqa: F401 - gives `input` its line editing and history
+
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip():
+            yield line
+
+
+def _room_for(
+    question: "Message",
+    messages: "list[Message]",
+    start: "list[Message]",
+    layout: "ChatTemplate",
+    tokenizer: "Tokenizer",
+) -> "list[Message]":
+    """The dialog with a question behind it; begun anew if the layout knows no second turn."""
+    from puna.prompts import UnusableDialog
+
+    messages = [*messages, question]
+    try:
+        layout.encode(tokenizer, messages)
+    except UnusableDialog as error:
+        if error.reason == "more than one turn":
+            return [*start, question]
+    return messages
+
+
+def _template(name: str | None, folder: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
+    """The layout asked for, else the one that the model ships, else Code Llama's."""
+    from puna.prompts import chat_template
+
+    if name is not None:
+        return chat_template(name)
+    settings: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
+    if (folder / "chat_template.jinja").is_file() or settings.get("chat_template"):
+        return chat_template(folder)
+    return chat_template("codellama" if tokenizer.step_id is None else "codellama-70b")

@@ -1,0 +1,97 @@
+"""`puna infill`: writes what is missing between two texts, as an editor does at the cursor."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from puna.cli import app
+from puna.cli.generate import (
+    AsJson,
+    Device,
+    Dtype,
+    MaxTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    as_record,
+    open_model,
+    print_piece,
+    read_text,
+)
+from puna.errors import UsageError
+
+#: Marks the gap in a file.
+FILL = "<FILL>"
+
+
+@app.command()
+def infill(
+    model: Model,
+    prefix: Annotated[str | None, typer.Option(help="Text before the gap.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text behind the gap.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help=f"Instead of both: a text with {FILL} in it; -: standard input.")
+    ] = None,
+    order: Annotated[str, typer.Option(help="psm (prefix first) or spm (suffix first).")] = "psm",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fill the gap between two texts, printing what is missing while it grows."""
+    before, behind = _around(prefix, suffix, file)
+    from puna.generate import Sampling
+    from puna.generate import infill as fill
+
+    settings = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    loaded, tokenizer = open_model(model, dtype, device)
+    on_text = None if as_json else print_piece
+    completion = fill(
+        loaded,
+        tokenizer,
+        before,
+        behind,
+        order=order,  # type: ignore[arg-type] - a wrong one is refused there
+        on_text=on_text,
+        **settings,
+    )
+    if as_json:
+        print(json.dumps({"model": model, "prefix": before, "suffix": behind} | as_record(completion)))
+    else:
+        print()
+
+
+def _around(prefix: str | None, suffix: str | None, file: Path | None) -> tuple[str, str]:
+    is_given = prefix is not None or suffix is not None
+    if is_given == (file is not None):
+        raise UsageError(f"give --prefix and --suffix (one may be left out), or --file with a text that holds {FILL}")
+    if file is None:
+        return prefix or "", suffix or ""
+    parts = read_text(file).split(FILL)
+    if len(parts) != 2:
+        raise UsageError(f"{file} holds {FILL} {len(parts) - 1} times; mark the one gap with it")
+    return parts[0], parts[1]

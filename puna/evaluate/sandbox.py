@@ -8,19 +8,20 @@ from the test alone, so nothing that the program says, returns or exits with can
         ▲                                      └── stdout, stderr: read up to a limit              │
         └───────────────────────────────────────────── verdict ────────────────────────────────────┘
 
-What it stops. Every judgement has fresh user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary
-uid (where the judge is root, root is given up before bubblewrap starts, since root is above the limit on processes), no
-capabilities, no environment, a read-only view of `/usr` and of the Python that runs it, no `/proc`, no `/home`, a `/tmp`
-of its own in memory, and limits on processor time, wall time, memory, processes, files and output. When a judgement ends,
-its process namespace ends, and with it every process that was started in it; if the judge is killed, so are they. The
-program never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and printed words reach nothing.
+What it stops. Every judgement has fresh user, mount, process, network, IPC, host name and cgroup namespaces, an
+ordinary uid (where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for
+root), no capabilities, no environment, a read-only view of `/usr` and of the Python that runs it, no `/proc`, no
+`/home`, a `/tmp` of its own in memory, and limits on processor time, wall time, memory, processes, files and output.
+When a judgement ends, its process namespace ends, and with it every process that was started in it; if the judge is
+killed, so are they. The program never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and
+printed words reach nothing.
 
 What it does not stop. A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a virtual
 machine. Memory is limited per process, so all processes of a program together may use `processes` times `memory_mib`,
 and System V shared memory more, until the wall time is over; a memory cgroup around puna limits the sum. A program can
 slow its neighbours down, which is why a timeout is judged once more, alone. It reads the arguments of the questions, as
 any function does, and it can tell time. What is returned as anything but plain data (an object of an own class, a
-function) is a wrong answer.
+function) is a wrong answer. Programs have the standard library and nothing else.
 """
 
 import contextlib
@@ -29,22 +30,24 @@ import py_compile
 import selectors
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Self, cast
+from typing import IO, Any, Literal, Self, cast
 
 from puna.errors import PunaError
 from puna.evaluate import sandbox_worker
 from puna.evaluate.sandbox_worker import GONE, NOT_STARTED, encode
 
-#: Verdict -> what it says of the program. They are kept apart: a timeout or a fault of the sandbox is not a wrong answer.
+#: Verdict -> what it says of the program; kept apart, since neither a timeout nor a fault of ours is a wrong answer.
 VERDICTS = {
     "passed": "every question of the test was answered as it should be",
     "wrong": "the test refused an answer",
@@ -55,11 +58,11 @@ VERDICTS = {
     "sandbox": "the sandbox or the task's own code failed; it says nothing about the program",
 }
 
-#: Exit codes of a sandbox whose program was ended for its processor time: the soft limit's signal, the hard limit's.
-OUT_OF_TIME = (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
-
 #: Folders of the host that a sandbox sees, read-only, where they exist; links (`/lib` on most systems) stay links.
 HOST_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store")
+
+#: Longest wait for a sandbox to start.
+START_SECONDS = 30.0
 
 #: The ordinary uid and gid that root becomes: `nobody`.
 NOBODY = 65534
@@ -137,17 +140,19 @@ class Sandbox:
         self.workers = workers or len(os.sched_getaffinity(0))
 
     def __enter__(self) -> Self:
-        self.bubblewrap, self.version, features = _bubblewrap()
-        self._cleanup = contextlib.ExitStack()
-        try:
-            self._identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-            stage = _stage(self._cleanup, others=bool(self._identity))
-            self._command = [self.bubblewrap, *_walls(features, self.limits), *_view(stage), "--remount-ro", "/", "--"]
-            self._command += [_executable(), "-s", "-S", "-P", "-B", "/puna/worker.pyc"]
+        bubblewrap, self.version, features = _bubblewrap()
+        with contextlib.ExitStack() as cleanup:
+            stage = _stage(cleanup)
+            self._command = [*_ordinary_user(), bubblewrap, *_walls(features, self.limits), *_view(stage)]
+            self._command += ["--remount-ro", "/", "--", _executable(), "-s", "-S", "-P", "-B", "/puna/worker.pyc"]
+            # A sandbox dies with the thread that started it, so the threads last as long as this object.
+            self._threads = ThreadPoolExecutor(self.workers)
+            self._thread = threading.local()
+            self._testers: list[_Tester] = []
+            cleanup.callback(self._close_testers)
+            cleanup.callback(self._threads.shutdown, cancel_futures=True)
             self._prove()
-        except BaseException:
-            self._cleanup.close()
-            raise
+            self._cleanup = cleanup.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,63 +161,57 @@ class Sandbox:
     @property
     def mechanism(self) -> str:
         """How programs are kept apart, for the record of a result."""
-        uid = NOBODY if self._identity else os.geteuid()
+        uid = os.geteuid() or NOBODY
         return f"bubblewrap {self.version}, all namespaces, uid {uid}, Python {sys.version.split()[0]}"
 
     def judge(self, job: Job) -> Judgement:
         """Runs one job, once."""
-        started = time.monotonic()
-        verdict, detail = _judged(self, job)
-        return Judgement(verdict, detail, time.monotonic() - started)
+        return self._threads.submit(self._judge, job).result()
 
     def judge_all(
         self, jobs: Sequence[Job], *, done: Callable[[Judgement], object] = lambda _: None
     ) -> list[Judgement]:
         """Runs all jobs, several at once; what timed out, or failed for the sandbox, is run once more, alone."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self.judge, job) for job in jobs]
-            try:
-                judgements = []
-                for future in futures:
-                    judgements.append(future.result())
-                    done(judgements[-1])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        again = (i for i, judgement in enumerate(judgements) if judgement.verdict in ("timeout", "sandbox"))
-        for i in again:
-            judgements[i] = self.judge(jobs[i])
+        futures = [self._threads.submit(self._judge, job) for job in jobs]
+        judgements = []
+        try:
+            for future in futures:
+                judgements.append(future.result())
+                done(judgements[-1])
+        finally:
+            for future in futures:
+                future.cancel()
+        for i, judgement in enumerate(judgements):
+            if judgement.verdict in ("timeout", "sandbox"):
+                judgements[i] = self.judge(jobs[i])
         return judgements
 
-    def start(
-        self,
-        role: Literal["hold", "test"],
-        inbox: IO[bytes],
-        outbox: IO[bytes],
-        *,
-        stdin: int | IO[bytes],
-        stdout: IO[bytes],
-        stderr: IO[bytes],
-    ) -> subprocess.Popen[bytes]:
-        """Starts one half of a judgement in a sandbox of its own."""
-        limits, ends = self.limits, (inbox.fileno(), outbox.fileno())
-        numbers = (*ends, limits.cpu_seconds, limits.memory_mib << 20, limits.processes, limits.file_mib << 20)
-        return subprocess.Popen(
-            [*self._command, role, *map(str, numbers)],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=ends,
-            env={},
-            **self._identity,  # type: ignore[call-overload]
-        )
+    def start(self, role: str, descriptors: Sequence[int], **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts a worker in a sandbox of its own, with these file descriptors and nothing else."""
+        limits = self.limits
+        numbers = (*descriptors, limits.cpu_seconds, limits.memory_mib << 20, limits.processes, limits.file_mib << 20)
+        command = [*self._command, role, *map(str, numbers)]
+        return subprocess.Popen(command, pass_fds=descriptors, env={}, **streams)
+
+    def _close_testers(self) -> None:
+        for tester in self._testers:
+            tester.close()
+
+    def _judge(self, job: Job) -> Judgement:
+        started = time.monotonic()
+        tester = getattr(self._thread, "tester", None)
+        if tester is None or tester.closed:
+            tester = self._thread.tester = _Tester(self)
+            self._testers.append(tester)
+        verdict, detail = _judged(self, job, tester)
+        return Judgement(verdict, detail, time.monotonic() - started)
 
     def _prove(self) -> None:
         try:
             right = self.judge(Job("def f(x): return x + 1", "f", "assert f(1) == 2"))
             wrong = self.judge(Job("def f(x): return x", "f", "assert f(1) == 2"))
         except OSError as error:
-            raise PunaError(f"the sandbox cannot start ({error}); nothing was run") from None
+            raise PunaError(f"the sandbox cannot start, so nothing was run: {error}") from None
         if (right.verdict, wrong.verdict) != ("passed", "wrong"):
             failed = right if right.verdict != "passed" else wrong
             raise PunaError(
@@ -225,46 +224,82 @@ class Sandbox:
 # ---- one judgement
 
 
-def _judged(sandbox: Sandbox, job: Job) -> tuple[str, str]:
+def _judged(sandbox: Sandbox, job: Job, tester: "_Tester") -> tuple[str, str]:
     """Starts both halves, reads until the test has spoken or a limit is met, and ends both."""
     limits = sandbox.limits
     started = time.monotonic()
-    with contextlib.ExitStack() as open_files:
-        (questions, ask), (answers, answer), (verdict, speak), (printed, print_), (complaints, complain) = (
-            _pipe(open_files) for _ in range(5)
-        )
-        task = open_files.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
-        task.write(encode([job.program, job.entry_point, job.setup, job.test]))
-        task.seek(0)
-        hold = sandbox.start("hold", questions, answer, stdin=subprocess.DEVNULL, stdout=print_, stderr=print_)
-        open_files.callback(_end, hold)
-        test = sandbox.start("test", answers, ask, stdin=task, stdout=speak, stderr=complain)
-        open_files.callback(_end, test)
-        for theirs in (questions, ask, answers, answer, speak, print_, complain):
+    with contextlib.ExitStack() as ending:
+        (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (_pipe(ending) for _ in range(4))
+        ends = (questions.fileno(), answer.fileno())
+        hold = sandbox.start("hold", ends, stdin=subprocess.DEVNULL, stdout=write, stderr=write)
+        ending.callback(_end, hold)
+        tester.test(job, answers, ask, speak)
+        for theirs in (questions, ask, answers, answer, speak, write):
             theirs.close()
 
-        heard = {verdict: bytearray(), printed: bytearray(), complaints: bytearray()}
-        ending = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
-        if ending == "late":
-            return "timeout", f"no verdict after {limits.wall_seconds:g} s"
-        if ending == "flood":
-            return "output", f"it printed more than {limits.output_kib} KiB"
-        said, words, complaint = (bytes(text).decode(errors="replace").strip() for text in heard.values())
+        heard = {verdict: bytearray(), printed: bytearray()}
+        end = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
+        out_of_time = time.monotonic() - started >= limits.cpu_seconds  # a lower bound: a signal alone could be forged
+        said, words = (bytes(text).decode(errors="replace").strip() for text in heard.values())
         kind, _, detail = said.partition("\t")
-        spent = time.monotonic() - started >= limits.cpu_seconds
-        if kind not in VERDICTS:
-            code = _exit_code(test)
-            if spent and code in OUT_OF_TIME:
-                return "timeout", f"the answers cost the test more than {limits.cpu_seconds} s of processor time"
-            return "sandbox", f"the test ended with code {code}: {complaint[-1000:]}"
-        if detail == NOT_STARTED:
-            return kind, f"{detail}: {words[-1000:]}"
-        if detail == GONE:
-            code = _exit_code(hold)
-            if spent and code in OUT_OF_TIME:
-                return "timeout", f"more than {limits.cpu_seconds} s of processor time"
-            return kind, f"{detail} (exit code {code})"
-        return kind, detail
+        hold_code = _exit_code(hold) if detail == GONE else None
+        _end(hold)  # so that a test which still waits for an answer ends too
+        test_code = tester.exit_code()
+    if end == "late":
+        return "timeout", f"no verdict after {limits.wall_seconds:g} s"
+    if end == "flood":
+        return "output", f"it printed more than {limits.output_kib} KiB"
+    if kind not in VERDICTS and out_of_time and test_code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "timeout", f"its answers cost the test more than {limits.cpu_seconds} s of processor time"
+    if kind not in VERDICTS:
+        return "sandbox", f"the test ended with code {test_code} and no verdict"
+    if detail == NOT_STARTED:
+        return kind, f"{detail}: {words[-1000:]}"
+    if detail == GONE and out_of_time and hold_code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+        return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
+    if detail == GONE:
+        return kind, f"{detail} (exit code {hold_code})"
+    return kind, detail
+
+
+class _Tester:
+    """The sandbox that the tests of one thread run in, each in a process forked for it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(START_SECONDS)
+        with theirs, open(os.memfd_create("complaints"), "w+b") as complaints:
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": complaints}
+            self._process = sandbox.start("test", [theirs.fileno()], **quiet)
+            theirs.close()
+            self.closed = False
+            if self.exit_code() is None:
+                complaints.seek(0)
+                raise OSError(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
+        self._channel.settimeout(1)
+
+    def test(self, job: Job, answers: IO[bytes], ask: IO[bytes], verdict: IO[bytes]) -> None:
+        """Starts a test, which speaks its verdict when it ends."""
+        with open(os.memfd_create("task"), "w+b", buffering=0) as task:
+            task.write(encode([job.program, job.entry_point, job.setup, job.test]))
+            task.seek(0)
+            socket.send_fds(self._channel, [b"t"], [file.fileno() for file in (task, answers, ask, verdict)])
+
+    def exit_code(self) -> int | None:
+        """How the test ended, as `subprocess` counts; None closes the sandbox of a test that does not end."""
+        try:
+            text = self._channel.recv(4, socket.MSG_WAITALL)
+        except TimeoutError:
+            text = b""
+        if len(text) < 4:
+            self.close()
+        return int(text) if len(text) == 4 else None
+
+    def close(self) -> None:
+        """Ends the sandbox."""
+        self.closed = True
+        self._channel.close()
+        _end(self._process)
 
 
 def _listen(
@@ -338,6 +373,18 @@ def install_command() -> str:
     return command if os.geteuid() == 0 else f"sudo {command}"
 
 
+def _ordinary_user() -> list[str]:
+    """What a command starts with to be run by an ordinary user; nothing, where we are one."""
+    if os.geteuid() != 0:
+        return []
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise PunaError(
+            "root scores only by way of setpriv (package util-linux), which is not here; score as another user"
+        )
+    return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+
+
 def _walls(features: str, limits: Limits) -> list[str]:
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--hostname", "puna"]
     if "--clearenv" in features:
@@ -369,8 +416,9 @@ def _view(stage: Path) -> list[str]:
     return [*view, "--ro-bind", str(stage / "worker.pyc"), "/puna/worker.pyc"]
 
 
-def _stage(cleanup: contextlib.ExitStack, *, others: bool) -> Path:
-    """A temporary folder with the compiled worker and, where `others` may not enter this Python's folder, a copy of it."""
+def _stage(cleanup: contextlib.ExitStack) -> Path:
+    """A temporary folder with the compiled worker and, where `NOBODY` may not read this Python, a copy of it."""
+    others = os.geteuid() == 0
     parents = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
     parent = next((parent for parent in parents if not others or _is_open(Path(parent))), None)
     if parent is None:

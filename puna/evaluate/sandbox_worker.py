@@ -41,16 +41,23 @@ NOT_STARTED = "the sandbox of the program did not start"
 MUTABLE = (list, dict, set, bytearray)
 
 
-def main(role: str, inbox: str, outbox: str, *limits: str) -> None:
-    """Sets the limits for this process and its children, then plays `role` on the two pipes."""
-    cpu_seconds, memory_bytes, processes, file_bytes = map(int, limits)
+def main(role: str, *numbers: str) -> None:
+    """Sets the limits that the last numbers give, for this process and its children, then plays `role`."""
+    *descriptors, cpu_seconds, memory_bytes, processes, file_bytes = [int(number) for number in numbers]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-    {"hold": hold, "test": test}[role](Pipe(int(inbox), int(outbox)))
+    if role == "hold":
+        _limit_cpu(cpu_seconds)
+        hold(Pipe(*descriptors))
+    else:
+        serve_tests(descriptors[0], cpu_seconds)
+
+
+def _limit_cpu(seconds: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 # ---- the untrusted half
@@ -104,28 +111,57 @@ def _seed_random(source: str) -> None:
 # ---- the trusted half
 
 
-def test(pipe: Pipe) -> None:
-    """Runs the test that comes on stdin and prints one line, `verdict<TAB>detail`; whatever it says is final.
+def serve_tests(channel_number: int, cpu_seconds: int) -> None:
+    """Runs one test after another, each in a process forked for it, which spares the start of an interpreter.
+
+    A byte with four file descriptors (task, inbox, outbox, verdict) starts a test; its exit code, in four characters,
+    is sent back when it has ended.
+    """
+    import copy  # noqa: F401  what tests commonly import is imported once
+    import math  # noqa: F401
+    import random  # noqa: F401
+    import socket
+    import string  # noqa: F401
+    import typing  # noqa: F401
+
+    channel = socket.socket(fileno=channel_number)
+    channel.sendall(b"   0")
+    while True:
+        _, (task, inbox, outbox, verdict), _, _ = socket.recv_fds(channel, 1, 4)
+        child = os.fork()
+        if child == 0:
+            channel.close()
+            _limit_cpu(cpu_seconds)
+            test(_read(task, None), Pipe(inbox, outbox), verdict)
+        for descriptor in (task, inbox, outbox, verdict):
+            os.close(descriptor)
+        channel.sendall(b"%4d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test(task: bytes, pipe: Pipe, verdicts: int) -> NoReturn:
+    """Runs one test and writes one line, `verdict<TAB>detail`, to the descriptor `verdicts`; what it says is final.
 
     The verdict is "passed", "wrong" (the test refused an answer), "error" (the program failed to give one), "memory",
     "output" (an answer beyond `MESSAGE_BYTES`) or "sandbox" (the task's own code fails, or the sandbox does).
     """
-    verdicts, sys.stdout = os.dup(1), sys.stderr
-    os.dup2(2, 1)
 
     def report(verdict: str, detail: str = "") -> NoReturn:
         os.write(verdicts, f"{verdict}\t{detail}".encode(errors="backslashreplace")[:4000])
         os._exit(0)
 
-    program, entry_point, setup, questions = decode(_read(0, None))
+    try:
+        _test(task, pipe, report)
+    except BaseException as error:
+        report("sandbox", f"the task's own code fails: {_shown(error)}")
+
+
+def _test(task: bytes, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
+    program, entry_point, setup, questions = decode(task)
     proxy = Proxy(pipe, entry_point, report)
     namespace: dict[str, Any] = {"__name__": "test"}
-    try:
-        _seed_random(questions)
-        exec(compile(setup, "<setup>", "exec"), namespace)
-        code = compile(questions, "<test>", "exec")
-    except Exception as error:
-        report("sandbox", f"the task's own code fails: {_shown(error)}")
+    _seed_random(questions)
+    exec(compile(setup, "<setup>", "exec"), namespace)
+    code = compile(questions, "<test>", "exec")
     proxy.start(program)
     namespace[entry_point] = proxy.call
     try:
@@ -134,8 +170,6 @@ def test(pipe: Pipe) -> None:
         report("memory", _shown(error))
     except Exception as error:
         report("error" if error is proxy.raised else "wrong", _shown(error))
-    except BaseException as error:
-        report("sandbox", f"the task's own code fails: {_shown(error)}")
     report("passed")
 
 
@@ -214,12 +248,12 @@ class CandidateError(Exception):
 def _rebuilt_exception(kind: str, message: str) -> Exception:
     import builtins
 
-    found = vars(builtins).get(kind)
-    usable = isinstance(found, type) and issubclass(found, Exception)
-    if usable and not issubclass(found, StopIteration | StopAsyncIteration):  # these would end a test's loop quietly
+    found = getattr(builtins, kind, None)
+    quiet = (StopIteration, StopAsyncIteration)  # would end a loop of the test as if all were well
+    if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, quiet):
         try:
             return found(message)
-        except TypeError:
+        except TypeError:  # some want more than a message
             pass
     return CandidateError(f"{kind}: {message}")
 
@@ -337,6 +371,7 @@ def _encode(value: Any, out: list[bytes], depth: int) -> None:
             text = str(value).encode()
             out.append(b"%b%d:%b" % (letter, len(text), text))
             return
+    items: list[Any]
     if isinstance(value, range):
         letter, items = b"r", [value.start, value.stop, value.step]
     elif hasattr(value, "__next__"):

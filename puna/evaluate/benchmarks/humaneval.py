@@ -1,8 +1,8 @@
 """HumanEval: 164 Python functions to complete from signature and docstring, judged by their tests.
 
-    prompt      def add(x, y):\\n    \"\"\"Add two numbers\"\"\"\\n     the model sees this, as it is
-    completion      return x + y\\n                            cut before the first of `STOPS`
-    test        def check(candidate): assert candidate(2, 3) == 5
+    prompt        def add(x, y): …docstring…                        the model sees this, as it is
+    completion        return x + y                                  cut before the first of `STOPS`
+    test          def check(candidate): assert candidate(2, 3) == 5
 
 The program that is judged is prompt + completion; the test runs beside it, never in it (`puna.evaluate.sandbox`).
 

@@ -1,5 +1,6 @@
-"""What all tests share: the folder of real data, where there is one, and a tiny model."""
+"""What all tests share: the folder of real data, where there is one, tokenizers and a tiny model."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,28 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from puna.testing import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A vocabulary of 1,024 ids with infilling markers, trained on a few modules of the standard library."""
+    from puna.tokenizer import train_tokenizer
+
+    library = Path(os.__file__).parent
+    texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "ast.py", "os.py", "random.py")]
+    return train_tokenizer(texts, tmp_path_factory.mktemp("small"), vocab_size=1024)
+
+
+@pytest.fixture(scope="session")
+def code_llama_tokenizer(shared: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Llama's vocabulary with the sixteen pieces of Code Llama behind it, ordinary ones as in the published file."""
+    from puna.tokenizer import load_tokenizer
+    from puna.tokenizer.base import INFILLING_PIECES
+    from puna.tokenizer.sentence_piece import NORMAL, read_model
+
+    model = read_model(shared / "data/tokenizer/tokenizer.model")
+    for i, piece in enumerate(INFILLING_PIECES):
+        model.pieces.add(piece=piece, score=-32000.0 - i, type=NORMAL)
+    path = tmp_path_factory.mktemp("code_llama") / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    return load_tokenizer(path)

@@ -104,10 +104,14 @@ def write_shard(path: Path | str, *, dialogs: bool = False) -> Iterator[ShardWri
         path: the file.
         dialogs: whether documents come with `is_target`.
     """
-    with file_aside(path) as file:
-        writer = ShardWriter(file, dialogs=dialogs)
-        yield writer
-        writer.finish()
+    try:
+        with file_aside(path) as file:
+            writer = ShardWriter(file, dialogs=dialogs)
+            yield writer
+            writer.finish()
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
 
 
 def shard_entry(path: Path, writer: ShardWriter) -> dict[str, Any]:

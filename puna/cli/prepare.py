@@ -1,0 +1,58 @@
+"""`puna prepare KIND SRC… -o DIR`: one subcommand a kind, with the options that the kind declares."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from puna.cli import app
+from puna.data import corpora
+
+kinds = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(kinds, name="prepare", help="Make token ids of code, text or dialogs, ready for training.")
+
+#: What all kinds take: name, type with its place on the command line, default.
+_COMMON: list[tuple[str, Any, Any]] = [
+    ("sources", Annotated[list[Path], typer.Argument(help="Files or folders.", show_default=False)], ...),
+    ("output", Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")], ...),
+    ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
+    ("workers", Annotated[int | None, typer.Option(help="Processes; as many as processors if not given.")], None),
+    ("json", Annotated[bool, typer.Option("--json", help="Print dataset.json on stdout.")], False),
+]
+
+
+def _command(kind: str) -> Callable[..., None]:
+    """A function for typer whose parameters are the kind's options."""
+
+    def command(**arguments: Any) -> None:
+        from puna.data.prepare import prepare
+
+        as_json = arguments.pop("json")
+        info = prepare(kind, arguments.pop("sources"), arguments.pop("output"), **arguments)
+        if as_json:
+            typer.echo(json.dumps(info, ensure_ascii=False))
+
+    own = [
+        (option.name, Annotated[option.type | None, typer.Option(help=option.help)], option.default)
+        for option in corpora.find(kind).OPTIONS
+    ]
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is ... else default,
+                annotation=annotation,
+            )
+            for name, annotation, default in [*_COMMON, *own]
+        ]
+    )
+    command.__annotations__ = {name: annotation for name, annotation, _ in [*_COMMON, *own]}
+    return command
+
+
+for _kind in corpora.kinds():
+    kinds.command(_kind, help=corpora.find(_kind).HELP)(_command(_kind))

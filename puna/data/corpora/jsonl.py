@@ -1,0 +1,74 @@
+"""JSON lines: each line is one document, the text of one of its fields."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from puna.data.corpora import TEXT_OPTIONS, Option
+from puna.data.documents import Document, LeftOut, Span, after_last_line, checksum, cut_file, is_spellable
+from puna.data.folders import files_of
+from puna.errors import PunaError, UsageError
+
+HELP = "JSON lines: each line is one document, the text of one of its fields."
+OPTIONS = (Option("field", str, None, "The field that holds the text; text or content if not given."), *TEXT_OPTIONS)
+DISTINCT = False
+
+#: Where the text is looked for when nobody says.
+_USUAL_FIELDS = ("text", "content")
+
+
+def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
+    """Pieces of whole lines, with the number of the first line as state."""
+    for file in files_of(source):
+        if file.refused or (source.is_dir() and file.path.suffix not in (".jsonl", ".ndjson", ".json")):
+            yield LeftOut(file.name, source.name, file.refused or "not a .jsonl file")
+            continue
+        line = 1
+        for start, data in cut_file(file.path, after_last_line):
+            if start == 0:
+                _check_field(file.path, data, options["field"])
+            yield Span(str(file.path), file.name, source.name, start, start + len(data), checksum(data), line)
+            line += data.count(b"\n")
+
+
+def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
+    """One document a line; blank lines are passed over."""
+    for number, line in enumerate(data.split(b"\n"), start=span.state):
+        if not line.strip():
+            continue
+        id = f"{span.id}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            yield LeftOut(id, span.source, "not JSON", str(error))
+            continue
+        text = _text_of(record, options["field"])
+        if text is None:
+            yield LeftOut(id, span.source, "no text in this field")
+        elif not text.strip():
+            yield LeftOut(id, span.source, "empty")
+        elif not is_spellable(text):
+            yield LeftOut(id, span.source, "half a surrogate pair")
+        else:
+            yield Document(id, span.source, text)
+
+
+def _text_of(record: Any, field: str | None) -> str | None:
+    if not isinstance(record, dict):
+        return None
+    fields = (field,) if field else _USUAL_FIELDS
+    return next((record[name] for name in fields if isinstance(record.get(name), str)), None)
+
+
+def _check_field(path: Path, data: bytes, field: str | None) -> None:
+    """Looks at the first line, so that a wrong field is found at once and not line by line."""
+    try:
+        first = json.loads(data.lstrip().partition(b"\n")[0])
+    except ValueError as error:
+        raise PunaError(f"{path}: the first line is not JSON ({error}); this kind wants one object a line") from None
+    if not isinstance(first, dict):
+        raise PunaError(f"{path}: the first line is not a JSON object; this kind wants one object a line")
+    if _text_of(first, field) is None:
+        wanted = f"field {field!r}" if field else " or ".join(map(repr, _USUAL_FIELDS))
+        raise UsageError(f"{path}: no text in {wanted}; name the field with --field: it has {', '.join(sorted(first))}")

@@ -1,0 +1,144 @@
+"""Wikitext (`wiki.train.tokens`): tokenised articles made readable again; each paragraph is one document.
+
+The rules of cleaning are those that came with GPT-2's evaluation on Wikitext and that Megatron and MindFormers use, so
+that ids equal those of MindFormers' own tool:
+
+    in    The keeper wrote " all is well " in the log [ page 1 ] , and left @-@ handed .
+    out   The keeper wrote "all is well" in the log [page 1], and left-handed.
+
+Headings (` = Heading = `) are left out. The rules look beyond the paragraph: quotation marks are paired through the
+whole file, and a bracket is closed by the next closing one, however far away it is. So a piece of a file is cleaned
+between stand-ins for what is open before it and closes behind it (`clean_piece`), which gives the same as cleaning the
+whole file (`clean`) and cutting then.
+"""
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from puna.data.documents import Document, LeftOut, Span, checksum, cut_file
+from puna.data.folders import files_of
+from puna.errors import PunaError
+
+HELP = "Wikitext (wiki.*.tokens), made readable; each paragraph is one document, headings are left out."
+OPTIONS = ()
+DISTINCT = False
+
+#: What is opened -> what closes it.
+_PAIRS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'"}
+
+#: Where a file may be cut: before a heading, after a line that ends in no bracket or quotation mark.
+_CUT = re.compile(rb"[^\s()\[\]{}\"'] ?\n ?\n(?= ?= )")
+
+_SPACED = {
+    "s '": "s'",
+    " @-@ ": "-",
+    " @,@ ": ",",
+    " @.@ ": ".",
+    " : ": ": ",
+    " ; ": "; ",
+    " . ": ". ",
+    " ! ": "! ",
+    " ? ": "? ",
+    " , ": ", ",
+}
+_PADDED = [
+    (re.compile(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
+    (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
+    (re.compile(r"{\s*([^}]*?)\s*}"), r"{\1}"),
+    (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
+    (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
+]
+_REMAINING = {
+    "= = = =": "====",
+    "= = =": "===",
+    "= =": "==",
+    " \u00b0 ": "\u00b0",
+    " \n": "\n",
+    "\n ": "\n",
+    " N ": " 1 ",
+    " 's": "'s",
+}
+
+
+def clean(text: str) -> str:
+    """A whole file made readable; the rules apply in this order."""
+    for spaced, written in _SPACED.items():
+        text = text.replace(spaced, written)
+    for padded, written in _PADDED:
+        text = padded.sub(written, text)
+    for spaced, written in _REMAINING.items():
+        text = text.replace(spaced, written)
+    return text
+
+
+def clean_piece(text: str, opened: str, closing: str) -> str:
+    """A piece of a file made readable, as it is within the whole.
+
+    Args:
+        text: the piece, cut where `spans` cuts.
+        opened: the marks of `_PAIRS` that are open before it.
+        closing: the marks that close, behind it, what is open at its end.
+    """
+    before, behind = f"{opened}x\n", f"x{closing}"
+    return clean(before + text + behind).removeprefix(before).removesuffix(behind)
+
+
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs of a cleaned text, without headings."""
+    return [paragraph for paragraph in text.split("\n\n") if paragraph and not paragraph.strip().startswith("=")]
+
+
+def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
+    """Pieces that begin with a heading; their state says what is open before and what closes behind."""
+    for file in files_of(source):
+        if file.refused or (source.is_dir() and file.path.suffix not in (".tokens", ".txt", ".raw")):
+            yield LeftOut(file.name, source.name, file.refused or "not a .tokens file")
+            continue
+        if file.size == 0:
+            yield LeftOut(file.name, source.name, "empty")
+            continue
+        last = _last_closing(file.path)
+        opened = ""
+        for start, data in cut_file(file.path, _last_cut):
+            stop = start + len(data)
+            still_open = "".join(mark for mark in _PAIRS if _is_open(mark, mark in opened, data))
+            closing = "".join(_PAIRS[mark] for mark in still_open if last[mark] >= stop)
+            yield Span(str(file.path), file.name, source.name, start, stop, checksum(data), [opened, closing])
+            opened = still_open
+
+
+def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
+    """The paragraphs of the piece."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PunaError(
+            f"{span.path} is not UTF-8 (byte {span.start + error.start:,}); is it a Wikitext file?"
+        ) from None
+    for number, paragraph in enumerate(paragraphs(clean_piece(text, *span.state))):
+        yield Document(f"{span.id}:{span.start}+{number}", span.source, paragraph)
+
+
+def _last_cut(data: bytes) -> int:
+    candidate = len(data)
+    while (candidate := max(data.rfind(b"\n =", 0, candidate), data.rfind(b"\n=", 0, candidate))) > 0:
+        if match := _CUT.search(data, max(candidate - 4, 0), candidate + 4):
+            return match.end()
+    return 0
+
+
+def _is_open(mark: str, was_open: bool, data: bytes) -> bool:
+    opening, closing = mark.encode(), _PAIRS[mark].encode()
+    if opening == closing:
+        return was_open ^ (data.count(opening) % 2 == 1)
+    last = data.rfind(closing)
+    return opening in data[last + 1 :] or (was_open and last < 0)
+
+
+def _last_closing(path: Path) -> dict[str, int]:
+    """Mark -> the offset of the last one in the file that closes it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return {mark: data.rfind(closing.encode()) for mark, closing in _PAIRS.items()}

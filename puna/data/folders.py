@@ -1,0 +1,114 @@
+"""Which files a source holds, in an order that depends on nothing but their names."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.errors import PunaError
+
+#: Folders that hold no work of the source's authors; passed over without a word.
+_HISTORIES = (".git", ".hg", ".svn", ".bzr")
+_CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+_INSTALLED = ("node_modules", ".venv", ".tox")
+SKIPPED_FOLDERS = frozenset([*_HISTORIES, *_CACHES, *_INSTALLED])
+
+
+class Found(NamedTuple):
+    """A file or folder of a source.
+
+    Attributes:
+        path: where it is.
+        name: within the source, with forward slashes, as text that UTF-8 can spell.
+        size: in bytes.
+        refused: why it is left out, or None; a folder that is left out stands for all that is in it.
+    """
+
+    path: Path
+    name: str
+    size: int
+    refused: str | None = None
+
+
+def files_of(source: Path, *, respect_gitignore: bool = False) -> Iterator[Found]:
+    """Files of a folder and of the folders in it, or the one file that `source` is.
+
+    Args:
+        source: a file or a folder. Links inside it are not followed, so that nothing is read twice.
+        respect_gitignore: leave out what .gitignore files say, also those above the source, up to its repository's top.
+
+    Raises:
+        PunaError: the source does not exist.
+    """
+    if not source.exists():
+        raise PunaError(f"{source} does not exist")
+    if source.is_dir():
+        yield from _walk(source, "", _rules_above(source.resolve()) if respect_gitignore else None)
+    else:
+        yield Found(source, _as_text(source.name), source.stat().st_size)
+
+
+class _Rules(NamedTuple):
+    """The patterns of one .gitignore, and what to do to a name within the source to get the name that they speak of."""
+
+    spec: Any
+    prefix: str  # put in front: the way from a .gitignore above down to the source
+    skipped: int  # characters left out: the way from the source down to a .gitignore in it
+
+
+def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        yield Found(folder, f"{name}/", 0, f"unreadable: {error.strerror}")
+        return
+    if rules is not None and any(entry.name == ".gitignore" for entry in entries):
+        rules = [*rules, *_rules_in(folder, prefix="", skipped=len(name) + 1 if name else 0)]
+    for entry in entries:
+        path, inner = folder / entry.name, f"{name}/{_as_text(entry.name)}" if name else _as_text(entry.name)
+        if entry.is_symlink():
+            yield Found(path, inner, 0, "symbolic link")
+        elif entry.is_dir():
+            if entry.name in SKIPPED_FOLDERS:
+                continue
+            if _is_ignored(f"{inner}/", rules):
+                yield Found(path, f"{inner}/", 0, "ignored by .gitignore")
+            else:
+                yield from _walk(path, inner, rules)
+        elif entry.is_file():
+            yield Found(
+                path, inner, entry.stat().st_size, "ignored by .gitignore" if _is_ignored(inner, rules) else None
+            )
+
+
+def _is_ignored(name: str, rules: list[_Rules] | None) -> bool:
+    for spec, prefix, skipped in reversed(rules or []):  # the innermost that says anything decides
+        verdict = spec.check_file(prefix + name[skipped:]).include
+        if verdict is not None:
+            return bool(verdict)
+    return False
+
+
+def _rules_above(source: Path) -> list[_Rules]:
+    tops = [folder for folder in [source, *source.parents] if (folder / ".git").exists()]
+    above = [folder for folder in source.parents if tops and folder.is_relative_to(tops[0])]
+    rules = [
+        rules
+        for folder in reversed(above)
+        for rules in _rules_in(folder, prefix=f"{source.relative_to(folder).as_posix()}/", skipped=0)
+    ]
+    return [] if _is_ignored("", rules) else rules  # who names an ignored folder wants what is in it
+
+
+def _rules_in(folder: Path, *, prefix: str, skipped: int) -> list[_Rules]:
+    from pathspec import GitIgnoreSpec
+
+    try:
+        lines = (folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
+        return [_Rules(GitIgnoreSpec.from_lines(lines), prefix, skipped)]
+    except (OSError, ValueError):  # none there, unreadable, or with a pattern that git would not take either
+        return []
+
+
+def _as_text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")

@@ -1,0 +1,378 @@
+"""`puna prepare`: from sources to a prepared folder, in parallel, in constant memory, and never twice.
+
+    look     the sources are read once, in a fixed order, and cut into units     unfinished/plan.jsonl
+    work     each unit becomes a shard and a report, in whichever process is free     shard-*, unfinished/unit-*
+    finish   the reports become dataset.json and left_out.jsonl, and `unfinished/` goes
+
+Whoever is killed and started again looks once more, finds the reports of finished units and goes on with the others.
+What the shards hold depends on the sources and options alone: not on the number of processes, nor on interruptions.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+import puna
+from puna.data import corpora
+from puna.data.documents import LeftOut, Span
+from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
+from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
+from puna.data.workers import Workers
+from puna.errors import PunaError, UsageError
+from puna.files import ASIDE, file_aside, read_json, write_json
+from puna.progress import Progress, say
+from puna.prompts import chat_template, infill_document
+from puna.tokenizer import Tokenizer, load_tokenizer
+
+#: Bytes of a unit: small at first, so that all processes soon have work; larger in a large corpus, so that its shards
+#: are few. The size of unit n is a function of n, so that units do not depend on what comes after them.
+SMALLEST_UNIT, LARGEST_UNIT, UNITS_OF_A_SIZE = 2_000_000, 64_000_000, 32
+
+#: Where what was left out is listed, one JSON object a line.
+LEFT_OUT_FILE = "left_out.jsonl"
+
+
+def prepare(
+    kind: str,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str],
+    workers: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Makes a prepared folder of documents as token ids; started again after it was stopped, it continues.
+
+    Args:
+        kind: of the sources, a name from `puna.data.corpora`: "chat", "code", "jsonl", "text", "wikitext".
+        sources: files or folders.
+        output: the folder to make.
+        tokenizer: file or folder.
+        workers: processes; as many as there are processors if not given. The result does not depend on it.
+        options: those of the kind, e.g. `fim_rate=0.9`, `held_out=0.01`, `near_duplicates=True`, `template="vicuna"`;
+            `puna prepare KIND --help` lists them.
+
+    Returns:
+        What `dataset.json` says.
+
+    Raises:
+        UsageError: no such kind or option.
+        PunaError: a source or the tokenizer is missing; there is nothing in the sources; `output` holds something else.
+    """
+    job = _Job(kind, sources, Path(output), load_tokenizer(Path(tokenizer)), options)
+    count = workers if workers is not None else len(os.sched_getaffinity(0))
+    if count < 1:
+        raise UsageError(f"workers must be at least 1, not {count}")
+    if (job.output / DATASET_FILE).exists():
+        return _as_it_is(job)
+    began = time.monotonic()
+    _claim(job)
+    try:
+        with Workers(PrepareUnit(kind, job.options, job.tokenizer_path, job.output), count) as pool:
+            size_bytes = job.look(start_processes=pool.start)
+            if job.options.get("near_duplicates"):
+                job.find_near_duplicates(count)
+            with Progress("preparing", size_bytes / 1e6, "MB") as progress:
+                waiting = _unfinished(job, progress)
+                for unit in pool.map(waiting):
+                    progress.advance(unit.size_bytes / 1e6)
+        info = _finish(job)
+    finally:
+        _sweep(job.output)
+    seconds = time.monotonic() - began
+    tokens, read = info["tokens"], sum(source["bytes"] for source in info["sources"].values())
+    say(
+        f"prepared {info['documents']:,} documents, {tokens:,} tokens in {seconds:.1f} s "
+        f"({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s){_left_out_line(info, job.output)}"
+    )
+    return info
+
+
+class _Job:
+    """What is to be prepared, and what looking at it has found."""
+
+    def __init__(self, kind: str, sources: Any, output: Path, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+        self.kind, self.output, self.tokenizer = kind, output, tokenizer
+        self.options = corpora.checked_options(kind, options)
+        paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+        if not paths:
+            raise UsageError("name at least one source")
+        self.paths = [Path(path).resolve() for path in paths]
+        for path in self.paths:
+            if not path.exists():
+                raise PunaError(f"{path} does not exist")
+        if "template" in self.options:
+            hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            chat_template(self.options["template"]).encode(tokenizer, hello)  # type: ignore[arg-type]
+        if self.options.get("fim_rate"):
+            infill_document(tokenizer, "", "", "", order="psm")
+        self.sources: dict[str, dict[str, Any]] = {}
+        self.copies: dict[int, dict[int, str]] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on, apart from what the sources hold."""
+        return {
+            "kind": self.kind,
+            "sources": [str(path) for path in self.paths],
+            "tokenizer": self.tokenizer.sha256,
+            "options": self.options,
+        }
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The copy of the tokenizer in the prepared folder, which workers load."""
+        return self.output / "tokenizer" / self.tokenizer.path.name
+
+    @property
+    def work(self) -> Path:
+        """The folder that is there until all is done."""
+        return self.output / WORK_FOLDER
+
+    def look(self, *, start_processes: Any) -> int:
+        """Cuts the sources into units, written to plan.jsonl; returns how many bytes there are to read."""
+        total = 0
+        self.sources = {}
+        with (
+            file_aside(self.work / "plan.jsonl", "w") as plan,
+            file_aside(self.work / LEFT_OUT_FILE, "w") as left_out,
+            Progress("looking at the sources", unit="MB") as progress,
+        ):
+            for unit in _units(self._spans(left_out)):
+                if unit.number == 1:
+                    start_processes()
+                total += unit.size_bytes
+                progress.advance(unit.size_bytes / 1e6)
+                plan.write(json.dumps(asdict(unit)) + "\n")
+        return total
+
+    def units(self) -> Iterator[Unit]:
+        """The units of the plan."""
+        with open(self.work / "plan.jsonl", encoding="utf-8") as plan:
+            for line in plan:
+                fields = json.loads(line)
+                unit = Unit(fields["number"], [Span(**span) for span in fields["spans"]], fields["digest"])
+                yield replace(unit, copies=self.copies.get(unit.number, {}))
+
+    def find_near_duplicates(self, count: int) -> None:
+        """Finds the documents that are left out because they nearly are copies of others."""
+        from puna.data.near_duplicates import near_copies
+
+        found: list[tuple[bool, int, int, str, np.ndarray]] = []
+        with Workers(SketchUnit(self.kind, self.options), count) as pool, Progress("comparing", unit="MB") as progress:
+            for unit, sketches in pool.map(self.units()):
+                found += [(not held, unit.number, i, id, hashes) for i, (id, held, hashes) in enumerate(sketches)]
+                progress.advance(unit.size_bytes / 1e6)
+        found.sort(key=lambda document: document[:3])  # held-out documents first, then as they stand in the sources
+        for copy, original in near_copies((i, document[-1]) for i, document in enumerate(found)):
+            _, unit_number, number, _, _ = found[copy]
+            self.copies.setdefault(unit_number, {})[number] = found[original][3]
+
+    def _spans(self, left_out: Any) -> Iterator[Span]:
+        """The spans of all sources; what is left out goes to the file."""
+        corpus = corpora.find(self.kind)
+        seen = _Seen()
+        for path in self.paths:
+            digest, files, size = xxhash.xxh3_128(), 0, 0
+            for span in corpus.spans(path, self.options):
+                if isinstance(span, Span):
+                    digest.update(f"{span.id}\n{span.start}\n{span.checksum}\n".encode())
+                    files, size = files + (span.start == 0), size + span.stop - span.start
+                    if not corpus.DISTINCT or seen.is_new(int(span.checksum, 16)):
+                        yield span
+                        continue
+                    span = LeftOut(span.id, span.source, "exact duplicate")
+                left_out.write(json.dumps(asdict(span), ensure_ascii=False) + "\n")
+            self.sources[str(path)] = {"files": files, "bytes": size, "xxh3_128": digest.hexdigest()}
+
+
+class _Seen:
+    """A set of 64-bit hashes that takes eight bytes each: a small Python set, emptied into sorted arrays.
+
+    Among ten million files, one is taken for a copy by mistake with probability 3e-6.
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._older: list[np.ndarray] = []
+
+    def is_new(self, value: int) -> bool:
+        """Adds the hash; whether it was not there."""
+        key = np.uint64(value)
+        if value in self._recent or any(_holds(array, key) for array in self._older):
+            return False
+        self._recent.add(value)
+        if len(self._recent) == 1 << 16:
+            array = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._recent.clear()
+            while self._older and len(self._older[-1]) <= len(array):
+                array = np.concatenate([array, self._older.pop()])
+            self._older.append(np.sort(array))
+        return True
+
+
+def _holds(array: np.ndarray, key: np.uint64) -> bool:
+    place = int(np.searchsorted(array, key))
+    return place < len(array) and array[place] == key
+
+
+def _units(spans: Iterator[Span]) -> Iterator[Unit]:
+    """Puts spans together until they reach the size of the unit."""
+    number, held, size = 0, list[Span](), 0
+    for span in spans:
+        held.append(span)
+        size += span.stop - span.start
+        if size >= min(SMALLEST_UNIT << (number // UNITS_OF_A_SIZE), LARGEST_UNIT):
+            yield _unit(number, held)
+            number, held, size = number + 1, [], 0
+    if held:
+        yield _unit(number, held)
+
+
+def _unit(number: int, spans: list[Span]) -> Unit:
+    listed = "\n".join(f"{span.source}\n{span.id}\n{span.start}\n{span.checksum}" for span in spans)
+    return Unit(number, spans, xxhash.xxh3_128_hexdigest(listed.encode()))
+
+
+def _claim(job: _Job) -> None:
+    """Makes the folder this job's, or makes sure that it is.
+
+    Raises:
+        PunaError: it holds something else, or the same with other settings.
+    """
+    settings_file = job.work / "settings.json"
+    if settings_file.exists():
+        _check_same(job, read_json(settings_file), "is being made")
+        return
+    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
+        raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
+    job.tokenizer.save(job.output / "tokenizer")
+    write_json(settings_file, job.settings)
+
+
+def _check_same(job: _Job, found: dict[str, Any], how: str) -> None:
+    asked = _flat(job.settings)
+    found = _flat(found)
+    for name in sorted(asked.keys() | found.keys()):
+        if asked.get(name) != found.get(name):
+            raise PunaError(
+                f"{job.output} {how} with {name} {found.get(name)!r}, not {asked.get(name)!r}; "
+                "choose another place, or remove it first"
+            )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings["options"], "options": sorted(settings["options"])}
+
+
+def _as_it_is(job: _Job) -> dict[str, Any]:
+    """The finished folder, if what is asked for would give the same."""
+    info = read_json(job.output / DATASET_FILE)
+    _check_same(job, info["settings"], "was made")
+    shutil.rmtree(job.work, ignore_errors=True)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        for _ in job._spans(nowhere):
+            pass
+    changed = [path for path, source in job.sources.items() if source != info["sources"].get(path)]
+    if changed:
+        raise PunaError(f"{job.output} exists already, and {changed[0]} has changed since; choose another place")
+    say(f"{job.output} is prepared already, from the same sources with the same settings")
+    return info
+
+
+def _unfinished(job: _Job, progress: Progress) -> Iterator[Unit]:
+    """The units that have no report yet; the others count as progress."""
+    for unit in job.units():
+        report = report_path(job.output, unit.number)
+        if not report.exists():
+            yield unit
+        elif read_json(report)["digest"] == unit.digest:
+            progress.advance(unit.size_bytes / 1e6)
+        else:
+            raise PunaError(f"the sources changed since {job.output} was begun; remove it and start again")
+
+
+def _finish(job: _Job) -> dict[str, Any]:
+    """Puts the reports together, and makes the folder a prepared one."""
+    shards: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    sizes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    languages: dict[str, dict[str, int]] = {}
+    with file_aside(job.output / LEFT_OUT_FILE, "w") as listing:
+        with open(job.work / LEFT_OUT_FILE, encoding="utf-8") as left_out:
+            for line in left_out:
+                reasons[json.loads(line)["reason"]] += 1
+                listing.write(line)
+        for unit in job.units():
+            report = read_json(report_path(job.output, unit.number))
+            for part, entry in report["shards"].items():
+                shards[part].append(entry)
+            sizes.update(report["bytes"])
+            for language, (documents, size) in report["languages"].items():
+                total = languages.setdefault(language, {"documents": 0, "bytes": 0})
+                total["documents"] += documents
+                total["bytes"] += size
+            for refused in report["left_out"]:
+                reasons[refused["reason"]] += 1
+                listing.write(json.dumps(refused, ensure_ascii=False) + "\n")
+    if not shards["train"]:
+        raise PunaError(f"there is nothing to prepare in {', '.join(map(str, job.paths))}{_reasons_line(reasons)}")
+    info = {part: _info(job, shards[part], sizes[part]) for part in PARTS if shards[part]}
+    info["train"] |= {"left_out": dict(sorted(reasons.items())), "languages": dict(sorted(languages.items()))}
+    if "held_out" in info:
+        info["held_out"]["fill"] = "whole-documents" if _has_dialogs(job) else "end-to-end"
+        job.tokenizer.save(job.output / PARTS["held_out"] / "tokenizer")
+        write_json(job.output / PARTS["held_out"] / DATASET_FILE, info["held_out"])
+        info["train"]["held_out"] = {name: info["held_out"][name] for name in ("documents", "tokens", "bytes")}
+    write_json(job.output / DATASET_FILE, info["train"])
+    shutil.rmtree(job.work)
+    return info["train"]
+
+
+def _info(job: _Job, shards: list[dict[str, Any]], size_bytes: int) -> dict[str, Any]:
+    totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "targets")}
+    is_whole = _has_dialogs(job) or bool(job.options.get("fim_rate"))
+    return {
+        "format": FORMAT,
+        "made_by": f"puna {puna.__version__}",
+        "kind": job.kind,
+        "fill": "whole-documents" if is_whole else "end-to-end",
+        "tokenizer": {"sha256": job.tokenizer.sha256, "vocab_size": job.tokenizer.vocab_size},
+        **totals,
+        "bytes": size_bytes,
+        "left_out": {},
+        "sources": job.sources,
+        "settings": job.settings,
+        "shards": shards,
+    }
+
+
+def _has_dialogs(job: _Job) -> bool:
+    return "template" in job.options
+
+
+def _left_out_line(info: dict[str, Any], output: Path) -> str:
+    return f"{_reasons_line(Counter(info['left_out']))}; see {output / LEFT_OUT_FILE}" if info["left_out"] else ""
+
+
+def _reasons_line(reasons: Counter[str]) -> str:
+    if not reasons:
+        return ": it is empty"
+    return "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+
+
+def _sweep(output: Path) -> None:
+    """Removes what processes that were killed had half written."""
+    with contextlib.suppress(OSError):
+        for path in output.rglob(f"*{ASIDE}"):
+            path.unlink()

@@ -1,0 +1,208 @@
+"""One unit of preparing: a few megabytes of the sources become one shard, and one for the held-out documents.
+
+Which bytes a unit holds, and so what its shards hold, depends on the sources alone; units may be worked on in any
+order, by any process, and again after a crash. A unit is finished when its report is there, which is written last.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from puna.data import corpora
+from puna.data.documents import Document, LeftOut, Span
+from puna.data.infilling import cut_for_infilling, is_held_out
+from puna.data.shards import WORK_FOLDER, ShardWriter, shard_entry, write_shard
+from puna.files import write_json
+from puna.prompts import ChatTemplate, Message, UnusableDialog, chat_template, infill_document
+from puna.tokenizer import BulkEncoder, Tokenizer, load_tokenizer
+
+#: The parts that documents go to, and the folder of each within the prepared folder.
+PARTS = {"train": "", "held_out": "held_out"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process works on at a time.
+
+    Attributes:
+        number: in the order of the sources.
+        spans: what to read.
+        digest: of the spans, to know them again.
+        copies: number of a document in the unit -> the document that it nearly is a copy of.
+    """
+
+    number: int
+    spans: list[Span]
+    digest: str
+    copies: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes to be read."""
+        return sum(span.stop - span.start for span in self.spans)
+
+
+def report_path(output: Path, number: int) -> Path:
+    """Where the report of a finished unit is."""
+    return output / WORK_FOLDER / f"unit-{number:05d}.json"
+
+
+@dataclass
+class PrepareUnit:
+    """Turns units into shards; a callable that travels to worker processes.
+
+    Args:
+        kind: of the corpus.
+        options: all of them, see `corpora.checked_options`.
+        tokenizer_path: of the tokenizer.
+        output: the prepared folder.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    tokenizer_path: Path
+    output: Path
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded where it is first needed, not where this is made."""
+        return load_tokenizer(self.tokenizer_path)
+
+    @cached_property
+    def bulk(self) -> "_BulkTokenizer":
+        """The tokenizer for plain text."""
+        return _BulkTokenizer(self.tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The layout of dialogs, for kinds that have them."""
+        return chat_template(self.options["template"]) if "template" in self.options else None
+
+    def __call__(self, unit: Unit) -> Unit:
+        """Writes the unit's shards and then its report."""
+        texts: Counter[str] = Counter()
+        languages: dict[str, list[int]] = {}
+        left_out: list[LeftOut] = []
+        writers: dict[str, ShardWriter] = {}
+        with contextlib.ExitStack() as stack:
+            for document in self._documents(unit):
+                encoded = document if isinstance(document, LeftOut) else self._encoded(document)
+                if isinstance(encoded, LeftOut):
+                    left_out.append(encoded)
+                    continue
+                assert isinstance(document, Document)
+                part, tokens, is_target = encoded
+                if part not in writers:
+                    path = self._shard(part, unit)
+                    writers[part] = stack.enter_context(write_shard(path, dialogs=is_target is not None))
+                writers[part].add(document.id, document.source, tokens, is_target)
+                size = _size_bytes(document)
+                texts[part] += size
+                if document.language is not None and part == "train":
+                    count = languages.setdefault(document.language, [0, 0])
+                    languages[document.language] = [count[0] + 1, count[1] + size]
+        report = {
+            "digest": unit.digest,
+            "shards": {part: shard_entry(self._shard(part, unit), writer) for part, writer in writers.items()},
+            "bytes": texts,
+            "languages": languages,
+            "left_out": [asdict(refused) for refused in left_out],
+        }
+        write_json(report_path(self.output, unit.number), report)
+        return unit
+
+    def _documents(self, unit: Unit) -> Iterator[Document | LeftOut]:
+        number = 0
+        for document in read_unit(self.kind, self.options, unit):
+            if isinstance(document, Document):
+                original, number = unit.copies.get(number), number + 1
+                if original is not None:
+                    document = LeftOut(document.id, document.source, "near-duplicate", original)
+            yield document
+
+    def _encoded(self, document: Document) -> tuple[str, np.ndarray, np.ndarray | None] | LeftOut:
+        """The part that a document goes to, its tokens, and which of them are targets."""
+        part = "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
+        if document.messages is not None:
+            return self._encoded_dialog(part, document)
+        assert document.text is not None
+        cut = None
+        if part == "train" and self.options.get("fim_rate"):
+            rates = {name: self.options[name] for name in ("seed", "fim_rate", "spm_rate")}
+            cut = cut_for_infilling(document.text, id=document.id, **rates)
+        if cut is None:
+            return part, self.bulk.encode_document(document.text), None
+        as_tokenizer = cast(Tokenizer, self.bulk)
+        tokens = infill_document(as_tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order)
+        return part, np.array(tokens, np.int32), None
+
+    def _encoded_dialog(self, part: str, document: Document) -> tuple[str, np.ndarray, np.ndarray] | LeftOut:
+        assert self.template is not None
+        assert document.messages is not None
+        try:
+            encoded = self.template.encode(self.tokenizer, cast(list[Message], document.messages))
+        except UnusableDialog as error:
+            return LeftOut(document.id, document.source, error.reason, str(error))
+        if not any(encoded.is_target):
+            return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
+        return part, np.array(encoded.tokens, np.int32), np.array(encoded.is_target, np.bool_)
+
+    def _shard(self, part: str, unit: Unit) -> Path:
+        return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
+
+
+@dataclass
+class SketchUnit:
+    """Makes the sketches by which near-duplicates are found."""
+
+    kind: str
+    options: dict[str, Any]
+
+    def __call__(self, unit: Unit) -> tuple[Unit, list[tuple[str, bool, np.ndarray]]]:
+        """Id of every document, whether it is held out, and its sketch."""
+        from puna.data.near_duplicates import Sketcher
+
+        sketcher = Sketcher()
+        share = self.options["held_out"]
+        return unit, [
+            (document.id, is_held_out(document.id, share), sketcher.sketch(document.text or ""))
+            for document in read_unit(self.kind, self.options, unit)
+            if isinstance(document, Document)
+        ]
+
+
+def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Document | LeftOut]:
+    """Reads the documents of a unit."""
+    read = corpora.find(kind).read
+    for span in unit.spans:
+        yield from read(span, span.load(), options)
+
+
+class _BulkTokenizer:
+    """What `infill_document` asks of a tokenizer, answered by the fast encoder."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.path, self.infilling = tokenizer.path, tokenizer.infilling
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
+        self._encode = BulkEncoder(tokenizer).encode
+
+    def encode(self, text: str, *, leading_space: bool = True) -> list[int]:
+        return self._encode(text, leading_space=leading_space).tolist()
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """BOS, the text, EOS."""
+        ids = self._encode(text)
+        tokens = np.empty(len(ids) + 2, np.int32)
+        tokens[0], tokens[1:-1], tokens[-1] = self.bos_id, ids, self.eos_id
+        return tokens
+
+
+def _size_bytes(document: Document) -> int:
+    texts = [document.text or ""] if document.messages is None else [m["content"] for m in document.messages]
+    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)

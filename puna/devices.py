@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 #: Words of a device's name -> its published peak for dense bf16 (and fp16) products with fp32 sums, in FLOP/s; the
-#: first row whose words are all in the name counts. None: not published, or the sources disagree. Source: the makers'
-#: data sheets; where they print the rate with sparsity, half of it. Not in the list: Ascend 910B, for which 256e12 and 320e12 are found.
+#: first row whose words are all in the name counts. None: unknown, because variants share the name.
+#: Source: the makers' data sheets; where they print the rate with sparsity, half of it. The Ascend 910B is not in the
+#: list: sources disagree (256e12 and 320e12).
 PEAK_FLOPS: list[tuple[tuple[str, ...], float | None]] = [
     (("B200",), 2250e12),
     (("GH200",), 989e12),

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.data.rows import FILLS, IGNORE, EndToEndRows, Row, WholeDocumentRows, best_fit, open_rows
+from puna.data.shards import DATASET_FILE, Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
+from puna.files import write_json
 from puna.testing import FakeDataset
 
 A, B, C = 11, 12, 13
@@ -216,3 +218,24 @@ def test_a_data_set_is_named_when_it_is_empty(fill, tmp_path):
     dataset.folder = tmp_path
     with pytest.raises(PunaError, match=re.escape(str(tmp_path))):
         open_rows(dataset, 8, fill)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_rows_of_shards_on_the_disk_are_those_of_the_fake_in_memory(fill, tmp_path, monkeypatch):
+    monkeypatch.setattr("puna.data.shards.BATCH_TOKENS", 30)  # several record batches a shard
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, 100, random.integers(1, 25)).astype(np.int32) for _ in range(40)]
+    marks = [random.random(len(document)) < 0.5 for document in documents]
+    entries = []
+    for number, shard in enumerate((range(25), range(25, 40))):
+        path = tmp_path / f"shard-{number:05d}.arrow"
+        with write_shard(path, dialogs=True) as writer:
+            for i in shard:
+                writer.add(str(i), "source", documents[i], marks[i])
+        entries.append(shard_entry(path, writer))
+    write_json(tmp_path / DATASET_FILE, {"format": 1, "shards": entries, "fill": fill})
+    on_disk = open_rows(Dataset.open(tmp_path), 16)
+    fake = open_rows(FakeDataset(documents, marks), 16, fill)
+    assert type(on_disk) is FILLS[fill]
+    assert [fields(row) for row in on_disk] == [fields(row) for row in fake]
+    assert len(fake) > 20

@@ -3,13 +3,14 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puna.checkpoint import load, load_config, load_model, resolve, save_model
+from puna.checkpoint import convert, load, load_config, load_model, resolve, save_model
 from puna.checkpoint.huggingface import build_model, parameter_shapes
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError, UsageError
@@ -261,7 +262,7 @@ def test_loading_takes_the_memory_of_the_model_and_one_tensor(tmp_path, peak_ano
     size = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
     save_model(model, tmp_path / "model")
-    peak = peak_anonymous_bytes("model = puna.checkpoint.load_model(sys.argv[1])", tmp_path / "model")
+    peak = peak_anonymous_bytes(load_model, tmp_path / "model")
     slack = 8_000_000
     assert size + largest + slack < 2 * size  # a second copy would be seen
     assert 0.9 * size < peak < size + largest + slack
@@ -269,8 +270,8 @@ def test_loading_takes_the_memory_of_the_model_and_one_tensor(tmp_path, peak_ano
 
 def test_saving_takes_the_memory_of_one_tensor(tmp_path, peak_anonymous_bytes):
     save_model(tiny_model(vocab_size=30_000, hidden_size=256), tmp_path / "model")
-    code = "puna.checkpoint.convert(sys.argv[1], sys.argv[2], dtype='bf16')"
-    peak = peak_anonymous_bytes(code, tmp_path / "model", tmp_path / "copy")
+    rounded = partial(convert, dtype="bf16")
+    peak = peak_anonymous_bytes(rounded, tmp_path / "model", tmp_path / "copy")
     assert peak < 30_000 * 256 * 2 + 8_000_000
     assert {p.dtype for p in load_model(tmp_path / "copy").parameters()} == {torch.bfloat16}
 

@@ -1,0 +1,157 @@
+"""Export: the run's weights to the last bit, without its optimizer, in little memory."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puna.checkpoint import export, load, load_model, save_checkpoint
+from puna.checkpoint.sharded import open_sharded
+from puna.cli import run
+from puna.errors import PunaError
+from puna.testing import tiny_model, write_tiny_model
+from puna.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run with checkpoints of seeds 1 and 2 at steps 10 and 20, and a tokenizer."""
+    folder = tmp_path / "run"
+    for seed in (1, 2):
+        keep_model(folder, tiny_model(seed), step=10 * seed)
+    load_tokenizer(write_tiny_model(tmp_path / "other")).save(folder / "tokenizer")
+    return folder
+
+
+def test_the_newest_weights_are_exported_bit_for_bit(run_dir, tmp_path):
+    assert export(run_dir, tmp_path / "out") == tmp_path / "out"
+    state = tiny_model(2).state_dict()
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[name], values) for name, values in state.items())
+
+
+def test_a_step_can_be_chosen_and_a_dtype(run_dir, tmp_path):
+    export(run_dir, tmp_path / "out", step=10, dtype="bf16")
+    model, state = load_model(tmp_path / "out"), tiny_model(1).state_dict()
+    assert all(torch.equal(values, state[name].bfloat16()) for name, values in model.state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_tied_run_exports_tied(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    keep_model(tmp_path / "run", model)
+    export(tmp_path / "run", tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, model.lm_head.weight)
+
+
+def test_the_runs_tokenizer_goes_along(run_dir, tmp_path):
+    export(run_dir, tmp_path / "out")
+    _, tokenizer = load(tmp_path / "out")
+    assert tokenizer.sha256 == load_tokenizer(run_dir / "tokenizer").sha256
+
+
+def test_transposed_and_partial_tensors_are_read_as_they_were(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    state = {
+        "turned": whole.t(),
+        "row": whole[1],
+        "columns": whole[:, 1:3],
+        "scalar": torch.tensor(5),
+        "none": whole[:0],
+    }
+    path = save_checkpoint(tmp_path, 1, {"model": state, "models": {"other": whole}}, {})
+    stored = open_sharded(path, "model")
+    assert stored.keys() == state.keys()
+    for name, values in state.items():
+        assert (stored[name].shape, stored[name].dtype) == (tuple(values.shape), values.dtype)
+        assert torch.equal(stored[name].read(), values)
+
+
+def test_tensors_that_several_ranks_wrote_are_put_together(tmp_path, processes):
+    ranks = [processes.Process(target=save_slices, args=(rank, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    assert len(list(path.glob("*.distcp"))) == 2
+    stored = open_sharded(path, "model")
+    assert torch.equal(stored["rows"].read(), torch.arange(35.0).view(7, 5))
+    assert torch.equal(stored["columns"].read(), torch.arange(35.0).view(7, 5))
+    assert torch.equal(stored["whole"].read(), torch.arange(3.0))
+
+
+def save_slices(rank: int, folder: str) -> None:
+    """Saves a tensor split by rows, one by columns, and one that every rank holds, from two processes."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    table = torch.arange(35.0).view(7, 5)
+    state = {
+        "rows": distribute_tensor(table, mesh, [Shard(0)]),
+        "columns": distribute_tensor(table, mesh, [Shard(1)]),
+        "whole": distribute_tensor(torch.arange(3.0), mesh, [Replicate()]),
+    }
+    save_checkpoint(folder, 1, {"model": state}, {})
+    dist.destroy_process_group()
+
+
+def test_what_exists_is_not_touched(run_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(PunaError, match=r"out exists already; choose another place"):
+        export(run_dir, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_step_that_is_not_there_lists_those_that_are(run_dir, tmp_path):
+    with pytest.raises(PunaError, match="has no checkpoint of step 15; there are 10, 20"):
+        export(run_dir, tmp_path / "out", step=15)
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path):
+    with pytest.raises(PunaError, match="there is no run folder"):
+        export(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(PunaError, match="has no checkpoints"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_dir, tmp_path):
+    (run_dir / "checkpoints" / "step-00000020" / ".metadata").write_bytes(b"")
+    with pytest.raises(PunaError, match=r"step-00000020 is damaged \(\.metadata has 0 of"):
+        export(run_dir, tmp_path / "out", step=20)
+    export(run_dir, tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_export_takes_the_memory_of_less_than_one_copy(tmp_path, peak_anonymous_bytes, dtype):
+    model = tiny_model(vocab_size=16_000, hidden_size=256)
+    weights = sum(values.nbytes for values in model.parameters())
+    keep_model(tmp_path / "run", model, optimizer_copies=2)
+    peak = peak_anonymous_bytes(partial(export, dtype=dtype), tmp_path / "run", tmp_path / "out")
+    largest = 16_000 * 256 * 2 if dtype else 0  # mapped as they are, or rounded one by one
+    assert largest + 16_000_000 < weights
+    assert peak < largest + 16_000_000
+
+
+def test_the_command_prints_the_folder(run_dir, tmp_path, capsys):
+    assert run(["export", str(run_dir), "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "out")}
+    assert run(["export", str(run_dir), "-o", str(tmp_path / "out")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert run(["export", str(run_dir), "-o", str(tmp_path / "new"), "--dtype", "fp8"]) == 2
+    assert "there are fp32, bf16, fp16" in capsys.readouterr().err
+
+
+def keep_model(folder, model, step=1, optimizer_copies=1):
+    """Saves a checkpoint as training does."""
+    state = {"model": model.state_dict(), "optimizer": {}}
+    for number in range(optimizer_copies):
+        state["optimizer"][f"moment{number}"] = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    save_checkpoint(folder, step, state, {"model_config": model.config.to_json()})

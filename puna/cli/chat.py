@@ -58,7 +58,7 @@ def chat(
     from puna.generate import Sampling
     from puna.generate import chat as answer
 
-    settings = {
+    settings: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,

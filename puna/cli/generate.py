@@ -60,7 +60,7 @@ def generate(
     from puna.generate import Sampling
     from puna.generate import generate as complete_texts
 
-    settings = {
+    settings: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,

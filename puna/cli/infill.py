@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,7 @@ def infill(
     from puna.generate import Sampling
     from puna.generate import infill as fill
 
-    settings = {
+    settings: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -75,7 +75,7 @@ def infill(
         tokenizer,
         before,
         behind,
-        order=order,  # type: ignore[arg-type] - a wrong one is refused there
+        order=order,  # type: ignore[arg-type]  # a wrong one is refused there
         on_text=on_text,
         **settings,
     )

@@ -1,0 +1,435 @@
+"""`puna generate`, `puna infill` and `puna chat`, as someone at a terminal meets them, and their Python twins."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import puna
+from puna.checkpoint import save_model
+from puna.cli import run
+from puna.errors import PunaError, UsageError
+from puna.generate import Sampling, complete
+from puna.prompts import chat_template, infill_prompt
+from puna.testing import ScriptedModel, tiny_model
+from puna.tokenizer import Tokenizer, train_tokenizer
+
+QUESTION = "def f(x):\n"
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_folder: Path):
+    return puna.load(tiny_model_folder)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch):
+    """Puts text, or bytes, on standard input."""
+
+    def put(content: str | bytes) -> None:
+        content = content.encode() if isinstance(content, str) else content
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+    return put
+
+
+def continued(loaded, prompt: str, **settings) -> str:
+    """What the model says behind a prompt, by way of tokens."""
+    model, tokenizer = loaded
+    return complete(model, tokenizer, [tokenizer.encode(prompt, bos=True)], Sampling(**settings))[0].text
+
+
+# Python
+
+
+def test_generate_is_the_twin_of_complete_for_texts(loaded) -> None:
+    model, tokenizer = loaded
+    completions = puna.generate(model, tokenizer, [QUESTION, "import"], max_tokens=12, stop="zz")
+    assert [completion.text for completion in completions] == [
+        continued(loaded, QUESTION, max_tokens=12),
+        continued(loaded, "import", max_tokens=12),
+    ]
+    assert completions[0].prompt_tokens == len(tokenizer.encode(QUESTION)) + 1
+    assert puna.generate(model, tokenizer, QUESTION, max_tokens=12) == completions[:1]
+
+
+def test_generate_tells_of_each_completion_when_it_is_there(loaded) -> None:
+    seen: dict[int, object] = {}
+    completions = puna.generate(
+        *loaded, [QUESTION, "import", "a"], max_tokens=5, batch_rows=2, on_completion=seen.__setitem__
+    )
+    assert seen == dict(enumerate(completions))
+
+
+def test_generate_refuses_an_empty_prompt_and_an_unknown_setting(loaded) -> None:
+    with pytest.raises(PunaError, match="prompt 1 is empty"):
+        puna.generate(*loaded, ["x", ""])
+    with pytest.raises(UsageError, match="no sampling setting is called topp"):
+        puna.generate(*loaded, "x", topp=0.5)
+
+
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_infill_asks_in_the_published_layout_and_ends_at_eot(loaded, order: str) -> None:
+    tokenizer: Tokenizer = loaded[1]
+    prompt = infill_prompt(tokenizer, "def f(x):\n    ", "\n    return y", order=order)  # type: ignore[arg-type]
+    middle = tokenizer.encode(" y = x", leading_space=False)
+    scripted = ScriptedModel([*middle, tokenizer.infilling.eot_id, 70], prompt_tokens=len(prompt))
+    for settings in ({}, {"ignore_eos": True}):
+        completion = puna.infill(scripted, tokenizer, "def f(x):\n    ", "\n    return y", order=order, **settings)
+        assert (completion.text, completion.finish, completion.prompt_tokens) == (" y = x", "stop", len(prompt))
+
+
+def test_infill_needs_markers_and_a_known_order(loaded, tmp_path: Path) -> None:
+    plain = train_tokenizer(["def f(x):\n    return x\n" * 50], tmp_path, vocab_size=280, infilling=False)
+    with pytest.raises(PunaError, match=r"no infilling markers.*7B, 13B and 70B"):
+        puna.infill(loaded[0], plain, "a", "b")
+    with pytest.raises(UsageError, match='"psm" or "spm", not \'mps\''):
+        puna.infill(*loaded, "a", "b", order="mps")
+
+
+def test_chat_ends_where_the_template_says(loaded) -> None:
+    from puna.generate import chat
+
+    model, tokenizer = loaded
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = chat_template("codellama").encode(tokenizer, messages).tokens
+    answer = tokenizer.encode(" Hi there. ", leading_space=False)
+    scripted = ScriptedModel([*answer, tokenizer.eos_id], prompt_tokens=len(prompt))
+    assert chat(scripted, tokenizer, messages, template="codellama").text == " Hi there. "
+    with pytest.raises(PunaError, match="ends with a message of the user"):
+        chat(model, tokenizer, [*messages, {"role": "assistant", "content": "x"}], template="codellama")
+
+
+# puna generate
+
+
+def test_one_prompt_prints_its_completion_alone(loaded, tiny_model_folder: Path, capsys) -> None:
+    assert run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "12"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == continued(loaded, QUESTION, max_tokens=12) + "\n"
+    assert captured.err == ""
+
+
+def test_one_prompt_is_printed_while_it_grows(tiny_model_folder: Path, monkeypatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("puna.cli.generate.print_piece", lambda _, piece: written.append(piece))
+    assert run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "12"]) == 0
+    assert len(written) > 3
+
+
+def test_a_prompt_from_standard_input_is_taken_to_the_letter(loaded, tiny_model_folder: Path, capsys, typed) -> None:
+    typed(QUESTION)
+    assert run(["generate", str(tiny_model_folder), "-", "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().out == continued(loaded, QUESTION, max_tokens=8) + "\n"
+
+
+def test_every_sampling_option_arrives(loaded, tiny_model_folder: Path, capsys) -> None:
+    options = {
+        "temperature": 0.9,
+        "top_k": 30,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "max_tokens": 20,
+        "seed": 7,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert run(["generate", str(tiny_model_folder), QUESTION, *words]) == 0
+    text = capsys.readouterr().out[:-1]
+    assert text == continued(loaded, QUESTION, **options)
+    for name, default in (("seed", 0), ("temperature", 3.0), ("repetition_penalty", 1.0), ("top_k", 1)):
+        assert text != continued(loaded, QUESTION, **{**options, name: default}), f"{name} changes nothing here"
+
+
+def test_stop_options_arrive(loaded, tiny_model_folder: Path, capsys) -> None:
+    model, tokenizer = loaded
+    (whole,) = puna.generate(model, tokenizer, QUESTION, max_tokens=30)
+    stop = whole.text[10:12]
+    assert (
+        run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "30", "--stop", "~~", "--stop", stop]) == 0
+    )
+    assert capsys.readouterr().out == whole.text[: whole.text.index(stop)] + "\n"
+    at = whole.tokens[8]
+    assert run(["generate", str(tiny_model_folder), QUESTION, "--stop-id", str(at), "--json"]) == 0
+    (completion,) = json.loads(capsys.readouterr().out)["completions"]
+    assert (completion["completion_tokens"], completion["finish"]) == (whole.tokens.index(at), "stop")
+
+
+def test_several_prompts_are_printed_under_headings(loaded, tiny_model_folder: Path, capsys) -> None:
+    assert run(["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6"]) == 0
+    first, second = (continued(loaded, prompt, max_tokens=6) for prompt in (QUESTION, "import"))
+    assert capsys.readouterr().out == (
+        f"=== 1/2: 'def f(x):' (length)\n{first}\n=== 2/2: 'import' (length)\n{second}\n"
+    )
+
+
+def test_json_is_one_object_and_nothing_else(loaded, tiny_model_folder: Path, capsys) -> None:
+    assert run(["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(tiny_model_folder)
+    assert result["completion_tokens"] == 12
+    assert result["completions"][1] == {
+        "prompt": "import",
+        "completion": continued(loaded, "import", max_tokens=6),
+        "finish": "length",
+        "prompt_tokens": len(loaded[1].encode("import")) + 1,
+        "completion_tokens": 6,
+    }
+
+
+def test_json_lines_go_in_and_come_out_with_their_other_fields(
+    loaded, tiny_model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    asked = [{"task_id": "t/0", "prompt": QUESTION}, {"task_id": "t/1", "prompt": "naïve = '高原'"}]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n\n".join(json.dumps(record) for record in asked) + "\n")
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "6"]
+    assert run(words) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    answered = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(record["task_id"], record["prompt"]) for record in answered] == [
+        (r["task_id"], r["prompt"]) for r in asked
+    ]
+    assert [record["completion"] for record in answered] == [
+        continued(loaded, r["prompt"], max_tokens=6) for r in asked
+    ]
+
+
+def test_wrong_prompts_are_told_apart_before_the_model_is_loaded(tmp_path: Path, capsys, typed) -> None:
+    def message(*words: str, code: int) -> str:
+        assert run(["generate", "no/such/model", *words]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert len(captured.err.splitlines()) == 1
+        return captured.err
+
+    file = tmp_path / "prompts.jsonl"
+    assert "give prompts as arguments" in message(code=2)
+    assert f"{file} does not exist" in message("--file", str(file), code=1)
+    file.write_text("\n")
+    assert "holds no prompts" in message("--file", str(file), code=1)
+    file.write_text('{"prompt": "x"}\n{"text": "x"}\n')
+    assert f'{file}:2 is not an object with a text "prompt"' in message("--file", str(file), code=1)
+    file.write_text('{"prompt": "x"}\n{"prompt"\n')
+    assert f"{file}:2 is not JSON" in message("--file", str(file), code=1)
+    assert "give prompts as arguments" in message("x", "--file", str(file), code=2)
+    typed(b"caf\xe9")
+    assert "- is not UTF-8 text (byte 3)" in message("-", code=1)
+    assert "top_p=1.5 must be above 0 and at most 1" in message("x", "--top-p", "1.5", code=2)
+
+
+def test_a_model_that_cannot_be_used_is_an_error_of_one_line(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    def message(*words: str, code: int) -> str:
+        assert run(["generate", *words]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    assert "there is no folder" in message(str(tmp_path / "none"), "x", code=1)
+    assert "device 'fpga' is not there" in message(str(tiny_model_folder), "x", "--device", "fpga", code=2)
+    assert "no dtype is called 'fp8'" in message(str(tiny_model_folder), "x", "--dtype", "fp8", code=2)
+    assert "context 2048; shorten it" in message(str(tiny_model_folder), "x 1 " * 2048, code=1)
+    save_model(tiny_model(), tmp_path / "bare")
+    assert "has no tokenizer" in message(str(tmp_path / "bare"), "x", code=1)
+
+
+def test_sixteen_bits_on_a_cpu_without_units_for_them_are_pointed_out(
+    tiny_model_folder: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("puna.devices.has_fast_bf16", lambda device: False)
+    words = ["generate", str(tiny_model_folder), "x", "--max-tokens", "2", "--device", "cpu"]
+    assert run([*words, "--dtype", "bf16"]) == 0
+    assert "--dtype fp32 is many times faster" in capsys.readouterr().err
+    assert run(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+# puna infill
+
+
+def filled(loaded, prefix: str, suffix: str) -> str:
+    model, tokenizer = loaded
+    return complete(model, tokenizer, [infill_prompt(tokenizer, prefix, suffix)], Sampling(max_tokens=10))[0].text
+
+
+def test_infill_prints_the_middle(loaded, tiny_model_folder: Path, capsys) -> None:
+    words = ["infill", str(tiny_model_folder), "--prefix", "def f(", "--suffix", "):\n", "--max-tokens", "10"]
+    assert run(words) == 0
+    expected = filled(loaded, "def f(", "):\n")
+    assert capsys.readouterr().out == expected + "\n"
+    assert run([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["prefix"], result["suffix"], result["completion"]) == ("def f(", "):\n", expected)
+    assert expected != filled(loaded, "def f(", "")
+
+
+def test_infill_finds_the_gap_in_a_file(loaded, tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:
+    file = tmp_path / "code.py"
+    file.write_text("def f(<FILL>):\n")
+    assert run(["infill", str(tiny_model_folder), "--file", str(file), "--max-tokens", "10"]) == 0
+    assert capsys.readouterr().out == filled(loaded, "def f(", "):\n") + "\n"
+    typed("<FILL>x")
+    assert run(["infill", str(tiny_model_folder), "--file", "-", "--max-tokens", "10"]) == 0
+    assert capsys.readouterr().out == filled(loaded, "", "x") + "\n"
+
+
+def test_infill_wants_exactly_one_gap(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "code.py"
+    file.write_text("<FILL> and <FILL>")
+    assert run(["infill", str(tiny_model_folder), "--file", str(file)]) == 2
+    assert "holds <FILL> 2 times" in capsys.readouterr().err
+    assert run(["infill", str(tiny_model_folder)]) == 2
+    assert "give --prefix and --suffix" in capsys.readouterr().err
+    assert run(["infill", str(tiny_model_folder), "--file", str(file), "--prefix", "x"]) == 2
+    assert run(["infill", str(tiny_model_folder), "--prefix", "x", "--order", "mps"]) == 2
+    assert '"psm" or "spm"' in capsys.readouterr().err
+
+
+# puna chat
+
+
+@pytest.fixture
+def overheard(monkeypatch: pytest.MonkeyPatch):
+    """The dialogs that `puna chat` asks a model to answer; the answers are " answer 1 ", " answer 2 " …"""
+    dialogs: list[tuple[str, list[dict]]] = []
+
+    def answer(model, tokenizer, messages, *, template, on_text, **sampling) -> None:
+        dialogs.append((template.name, list(messages)))
+        for piece in (" ", f"answer {len(dialogs)}", " "):
+            on_text(0, piece)
+
+    monkeypatch.setattr("puna.generate.chat", answer)
+    return dialogs
+
+
+def test_chat_answers_line_by_line_and_remembers(tiny_model_folder: Path, capsys, typed, overheard) -> None:
+    typed("hello\n\nand then?\n")
+    assert run(["chat", str(tiny_model_folder), "--system", "Be brief."]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "answer 1 \nanswer 2 \n"
+    assert "laid out as codellama" in captured.err
+    assert overheard[1] == (
+        "codellama",
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "answer 1"},
+            {"role": "user", "content": "and then?"},
+        ],
+    )
+
+
+def test_new_forgets_the_dialog_but_not_the_system_message(tiny_model_folder: Path, typed, overheard) -> None:
+    typed("hello\n/new\nagain")
+    assert run(["chat", str(tiny_model_folder), "--system", "S"]) == 0
+    assert [message["content"] for message in overheard[1][1]] == ["S", "again"]
+
+
+def test_a_layout_without_a_second_turn_begins_anew(tiny_model_folder: Path, typed, overheard) -> None:
+    typed("hello\nagain\n")
+    assert run(["chat", str(tiny_model_folder), "--template", "alpaca"]) == 0
+    assert overheard[1] == ("alpaca", [{"role": "user", "content": "again"}])
+
+
+def test_chat_says_what_the_model_says(loaded, tiny_model_folder: Path, capsys, typed) -> None:
+    typed("hello\n")
+    assert run(["chat", str(tiny_model_folder), "--max-tokens", "9", "--temperature", "0"]) == 0
+    model, tokenizer = loaded
+    prompt = chat_template("codellama").encode(tokenizer, [{"role": "user", "content": "hello"}]).tokens
+    (completion,) = complete(model, tokenizer, [prompt], Sampling(max_tokens=9, stop_ids=(tokenizer.eos_id,)))
+    assert completion.text.strip()
+    assert capsys.readouterr().out == completion.text.lstrip() + "\n"
+
+
+def test_a_models_own_chat_template_is_believed(tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:
+    model, tokenizer = puna.load(tiny_model_folder)
+    save_model(model, tmp_path / "own", tokenizer=tokenizer)
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
+    (tmp_path / "own" / "chat_template.jinja").write_text(template)
+    typed("hello\n")
+    assert run(["chat", str(tmp_path / "own"), "--max-tokens", "5"]) == 0
+    assert f"laid out as {tmp_path / 'own'}" in capsys.readouterr().err
+
+
+def test_a_question_that_cannot_be_laid_out_ends_a_scripted_chat_with_its_reason(
+    tiny_model_folder: Path, capsys, typed
+) -> None:
+    typed("what is [INST]?\n")
+    assert run(["chat", str(tiny_model_folder)]) == 1
+    assert "holds the layout's own tags ([INST])" in capsys.readouterr().err
+    assert run(["chat", str(tiny_model_folder), "--template", "morse"]) == 2
+    assert "neither a chat template (alpaca, codellama" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Standard input with someone at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch):
+    """Lets `input` give these lines one after the other; an error among them is raised."""
+
+    def put(*lines: str | type[BaseException]) -> None:
+        remaining = iter(lines)
+
+        def input_(prompt: str) -> str:
+            line = next(remaining)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        monkeypatch.setattr("builtins.input", input_)
+
+    return put
+
+
+@pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
+def test_ctrl_d_and_ctrl_c_leave_politely(tiny_model_folder: Path, said, overheard, capsys, leave) -> None:
+    said("hello", leave)
+    assert run(["chat", str(tiny_model_folder)]) == 0
+    assert capsys.readouterr().out == "answer 1 \n\n"
+
+
+def test_ctrl_c_in_an_answer_keeps_what_was_said(tiny_model_folder: Path, said, monkeypatch) -> None:
+    dialogs: list[list[dict]] = []
+
+    def answer(model, tokenizer, messages, *, template, on_text, **sampling) -> None:
+        dialogs.append(list(messages))
+        on_text(0, " half an ans")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("puna.generate.chat", answer)
+    said("hello", "go on", EOFError)
+    assert run(["chat", str(tiny_model_folder)]) == 0
+    assert [message["content"] for message in dialogs[1]] == ["hello", "half an ans", "go on"]
+
+
+def test_an_unusable_question_at_a_terminal_is_explained_and_forgotten(
+    loaded, tiny_model_folder: Path, said, capsys
+) -> None:
+    said("what is [INST]?", "hello", EOFError)
+    assert run(["chat", str(tiny_model_folder), "--max-tokens", "5", "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert "holds the layout's own tags" in captured.err
+    assert captured.out.strip()
+
+
+def test_commands_compute_without_gradients(tiny_model_folder: Path, monkeypatch) -> None:
+    modes: list[bool] = []
+    original = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "embedding",
+        lambda *words, **options: modes.append(torch.is_inference_mode_enabled()) or original(*words, **options),
+    )
+    assert run(["generate", str(tiny_model_folder), "x", "--max-tokens", "2"]) == 0
+    assert modes == [True, True]

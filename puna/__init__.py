@@ -22,6 +22,7 @@ _HOMES = {
     "convert": "puna.checkpoint",
     "generate": "puna.generate",
     "infill": "puna.generate",
+    "chat": "puna.generate",
     "evaluate": "puna.evaluate",
 }
 

@@ -3,7 +3,8 @@
 SentencePiece's Python offers no switch for what Code Llama needs, but its file is a protobuf that says it all:
 
 - the infilling markers and `<step>` are ordinary pieces there, so that a source file which contains ` <EOT>` would end
-  an infilling by itself: they are retyped as control pieces, which text cannot produce;
+  an infilling by itself: they and their fragments (` <E`, ` <M`) are retyped as control pieces, which text cannot
+  produce. The text is then spelled by Llama's own pieces;
 - what Hugging Face added behind the model's last id (`<|im_end|>` and the like) is told in files beside it, and
   becomes control pieces;
 - text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's

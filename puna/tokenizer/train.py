@@ -58,7 +58,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, StopIteration) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+        reason = str(error).rpartition("] ")[2].strip(" .\n") or "there is no text"
         raise PunaError(
             f"cannot train a vocabulary of {vocab_size} on these texts: {reason}; give more text or another vocab_size"
         ) from None

@@ -26,7 +26,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 texts = st.lists(st.sampled_from(FRAGMENTS) | any_text).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=texts, leading_space=st.booleans())
 def test_decoding_what_was_encoded_gives_the_same_text(small_tokenizer, text, leading_space):
     ids = small_tokenizer.encode(text, leading_space=leading_space)
@@ -34,7 +34,7 @@ def test_decoding_what_was_encoded_gives_the_same_text(small_tokenizer, text, le
     assert small_tokenizer.decode_bytes(ids, leading_space=leading_space) == text.encode()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=texts, leading_space=st.booleans())
 def test_no_text_becomes_a_control_token(small_tokenizer, text, leading_space):
     control = {0, 1, 2, *range(1024 - 16, 1024)}
@@ -93,7 +93,7 @@ def test_begin_and_end_are_put_around_a_text_only_where_asked(small_tokenizer):
     assert (small_tokenizer.bos_id, small_tokenizer.eos_id, small_tokenizer.unk_id) == (1, 2, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=texts, cut=st.integers(0, 5))
 def test_a_stream_gives_whole_characters_that_add_up_to_the_decoded_text(small_tokenizer, text, cut):
     ids = small_tokenizer.encode(text)[cut:]

@@ -9,23 +9,33 @@ from typing import Any
 
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
+from puna.twins import make_callable
+
+make_callable(__name__)
 
 
 def evaluate(
-    benchmark: str, model: Any = None, *, tokenizer: Any = None, device: Any = None, **options: Any
+    benchmark: str,
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    device: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Scores a model, or samples that were made before, on a benchmark.
 
     Args:
         benchmark: a file of `puna/evaluate/benchmarks`, e.g. "humaneval" or "completion".
-        model: a folder or hub id, or a model in memory (then `tokenizer` as well); None where `samples` are given.
-        tokenizer: the model's; a folder's own by default.
-        device: where to put a model that is loaded; the best there is by default.
+        model: a folder or hub id, or a model in memory (then with `tokenizer`); None where `samples` are given.
+        tokenizer: the model's; that of its folder by default.
+        dtype: of the weights of a model that is loaded; as stored by default.
+        device: where a model that is loaded goes; an accelerator by default, if there is one.
         options: the benchmark's own: `samples`, `data`, `output`, `details` … for humaneval, `corpus`, `cases` … for
             completion; None leaves one at its default.
 
     Returns:
-        The result, e.g. `{"benchmark": "humaneval", "pass@1": 0.335, "tasks": 164, …}`.
+        The result, e.g. `{"benchmark": "humaneval", "pass@1": 0.335, "tasks": 164, …}`; JSON can spell it.
 
     Raises:
         PunaError: a file is missing or not what it should be, or the sandbox does not work here.
@@ -34,14 +44,17 @@ def evaluate(
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
     benchmarks.check_options(module, options)
-    if isinstance(model, str | Path):
-        from puna import checkpoint
+    name = str(model) if isinstance(model, str | Path) else None
+    if name is not None:
+        from puna.checkpoint import load
+        from puna.devices import pick_device
 
-        model, its_tokenizer = checkpoint.load(checkpoint.resolve(model), device=device)
-        tokenizer = tokenizer or its_tokenizer
+        model, its_own = load(name, dtype=dtype, device=pick_device(device))
+        tokenizer = tokenizer or its_own
     if model is not None and tokenizer is None:
         raise UsageError(
-            f"{benchmark} needs the model's tokenizer too: evaluate(…, tokenizer=puna.load_tokenizer(folder))"
+            f"{name or 'the model'} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder, "
+            "or give tokenizer=puna.load_tokenizer(folder)"
         )
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
-    return result
+    return result if name is None else {"benchmark": result["benchmark"], "model": name} | result

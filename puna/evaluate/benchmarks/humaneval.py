@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import PunaError, UsageError
+from puna.evaluate.completing import Completer
 from puna.evaluate.pass_at_k import scores
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox
 from puna.files import file_aside, sha256_of
@@ -93,7 +94,9 @@ def evaluate(
         if samples is not None:
             attempts = read_samples(samples, tasks)
         else:
-            attempts = _completed(tasks, complete or _completer(model, tokenizer, max_tokens), batch)
+            if complete is None:
+                complete = Completer(model, tokenizer, max_tokens=max_tokens, stop=STOPS, batch_rows=batch)
+            attempts = _completed(tasks, complete, batch)
         if output is not None:
             _write_lines(output, ({"task_id": a.task_id, "completion": a.completion} for a in attempts))
         generated = time.monotonic()
@@ -113,6 +116,7 @@ def evaluate(
         "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS},
         "sandbox": sandbox.mechanism,
         "limits": vars(limits),
+        **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
         "data": {"file": path.name, "sha256": sha256_of(path)},
         "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
     }
@@ -184,19 +188,6 @@ def _data_file(data: Path | str | None) -> Path:
     if not path.is_file():
         raise PunaError(f"{path} does not exist; {_GET_DATA}")
     return path
-
-
-def _completer(model: Any, tokenizer: Any, max_tokens: int) -> Callable[[list[str]], list[str]]:
-    from puna.generate import Sampling
-    from puna.generate import complete as complete_tokens
-
-    sampling = Sampling(max_tokens=max_tokens, stop=STOPS)
-
-    def complete(prompts: list[str]) -> list[str]:
-        encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        return [completion.text for completion in complete_tokens(model, tokenizer, encoded, sampling)]
-
-    return complete
 
 
 def _completed(tasks: dict[str, Task], complete: Callable[[list[str]], list[str]], batch: int) -> list[Sample]:

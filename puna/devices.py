@@ -49,8 +49,8 @@ PEAK_FLOPS: list[tuple[tuple[str, ...], float | None]] = [
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 
-#: How long the CPU's rate may be measured.
-MEASURE_SECONDS = 0.15
+#: How long the CPU's rate is measured.
+MEASURE_SECONDS = 0.25
 
 
 def pick_device(name: str | None = None) -> "torch.device":
@@ -165,17 +165,19 @@ def _measured_cpu_flops(dtype: "torch.dtype", n_threads: int) -> float:
     """FLOP/s of the best of square products of growing size; `n_threads` is there because the rate depends on it."""
     import torch
 
-    started, best, size = time.perf_counter(), 0.0, 256
+    best, size = 0.0, 256
     with torch.inference_mode():
+        factor = torch.full((size, size), 0.5, dtype=dtype)  # not random numbers: that would disturb the seed
+        factor @ factor  # the first product starts the threads
+        started = time.perf_counter()
         while time.perf_counter() - started < MEASURE_SECONDS:
-            factor = torch.full((size, size), 0.5, dtype=dtype)  # not random numbers: that would disturb the seed
-            for _ in range(2):
-                before = time.perf_counter()
-                factor @ factor
-                seconds = time.perf_counter() - before
-                best = max(best, 2 * size**3 / seconds)
-            if seconds < MEASURE_SECONDS / 8:
+            before = time.perf_counter()
+            factor @ factor
+            seconds = time.perf_counter() - before
+            best = max(best, 2 * size**3 / seconds)
+            if seconds < MEASURE_SECONDS / 32:
                 size *= 2
+                factor = torch.full((size, size), 0.5, dtype=dtype)
     return best
 
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Models here are so small that a second thread only waits for the first; read when torch and its kin are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

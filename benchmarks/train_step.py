@@ -1,0 +1,146 @@
+"""Training steps side by side: puna's and transformers' LlamaForCausalLM with torch's fused AdamW.
+
+    python benchmarks/train_step.py [--steps 5] [--precision bf16|fp32|auto] [--vocab 32000]
+
+Both train the same model (8 layers x 512, rows of 1,024, random tokens, same start) in one process, in turn, step by
+step: what slows the machine down slows both. Each runs eager and compiled; the better median counts. Losses must agree.
+On a CPU without bf16 units (AVX2), bf16 products are some hundred times slower than fp32 ones, so `auto` measures fp32
+there and says so in the result.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from record import record
+
+from puna import devices
+from puna.config import Optimizer
+from puna.data.loader import Batch
+from puna.model.config import ModelConfig, preset
+from puna.model.llama import Llama, init_weights
+from puna.train.flops import flops_per_token
+from puna.train.optimizer import AdamW
+from puna.train.step import train_step
+
+LR = 1e-4
+
+
+def main() -> None:
+    """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    args = parser.parse_args()
+    device = devices.pick_device()
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if devices.has_fast_bf16(device) else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    config = replace(preset("tiny-512"), vocab_size=args.vocab)
+    batch = _batch(args.rows, args.length, args.vocab)
+    contenders: dict[str, Callable[[int], float]] = {}
+    for is_compiled in (False, True):
+        how = "compiled" if is_compiled else "eager"
+        contenders[f"puna, {how}"] = puna_step(config, batch, dtype, device, is_compiled=is_compiled)
+        contenders[f"transformers, {how}"] = transformers_step(config, batch, dtype, device, is_compiled=is_compiled)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses: dict[str, list[float]] = {name: [] for name in contenders}
+    for update in range(1, args.steps + 2):
+        for name, step in contenders.items():
+            started = time.perf_counter()
+            losses[name].append(step(update))
+            if update > 1:  # the first warms up and compiles
+                seconds[name].append(time.perf_counter() - started)
+    tokens = args.rows * args.length
+    peak = devices.peak_flops(device, dtype)
+    flops = flops_per_token(config, args.length) * tokens
+    rows = [
+        {
+            "contender": name,
+            "precision": precision,
+            "tokens_per_second": tokens / statistics.median(times),
+            "seconds": times,
+            "share_of_matmul_rate": flops / statistics.median(times) / peak if peak else None,
+            "losses": losses[name],
+        }
+        for name, times in seconds.items()
+    ]
+    best = {who: max((r for r in rows if who in r["contender"]), key=lambda r: r["tokens_per_second"])
+            for who in ("puna", "transformers")}  # fmt: skip
+    ratio = best["puna"]["tokens_per_second"] / best["transformers"]["tokens_per_second"]
+    record("train_step", rows, {"ratio_of_the_best": ratio, "goal": 1.5, "config": config.to_json()})
+
+
+def puna_step(
+    config: ModelConfig, batch: Batch, dtype: torch.dtype, device: torch.device, *, is_compiled: bool
+) -> Callable[[int], float]:
+    """A function that takes one step of puna's and returns the loss."""
+    model = Llama(config).to(device)
+    init_weights(model, seed=0)
+    model.compute_dtype = None if dtype == torch.float32 else dtype
+    if is_compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    optimizer = AdamW(model.named_parameters(), Optimizer(weight_decay=0.0), seed=0)
+
+    def step(update: int) -> float:
+        rows = len(batch.tokens)
+        return train_step(
+            model, optimizer, batch, update=update, lr=LR, micro_batch_rows=rows, max_grad_norm=1.0
+        ).loss  # fmt: skip
+
+    return step
+
+
+def transformers_step(
+    config: ModelConfig, batch: Batch, dtype: torch.dtype, device: torch.device, *, is_compiled: bool
+) -> Callable[[int], float]:
+    """The same with transformers' model, autocast to bf16 over fp32 weights as puna does, and torch's fused AdamW."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {**config.to_json(), "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**fields)).to(device).train()
+    start = Llama(config)
+    init_weights(start, seed=0)
+    model.load_state_dict(start.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    forward = torch.compile(model) if is_compiled else model
+    tokens = torch.from_numpy(batch.tokens).long().to(device)
+
+    def step(update: int) -> float:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def _batch(rows: int, length: int, vocab: int) -> Batch:
+    from puna.data.loader import stack
+    from puna.data.rows import IGNORE, Row
+
+    generator = torch.Generator().manual_seed(0)
+
+    def row() -> Row:
+        tokens = torch.randint(3, vocab, (length,), generator=generator, dtype=torch.int32).numpy()
+        targets = tokens.copy()
+        targets[:-1], targets[-1] = tokens[1:], IGNORE
+        places = torch.arange(length, dtype=torch.int32).numpy()
+        return Row(tokens, targets, 0 * places, places)
+
+    return stack(row() for _ in range(rows))
+
+
+if __name__ == "__main__":
+    main()

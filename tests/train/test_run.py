@@ -1,0 +1,276 @@
+"""A run is a folder: it learns, continues to the last bit, and refuses what would spoil it."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import puna
+from puna.checkpoint import load_checkpoint, newest_checkpoint
+from puna.errors import PunaError, UsageError
+from puna.files import read_json
+from puna.model.config import preset
+from puna.model.llama import Llama
+from puna.train import run as run_module
+from puna.train.metrics import read_metrics
+from puna.train.step import StepResult
+
+Make = Callable[..., dict[str, Any]]
+
+#: Numbers of a step that depend on the clock or the process.
+CLOCKED = {"seconds", "tokens_per_second", "mfu", "memory_gib"}
+
+
+def _numbers(run_dir: str | Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in read_metrics(Path(run_dir))]
+
+
+def _weights(run_dir: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    model = Llama(preset("tiny-64")).to(dtype)
+    state = {"model": model.state_dict()}
+    path = newest_checkpoint(run_dir)
+    assert path is not None
+    load_checkpoint(path, state)
+    return state["model"]
+
+
+def _assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_learns_and_writes_a_line_a_step(recipe: Make) -> None:
+    result = puna.train(recipe(steps=40))
+    lines = read_metrics(Path(result["run_dir"]))
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1.5
+    assert lines[-1]["valid_loss"] < lines[3]["valid_loss"] - 1
+    expected = {"step", "loss", "grad_norm", "lr", "tokens", "targets", "tokens_per_second", "mfu", "memory_gib"}
+    assert expected | {"seconds"} <= lines[0].keys()
+    assert lines[-1]["tokens"] == 40 * 256
+
+
+def test_a_killed_run_continues_to_the_last_bit(recipe: Make, tmp_path: Path) -> None:
+    at_once = puna.train(recipe(steps=30, run_dir=str(tmp_path / "at-once")))
+    content = recipe(steps=30, checkpoint={"every": 11}, run_dir=str(tmp_path / "killed"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    _train_until_killed(path, Path(content["run_dir"]), step=13)
+    puna.train(path)
+    assert _numbers(content["run_dir"]) == _numbers(at_once["run_dir"])
+    _assert_same_weights(_weights(content["run_dir"]), _weights(at_once["run_dir"]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_a_crashed_run_in_half_precision_continues_to_the_last_bit(
+    recipe: Make, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"precision": precision, "sequence_length": 16, "batch_tokens": 32, "checkpoint": {"every": 2}}
+    puna.train(recipe(**small, run_dir=str(tmp_path / "at-once")))
+    with monkeypatch.context() as patched:
+        write = run_module.Metrics.write
+
+        def crash(self: Any, numbers: dict[str, Any]) -> None:
+            write(self, numbers)
+            if numbers["step"] == 5:
+                raise RuntimeError("power cut")
+
+        patched.setattr(run_module.Metrics, "write", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            puna.train(recipe(**small))
+    result = puna.train(recipe(**small))
+    assert _numbers(result["run_dir"]) == _numbers(tmp_path / "at-once")
+    dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    _assert_same_weights(_weights(result["run_dir"], dtype), _weights(tmp_path / "at-once", dtype))
+
+
+def _train_until_killed(recipe: Path, run_dir: Path, *, step: int) -> None:
+    """Trains in another process, slowed down, and kills it with SIGKILL once it has taken `step` steps."""
+    slow = (
+        "import sys, time, puna.train.run as run\n"
+        "write = run.Metrics.write\n"
+        "run.Metrics.write = lambda self, numbers: (write(self, numbers), time.sleep(0.05))\n"
+        "run.train(sys.argv[1])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", slow, str(recipe)]) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run_dir)) < step:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    assert step <= len(read_metrics(run_dir)) < 30
+
+
+def test_sigterm_saves_before_leaving_and_the_run_continues(recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(steps=4000)))
+    run_dir = Path(recipe()["run_dir"])
+    command = [sys.executable, "-m", "puna", "train", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while len(read_metrics(run_dir)) < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run the same command to continue" in said
+    assert "Traceback" not in said
+    steps = len(read_metrics(run_dir))
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None
+    assert newest.name.endswith(f"{steps:08d}")
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_rows": 1}, {"micro_batch_rows": 4}])
+def test_the_cut_into_micro_batches_does_not_change_the_run(recipe: Make, tmp_path: Path, change: dict) -> None:
+    whole = puna.train(recipe(micro_batch_rows=2, run_dir=str(tmp_path / "a")))
+    cut = puna.train(recipe(**change, run_dir=str(tmp_path / "b")))
+    for one, other in zip(_numbers(whole["run_dir"]), _numbers(cut["run_dir"]), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_recomputation_changes_nothing(recipe: Make, tmp_path: Path, mode: str) -> None:
+    puna.train(recipe(run_dir=str(tmp_path / "kept")))
+    puna.train(recipe(recompute=mode, run_dir=str(tmp_path / "recomputed")))
+    assert _numbers(tmp_path / "kept") == _numbers(tmp_path / "recomputed")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch's own modules
+def test_compilation_changes_nothing_but_rounding(recipe: Make, tmp_path: Path) -> None:
+    puna.train(recipe(run_dir=str(tmp_path / "eager")))
+    puna.train(recipe(compile=True, run_dir=str(tmp_path / "compiled")))
+    for one, other in zip(_numbers(tmp_path / "eager"), _numbers(tmp_path / "compiled"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_half_precision_follows_full_precision(recipe: Make, tmp_path: Path, precision: str) -> None:
+    small = {"sequence_length": 32, "batch_tokens": 64, "steps": 8}
+    full = puna.train(recipe(**small, run_dir=str(tmp_path / "full")))
+    half = puna.train(recipe(**small, precision=precision, run_dir=str(tmp_path / "half")))
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.03)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
+    recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(steps=8, checkpoint={"every": 4})
+    puna.train(content)
+    first = _numbers(content["run_dir"])
+    newest = newest_checkpoint(content["run_dir"])
+    assert newest is not None
+    victim = next(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    puna.train(content)
+    said = capsys.readouterr().err
+    assert newest.name in said
+    assert "continuing" in said
+    assert "step 4" in said
+    assert _numbers(content["run_dir"]) == first
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run_module.train_step
+
+    def poisoned(model: Llama, *args: Any, update: int, **options: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if update == 3:
+            handle = model.model.norm.register_forward_hook(lambda *call: call[-1] * math.inf)
+        result = real(model, *args, update=update, **options)
+        if update == 3:
+            handle.remove()
+            assert not result.is_applied
+            assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+        return result
+
+    monkeypatch.setattr(run_module, "train_step", poisoned)
+    result = puna.train(recipe())
+    assert result["skipped"] == 1
+    assert [line["is_applied"] for line in _numbers(result["run_dir"])] == [True, True, False, True, True, True]
+
+
+def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "train_step", lambda *a, **k: StepResult(math.nan, math.nan, False))
+    content = recipe()
+    with pytest.raises(PunaError, match=r"not finite 4 steps in a row \(steps 1 to 4\)"):
+        puna.train(content)
+    rows = read_json(Path(content["run_dir"]) / "not-finite.json")
+    assert list(rows) == ["1", "2", "3", "4"]
+    assert all(len(batch) == 4 for batch in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence_length": 4096, "batch_tokens": 4096}, "sequence_length=4096 is beyond the model's context of 2048"),
+        ({"model": "tiny-65"}, "tiny-65"),
+        ({"device": "abacus"}, "abacus"),
+        ({"data": {"train": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(recipe: Make, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PunaError, match=message):
+        puna.train(recipe(**change))
+
+
+def test_data_of_a_larger_vocabulary_is_refused(recipe: Make, prepared: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(prepared, folder)
+    info = read_json(folder / "dataset.json")
+    info["tokenizer"]["vocab_size"] = 600
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(PunaError, match="a tokenizer of 600 ids, the model tiny-64 has 512"):
+        puna.train(recipe(data={"train": str(folder)}))
+    info["tokenizer"] = {"vocab_size": 512, "sha256": "1" * 64}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(PunaError, match="prepared with another tokenizer"):
+        puna.train(recipe(data={"train": {str(folder): 1.0, str(prepared): 2.0}}))
+
+
+def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
+    recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    puna.train(recipe())
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        puna.train(recipe(seed=1))
+    result = puna.train(recipe(steps=8, schedule={"warmup_steps": 2}))
+    assert result["step"] == 8
+    assert "steps: 6 -> 8" in capsys.readouterr().err
+    assert [line["step"] for line in _numbers(result["run_dir"])] == list(range(1, 9))
+    assert puna.train(recipe(steps=8))["step"] == 8
+    assert "raise steps to train further" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_train_in_one_folder(recipe: Make) -> None:
+    content = recipe()
+    with (
+        run_module._only_run_in(Path(content["run_dir"])),
+        pytest.raises(PunaError, match="another process is training"),
+    ):
+        puna.train(content)
+
+
+def test_tensorboard_events_are_written_when_asked_for(recipe: Make) -> None:
+    pytest.importorskip("tensorboard")
+    result = puna.train(recipe(log={"tensorboard": True}))
+    assert list((Path(result["run_dir"]) / "tensorboard").glob("events.out.tfevents*"))

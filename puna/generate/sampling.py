@@ -8,6 +8,7 @@ so its place behind top-p changes nothing that it keeps. Temperature 0 takes the
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,18 +49,10 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        for name, is_valid, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings of at least one character"),
-        ):
-            if not is_valid:
-                raise UsageError(f"{name}={getattr(self, name)!r} must be {expected}")
+        for name, (kind, is_valid, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not is_valid(value):
+                raise UsageError(f"{name}={value!r} must be {expected}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Sampling":
@@ -72,6 +65,20 @@ class Sampling:
         if unknown := sorted(set(settings) - set(known)):
             raise UsageError(f"no sampling setting is called {', '.join(unknown)}; there are {', '.join(known)}")
         return cls(**settings)
+
+
+#: Setting -> its type, whether a value of it is valid, and that in words.
+_RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
+    "temperature": ((int, float), lambda value: 0 <= value < math.inf, "0 or more"),
+    "top_k": (int, lambda value: value >= 0, "0 (all tokens) or more"),
+    "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": ((int, float), lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "repetition_penalty": ((int, float), lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
+    "max_tokens": (int, lambda value: value >= 1, "1 or more"),
+    "stop": (tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
+    "stop_ids": (tuple, lambda value: all(isinstance(id, int) for id in value), "token ids"),
+    "seed": (int, lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
+}
 
 
 def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -160,6 +160,10 @@ def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
         ("seed", -1),
         ("stop", ("",)),
         ("stop", ("x", 3)),
+        ("stop_ids", ("x",)),
+        ("temperature", None),
+        ("top_k", 2.5),
+        ("max_tokens", "9"),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_its_value_and_range(field: str, value: object) -> None:

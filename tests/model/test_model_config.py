@@ -1,0 +1,126 @@
+"""Shapes of models: the table of presets against the published facts, and what a config.json may not say."""
+
+import pytest
+
+from puna.errors import PunaError
+from puna.model.config import PRESETS, ModelConfig, preset
+
+#: Code Llama's published dimensions: dim, layers, heads, kv heads, ffn.
+SIZES = {
+    "7b": (4096, 32, 32, 32, 11008),
+    "13b": (5120, 40, 40, 40, 13824),
+    "34b": (8192, 48, 64, 8, 22016),
+    "70b": (8192, 80, 64, 8, 28672),
+}
+#: Preset -> vocabulary, rope theta, positions.
+KINDS = {
+    "codellama-7b": (32016, 1e6, 16384),
+    "codellama-7b-python": (32000, 1e6, 16384),
+    "codellama-7b-instruct": (32016, 1e6, 16384),
+    "codellama-13b": (32016, 1e6, 16384),
+    "codellama-13b-python": (32000, 1e6, 16384),
+    "codellama-13b-instruct": (32016, 1e6, 16384),
+    "codellama-34b": (32000, 1e6, 16384),
+    "codellama-34b-python": (32000, 1e6, 16384),
+    "codellama-34b-instruct": (32000, 1e6, 16384),
+    "codellama-70b": (32016, 1e6, 16384),
+    "codellama-70b-python": (32016, 1e4, 4096),
+    "codellama-70b-instruct": (32016, 1e4, 4096),
+}
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 256,
+}
+
+
+def test_there_is_a_preset_for_every_code_llama_and_a_tiny_family() -> None:
+    assert {name for name in PRESETS if name.startswith("codellama")} == set(KINDS)
+    assert [name for name in PRESETS if not name.startswith("codellama")] == ["tiny-64", "tiny-256", "tiny-512"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_presets_have_the_published_shapes(name: str) -> None:
+    config = preset(name)
+    dim, layers, heads, kv_heads, ffn = SIZES[name.split("-")[1]]
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (dim, layers, heads)
+    assert (config.num_key_value_heads, config.intermediate_size, config.head_dim) == (kv_heads, ffn, 128)
+    assert (config.vocab_size, config.rope_theta, config.max_position_embeddings) == KINDS[name]
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.rope_scaling) == (1e-5, False, None)
+    assert (config.bos_token_id, config.eos_token_id, config.model_type) == (1, 2, "llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("codellama-7b", 6_738_546_688),
+        ("codellama-7b-python", 6_738_415_616),
+        ("codellama-13b", 13_016_028_160),
+        ("codellama-34b", 33_743_970_304),
+        ("codellama-70b", 68_976_910_336),
+    ],
+)
+def test_presets_have_the_published_number_of_weights(name: str, count: int) -> None:
+    assert preset(name).parameter_count == count
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(PunaError, match="no preset is called 'codellama-8b'; there are codellama-7b, "):
+        preset("codellama-8b")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_its_json(name: str) -> None:
+    assert ModelConfig.from_json(preset(name).to_json()) == preset(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": None}, 'here.json has no "rope_theta"; write down .*\\(1000000 for Code Llama'),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported, only default"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
+        ({"model_type": "mistral", "sliding_window": 128}, "sliding_window 128 is shorter than the context \\(256\\)"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, qwen2"),
+        ({"model_type": None}, "model_type None is not one of"),
+        ({"hidden_size": None, "vocab_size": None}, "here.json lacks vocab_size, hidden_size"),
+        ({"num_attention_heads": 3}, "hidden_size=64 is not divisible by num_attention_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+        ({"head_dim": 15}, "head_dim=15 must be even"),
+    ],
+)
+def test_what_the_network_cannot_compute_is_refused_by_name(changes: dict, message: str) -> None:
+    fields = {name: value for name, value in {**FIELDS, **changes}.items() if value is not None}
+    assert ModelConfig.from_json(FIELDS).rope_theta == 1e6
+    with pytest.raises(PunaError, match=message):
+        ModelConfig.from_json(fields, "here.json")
+
+
+def test_both_spellings_of_rope_are_read() -> None:
+    old = ModelConfig.from_json({**FIELDS, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    new = {name: value for name, value in FIELDS.items() if name != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+    assert old == ModelConfig.from_json(new)
+    assert (old.rope_theta, old.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 4.0})
+    assert ModelConfig.from_json({**FIELDS, "rope_scaling": {"rope_type": "default"}}).rope_scaling is None
+
+
+def test_a_window_as_long_as_the_context_is_no_window() -> None:
+    assert ModelConfig.from_json({**FIELDS, "model_type": "mistral", "sliding_window": 256}).model_type == "mistral"
+    qwen = {**FIELDS, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
+    config = ModelConfig.from_json(qwen)
+    assert (config.attention_bias, config.attention_output_bias) == (True, False)
+
+
+def test_missing_kv_heads_mean_as_many_as_heads() -> None:
+    fields = {name: value for name, value in FIELDS.items() if name != "num_key_value_heads"}
+    assert ModelConfig.from_json(fields).num_key_value_heads == 4

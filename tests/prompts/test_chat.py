@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from puna.errors import PunaError, UsageError
 from puna.prompts import Encoded, UnusableDialog, alpaca_prompt, chat_template, template_names
+from puna.prompts.chat.codellama import TAGS
 from puna.tokenizer import load_tokenizer
 from puna.tokenizer.base import STEP_PIECE
 from puna.tokenizer.sentence_piece import NORMAL, read_model
@@ -95,8 +96,8 @@ def test_codellama_dialogs_are_the_references(code_llama_tokenizer, llama, dialo
 def test_codellama_dialogs_of_any_words_are_the_references(code_llama_tokenizer, llama, contents, system):
     dialog = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     dialog = dialog if system is None else [{"role": "system", "content": system}, *dialog]
-    if any("\u2581" in message["content"] for message in dialog):
-        return  # the reference reads it as a space
+    assume("\u2581" not in str(dialog))  # the reference reads it as a space
+    assume(not any(tag in message["content"] for message in dialog for tag in TAGS))
     assert chat_template("codellama").encode(code_llama_tokenizer, dialog).tokens == reference_chat(llama, dialog)
 
 
@@ -104,7 +105,7 @@ def test_a_codellama_turn_written_out(code_llama_tokenizer):
     encoded = chat_template("codellama").encode(code_llama_tokenizer, [SYSTEM, ADD, ADDED, MORE])
     pieces = [code_llama_tokenizer.piece(id) for id in encoded.tokens]
     assert pieces[:8] == ["<s>", "▁[", "INST", "]", "▁<<", "SY", "S", ">>"]
-    assert pieces[-12:] == ["<s>", "▁[", "INST", "]", "▁Now", "▁sub", "tract", ".", "▁[", "/", "INST", "]"]
+    assert pieces[-11:] == ["<s>", "▁[", "INST", "]", "▁Now", "▁subtract", ".", "▁[", "/", "INST", "]"]
     assert code_llama_tokenizer.decode(encoded.tokens[1 : encoded.tokens.index(2)]) == (
         "[INST] <<SYS>>\nAnswer in Python. \n<</SYS>>\n\n Write add. [/INST] def add(a, b):\n    return a + b "
     )

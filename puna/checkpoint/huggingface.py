@@ -11,7 +11,7 @@ model and one tensor more. Every tensor of the model must be there and every ten
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +24,12 @@ from puna.checkpoint.tensors import (
     open_safetensors,
     write_safetensors,
 )
+from puna.checkpoint.tokenizer_json import write_tokenizer_json
 from puna.errors import PunaError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
-
-if TYPE_CHECKING:
-    from puna.tokenizer import Tokenizer
+from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: Endings of tensors that old checkpoints carry and no network reads.
 HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
@@ -43,7 +42,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def load(
     folder: Path | str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
-) -> "tuple[Llama, Tokenizer | None]":
+) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
     Args:
@@ -151,12 +150,10 @@ def load_config(folder: Path | str, *, rope_theta: float | None = None) -> Model
     return config
 
 
-def load_tokenizer_of(folder: Path) -> "Tokenizer | None":
+def load_tokenizer_of(folder: Path) -> Tokenizer | None:
     """The tokenizer in a folder; None if it has no file of one."""
     if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         return None
-    from puna.tokenizer import load_tokenizer
-
     return load_tokenizer(folder)
 
 
@@ -200,7 +197,7 @@ def save_model(
     model: Llama,
     folder: Path | str,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
@@ -217,7 +214,7 @@ def write_model(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes stored tensors in Hugging Face layout, one in memory at a time; the folder appears when it is whole.
@@ -242,6 +239,7 @@ def write_model(
         write_json(aside / "generation_config.json", _generation_config(config, tokenizer))
         if tokenizer is not None:
             tokenizer.save(aside)
+            write_tokenizer_json(tokenizer, aside)
         _write_weights(aside, tensors, max_shard_bytes)
 
 
@@ -271,7 +269,7 @@ def _shards(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> list[l
     return shards
 
 
-def _generation_config(config: ModelConfig, tokenizer: "Tokenizer | None") -> dict[str, Any]:
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     ends = [config.eos_token_id]
     if tokenizer is not None and tokenizer.infilling is not None:
         ends.append(tokenizer.infilling.eot_id)

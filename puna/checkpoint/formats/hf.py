@@ -1,14 +1,11 @@
 """The Hugging Face layout as a source and target of `puna convert`: `.bin` to safetensors, another dtype."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from puna.checkpoint.huggingface import load_config, load_tokenizer_of, open_weights, write_model
 from puna.checkpoint.tensors import StoredTensor
 from puna.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from puna.tokenizer import Tokenizer
+from puna.tokenizer import Tokenizer
 
 
 def recognises(folder: Path) -> bool:
@@ -16,11 +13,11 @@ def recognises(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
-def read(folder: Path, rope_theta: float | None) -> "tuple[ModelConfig, dict[str, StoredTensor], Tokenizer | None]":
+def read(folder: Path, rope_theta: float | None) -> tuple[ModelConfig, dict[str, StoredTensor], Tokenizer | None]:
     """Shape, unread tensors and tokenizer of a folder; `rope_theta` is for a `config.json` that has none."""
     return load_config(folder, rope_theta=rope_theta), open_weights(folder), load_tokenizer_of(folder)
 
 
-def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], tokenizer: "Tokenizer | None") -> None:
+def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], tokenizer: Tokenizer | None) -> None:
     """Writes the folder."""
     write_model(folder, config, tensors, tokenizer=tokenizer)

@@ -11,21 +11,19 @@ Source: facebookresearch/codellama `llama/model.py` (layers and their slices); t
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from puna.checkpoint.huggingface import load_tokenizer_of
 from puna.checkpoint.tensors import StoredTensor, open_pickled, write_pickled
 from puna.errors import PunaError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from puna.tokenizer import Tokenizer
+from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: Meta's name -> Hugging Face's, and the dim that model parallelism splits; None: every rank has a copy.
 LAYOUT: dict[str, tuple[str, int | None]] = {
@@ -46,6 +44,9 @@ LAYOUT: dict[str, tuple[str, int | None]] = {
 #: Tensors that are there and that no network reads: tables, computed anew.
 SKIPPED = ("rope.freqs",)
 
+#: The tokenizer's file; beside the weights, or one folder above where several sizes share it.
+VOCABULARY = "tokenizer.model"
+
 #: Fields of `params.json`; the last ones only say how Meta's code finds the feed-forward width or sizes its caches.
 KNOWN_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta"} | {
     "multiple_of",
@@ -64,7 +65,7 @@ def recognises(folder: Path) -> bool:
     return (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth"))
 
 
-def read(folder: Path, rope_theta: float | None) -> "tuple[ModelConfig, dict[str, StoredTensor], Tokenizer | None]":
+def read(folder: Path, rope_theta: float | None) -> tuple[ModelConfig, dict[str, StoredTensor], Tokenizer | None]:
     """Shape, unread tensors under Hugging Face names, and the tokenizer beside the weights or one folder above.
 
     Args:
@@ -85,12 +86,13 @@ def read(folder: Path, rope_theta: float | None) -> "tuple[ModelConfig, dict[str
         for name in rank:
             if name not in ranks[0]:
                 raise PunaError(f"{rank[name].where} holds {name}, which the first rank's file lacks")
-    tokenizer = next(filter(None, map(load_tokenizer_of, (folder, folder.parent))), None)
+    vocabularies = [place / VOCABULARY for place in (folder, folder.parent) if (place / VOCABULARY).exists()]
+    tokenizer = load_tokenizer(vocabularies[0]) if vocabularies else None
     config = _config(params, tensors, folder / "params.json", tokenizer)
     return config, {name: _reordered(name, tensor, config, to_halves) for name, tensor in tensors.items()}, tokenizer
 
 
-def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], tokenizer: "Tokenizer | None") -> None:
+def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], tokenizer: Tokenizer | None) -> None:
     """Writes one `consolidated.00.pth` with `params.json`, readable by Meta's code.
 
     Raises:
@@ -107,7 +109,9 @@ def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], t
     with folder_aside(folder) as aside:
         write_json(aside / "params.json", _params_of(config))
         write_pickled(aside / "consolidated.00.pth", renamed)
-        if tokenizer is not None:
+        if tokenizer is not None and tokenizer.path.name == VOCABULARY:
+            shutil.copyfile(tokenizer.path, aside / VOCABULARY)
+        elif tokenizer is not None:
             tokenizer.save(aside)
 
 
@@ -198,7 +202,7 @@ def _the_same(name: str, slices: list[StoredTensor]) -> Tensor:
 
 
 def _config(
-    params: dict[str, Any], tensors: dict[str, StoredTensor], path: Path, tokenizer: "Tokenizer | None"
+    params: dict[str, Any], tensors: dict[str, StoredTensor], path: Path, tokenizer: Tokenizer | None
 ) -> ModelConfig:
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"):
         if name not in tensors:

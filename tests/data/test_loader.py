@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from fractions import Fraction
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_a_batch_is_its_rows_above_each_other():
     assert stack(rows[i] for i in numbers).tokens.tolist() == batch.tokens.tolist()
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**40))
 def test_every_epoch_holds_every_row_once(n_rows, batch_rows, seed):
     loader = Loader([(rows_of(n_rows), 1.0)], batch_rows=batch_rows, seed=seed)
@@ -111,7 +113,7 @@ def test_ranks_that_cannot_share_a_batch_are_told_what_would_do(batch_rows, worl
         loader.batch(0, rank=0, world_size=world_size)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.lists(st.one_of(st.integers(1, 20), st.floats(0.05, 1.0)), min_size=1, max_size=6), st.integers(0, 10**9))
 def test_each_source_is_less_than_a_row_from_its_share_at_every_place(weights, far):
     mixture = Mixture(weights)
@@ -174,15 +176,13 @@ def test_an_order_can_be_asked_in_pieces_of_any_size_and_of_any_length():
     assert 0 <= numbers.min() < huge / 100 < 0.99 * huge < numbers.max() < huge
 
 
-@pytest.mark.parametrize("length", [2, 3, 5])
-def test_every_order_of_a_few_rows_comes_up_equally_often(length):
-    n_orders = math.factorial(length)
-    n_draws = 30 * n_orders
+@pytest.mark.parametrize(("length", "n_draws"), [(3, 200), (6, 2000)])
+def test_every_order_of_a_few_rows_comes_up_equally_often(length, n_draws):
     drawn = Counter(tuple(shuffled(np.arange(length), length, (seed, 0)).tolist()) for seed in range(n_draws))
-    assert len(drawn) == n_orders
-    chi_squared = sum((count - 30) ** 2 / 30 for count in drawn.values())
-    freedom = n_orders - 1
-    assert chi_squared < freedom + 4 * math.sqrt(2 * freedom)
+    expected = n_draws / math.factorial(length)
+    counts = np.array([drawn[order] for order in permutations(range(length))])
+    freedom = len(counts) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
 
 
 def test_an_order_of_many_rows_looks_like_chance():

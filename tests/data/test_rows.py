@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.data.rows import FILLS, IGNORE, EndToEndRows, Row, WholeDocumentRows, best_fit, open_rows
@@ -127,6 +127,7 @@ def test_document_numbers_and_positions_tell_the_parts_of_a_row(fill, lengths, s
 
 
 @pytest.mark.parametrize("fill", FILLS)
+@settings(max_examples=50)
 @given(data=st.data(), lengths=lengths_of_documents, sequence_length=sequence_lengths)
 def test_only_tokens_marked_as_targets_are_asked_for(fill, data, lengths, sequence_length):
     marks = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]

@@ -149,7 +149,7 @@ def test_recomputation_changes_nothing(recipe: Make, tmp_path: Path, mode: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch's own modules
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch's own modules
 def test_compilation_changes_nothing_but_rounding(recipe: Make, tmp_path: Path) -> None:
     puna.train(recipe(run_dir=str(tmp_path / "eager")))
     puna.train(recipe(compile=True, run_dir=str(tmp_path / "compiled")))

@@ -1,4 +1,4 @@
-"""Where a measurement goes: `results/NAME.json`, with the machine, the versions and the commit that it was made with."""
+"""Where a measurement goes: `results/NAME.json`, with the machine, versions and commit that it was made with."""
 
 import datetime
 import importlib.metadata
@@ -35,7 +35,8 @@ def record(name: str, rows: list[dict[str, Any]], facts: dict[str, Any] | None =
 
 
 def _command() -> str:
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    arguments = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
 def _origin() -> dict[str, Any]:

@@ -5,8 +5,8 @@ Two conventions are in use and differ by up to a fifth, so both are here and res
 - full: 6 * N_mm + 12 * L * D * T - the whole T x T square of scores (torchtitan, Megatron-LM, llm-foundry);
 - causal: 6 * N_mm + 6 * L * D * T - the half that a causal model needs.
 
-N_mm are the weights that multiply every token: the head is one of them, the embedding table is not. D is N * H. For packed
-documents T is the mean length that a token attends within, sum(l^2) / sum(l). Recomputation is never counted.
+N_mm are the weights that multiply every token: the head is one of them, the embedding table is not. D is N * H. For
+packed documents T is the mean length that a token attends within, sum(l^2) / sum(l). Recomputation is never counted.
 """
 
 from collections.abc import Iterable

@@ -43,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (n, D), head (V, D), targets (n,) -> sum of -log p; both gradients are formed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, rows: int) -> Tensor:
         needs_grad = hidden.requires_grad or head.requires_grad
         weight = head.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
@@ -67,6 +67,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None, None

@@ -32,7 +32,7 @@ def apply_recompute(model: Llama, mode: str) -> None:
     if mode == "selective":
         recompute = partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     for layer in model.model.layers:
-        layer.forward = partial(recompute, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(recompute, layer.forward)
 
 
 def _policy(context: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -58,27 +58,30 @@ class BulkEncoder:
         if text and leading_space and self.tokenizer.adds_leading_space:
             text = " " + text
         cut = _LETTERS if self._cuts_letters and text.isascii() else _WORDS
-        ids = b"".join(map(self._memory.__getitem__, cut.findall(text)))
-        self._memory.forget_beyond(MEMORY_BYTES)
+        ids = self._memory.ids(cut.findall(text))
         return np.frombuffer(ids, dtype=np.int32)
 
 
-class _Memory(dict[str, bytes]):
+class _Memory:
     """Part of a text -> its ids as int32 bytes, filled when asked."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self._encode = tokenizer.encode
+        self._encode_batch = tokenizer.encode_batch
+        self._known: dict[str, bytes] = {}
         self._size_bytes = 0
 
-    def __missing__(self, part: str) -> bytes:
-        ids = array("i", self._encode(part, leading_space=False)).tobytes()
-        self[part] = ids
-        self._size_bytes += len(part) + len(ids) + _ENTRY_BYTES
-        return ids
+    def __len__(self) -> int:
+        return len(self._known)
 
-    def forget_beyond(self, size_bytes: int) -> None:
-        """Starts anew once more than this is remembered."""
-        if self._size_bytes > size_bytes:
-            self.clear()
+    def ids(self, parts: list[str]) -> bytes:
+        """The ids of the parts laid end to end."""
+        # All new parts in one call; set.difference asks a dict itself, but would copy a subclass of it.
+        if new := list(set(parts).difference(self._known)):
+            spelled = [array("i", ids).tobytes() for ids in self._encode_batch(new, leading_space=False)]
+            self._known.update(zip(new, spelled, strict=True))
+            self._size_bytes += sum(map(len, new)) + sum(map(len, spelled)) + _ENTRY_BYTES * len(new)
+        joined = b"".join(map(self._known.__getitem__, parts))
+        if self._size_bytes > MEMORY_BYTES:
+            self._known.clear()
             self._size_bytes = 0
+        return joined

@@ -16,7 +16,7 @@ app.add_typer(kinds, name="prepare", help="Make token ids of code, text or dialo
 
 #: What all kinds take: name, type with its place on the command line, default.
 _COMMON: list[tuple[str, Any, Any]] = [
-    ("sources", Annotated[list[Path], typer.Argument(help="Files or folders.", show_default=False)], ...),
+    ("sources", Annotated[list[Path], typer.Argument(metavar="SRC...", help="Files or folders.")], ...),
     ("output", Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")], ...),
     ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
     ("workers", Annotated[int | None, typer.Option(help="Processes; as many as processors if not given.")], None),

@@ -32,7 +32,7 @@ from puna.data.documents import (
 from puna.data.folders import files_of
 from puna.errors import PunaError
 
-HELP = "Dialogs (Alpaca, ShareGPT or messages; JSON or JSON lines), of which the answers are learnt."
+HELP = "Dialogs: Alpaca, ShareGPT or messages."
 OPTIONS = (
     Option(
         "template", str, "codellama", "Layout: codellama, codellama-70b, alpaca, vicuna, plain, or a model's folder."

@@ -15,7 +15,7 @@ from puna.data.documents import Document, LeftOut, Span, checksum
 from puna.data.folders import files_of
 from puna.errors import UsageError
 
-HELP = "Code: folders, .gitignore respected, or files; each file of a known language is one document."
+HELP = "Folders of code; a file is a document."
 OPTIONS = (
     Option("languages", str, None, "Only these, e.g. python,c,rust; all known ones if not given."),
     Option("max_file_bytes", int, 1_000_000, "Larger files are left out."),

@@ -1,4 +1,4 @@
-"""JSON lines: each line is one document, the text of one of its fields."""
+"""JSON lines; a field of a line is a document."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from puna.data.documents import Document, LeftOut, Span, after_last_line, checks
 from puna.data.folders import files_of
 from puna.errors import PunaError, UsageError
 
-HELP = "JSON lines: each line is one document, the text of one of its fields."
+HELP = "JSON lines; a field of a line is a document."
 OPTIONS = (Option("field", str, None, "The field that holds the text; text or content if not given."), *TEXT_OPTIONS)
 DISTINCT = False
 

@@ -12,7 +12,7 @@ from puna.data.corpora import TEXT_OPTIONS
 from puna.data.documents import PIECE_BYTES, Document, LeftOut, Span, checksum, cut_file
 from puna.data.folders import files_of
 
-HELP = "Plain text: files, or folders of files; each file is one document."
+HELP = "Plain text; a file is a document."
 OPTIONS = TEXT_OPTIONS
 DISTINCT = False
 

@@ -22,7 +22,7 @@ from puna.data.documents import Document, LeftOut, Span, checksum, cut_file
 from puna.data.folders import files_of
 from puna.errors import PunaError
 
-HELP = "Wikitext (wiki.*.tokens), made readable; each paragraph is one document, headings are left out."
+HELP = "Wikitext; a paragraph is a document."
 OPTIONS = ()
 DISTINCT = False
 

@@ -169,7 +169,7 @@ def _test(task: bytes, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
     except MemoryError as error:
         report("memory", _shown(error))
     except Exception as error:
-        report("error" if error is proxy.raised else "wrong", _shown(error))
+        report("error" if error is proxy.raised else "wrong", f"{_shown(error)}{_line(error, questions)}")
     report("passed")
 
 
@@ -260,6 +260,16 @@ def _rebuilt_exception(kind: str, message: str) -> Exception:
 
 def _shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _line(error: BaseException, source: str) -> str:
+    """Where in the test it went wrong."""
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<test>":
+            line = f", at: {source.splitlines()[trace.tb_lineno - 1].strip()[:200]}"
+        trace = trace.tb_next
+    return line
 
 
 # ---- data over a pipe

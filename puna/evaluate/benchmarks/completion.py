@@ -196,7 +196,7 @@ def _of_dataset(folder: Path) -> "list[Document]":
     from puna.tokenizer import load_tokenizer
 
     dataset, tokenizer = Dataset.open(folder), load_tokenizer(folder / "tokenizer")
-    if dataset.is_target(0, 0) is not None or dataset.info.get("kind") == "chat":
+    if len(dataset) and dataset.is_target(0, 1) is not None:
         raise PunaError(f"{folder} holds dialogs; completion is scored on code or text")
     documents = []
     for index in range(len(dataset)):

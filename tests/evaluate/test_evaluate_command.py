@@ -1,0 +1,89 @@
+"""`puna evaluate`: one JSON object, exit codes, and messages that name the way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import puna
+from puna.cli import run
+from puna.errors import UsageError
+from puna.evaluate import benchmarks
+from puna.testing import write_tiny_model
+
+TASK = {
+    "task_id": "Tiny/0",
+    "prompt": "def double(x):\n",
+    "entry_point": "double",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+}
+
+
+def test_samples_give_one_json_object_and_nothing_else_on_stdout(
+    bubblewrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(TASK))
+    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": "Tiny/0", "completion": "    return x + x"}))
+    command = ["evaluate", "humaneval", "--samples", str(tmp_path / "s.jsonl"), "--data", str(tmp_path / "data.jsonl")]
+    assert run([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["benchmark"], result["pass@1"], result["tasks"]) == ("humaneval", 1.0, 1)
+    assert run(command) == 0
+    assert "pass@1           1.0000\n" in capsys.readouterr().out
+
+
+def test_a_folder_is_loaded_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").write_text("import os\nprint(os.getcwd())\n")
+    command = [
+        "evaluate",
+        "completion",
+        str(model),
+        "--corpus",
+        str(tmp_path / "code"),
+        "--max-tokens",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert run([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result)[:2] == ["benchmark", "model"]
+    assert (result["model"], result["cases"], result["documents"]) == (str(model), 1, 1)
+    assert 0 < result["bits_per_byte"] < 20
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["nothing"], 2, "there is no benchmark 'nothing'; there are completion, humaneval"),
+        (["completion", "--samples", "s.jsonl"], 2, "completion has no option samples; it has"),
+        (["humaneval", "--corpus", "."], 2, "humaneval has no option corpus; it has"),
+        (["humaneval", "nowhere"], 1, "there is no folder nowhere"),
+        (
+            ["humaneval", "--samples", "s.jsonl", "--data", "nowhere.gz"],
+            1,
+            "nowhere.gz does not exist; https://github.com/openai/human-eval",
+        ),
+    ],
+)
+def test_a_wrong_request_is_answered_in_a_line(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", *words]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_model_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"the model has no tokenizer; .*puna.load_tokenizer"):
+        puna.evaluate("completion", object(), corpus=".")
+
+
+def test_every_file_of_the_folder_is_a_benchmark() -> None:
+    assert benchmarks.names() == ["completion", "humaneval"]
+    for name in benchmarks.names():
+        assert callable(benchmarks.find(name).evaluate)

@@ -1,0 +1,38 @@
+"""pass@k against counting subsets."""
+
+from itertools import combinations
+from math import comb
+
+import pytest
+
+from puna.evaluate.pass_at_k import pass_at_k, scores
+
+
+@pytest.mark.parametrize("samples", range(1, 9))
+def test_it_is_the_share_of_subsets_with_one_that_passed(samples: int) -> None:
+    for passed in range(samples + 1):
+        verdicts = [i < passed for i in range(samples)]
+        for k in range(1, samples + 1):
+            subsets = list(combinations(verdicts, k))
+            assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_it_holds_for_many_samples() -> None:
+    assert pass_at_k(200, 7, 100) == pytest.approx(1 - comb(193, 100) / comb(200, 100), rel=1e-12)
+    assert pass_at_k(200, 0, 100) == 0
+    assert pass_at_k(200, 101, 100) == 1
+    assert pass_at_k(200, 1, 1) == pytest.approx(1 / 200)
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 0), (1, 0, 2), (1, 2, 1), (3, -1, 1), (0, 0, 1)])
+def test_impossible_counts_are_refused(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="pass@k needs"):
+        pass_at_k(*counts)
+
+
+def test_a_k_is_given_only_where_every_task_has_samples_enough() -> None:
+    assert scores([(1, 1), (1, 0), (1, 0), (1, 0)]) == {"pass@1": 0.25}
+    assert scores([(10, 1), (9, 0)]) == {"pass@1": pytest.approx(0.05)}
+    assert scores([(10, 1), (10, 0)]) == {"pass@1": pytest.approx(0.05), "pass@10": pytest.approx(0.5)}
+    assert list(scores([(100, 3)])) == ["pass@1", "pass@10", "pass@100"]
+    assert scores([]) == {}

@@ -1,7 +1,7 @@
 """A training checkpoint becomes a folder in Hugging Face layout, tensor by tensor, without a device.
 
-Only the weights are read: optimizer states stay on the disk. What is written is what the run holds, to the last bit,
-unless another dtype is asked for.
+Only the weights are checked and read: optimizer states stay on the disk. What is written is what the run holds, to the
+last bit, unless another dtype is asked for.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model
-from puna.checkpoint.runs import checkpoints, damage, newest_checkpoint, read_meta
+from puna.checkpoint.runs import MODEL, checkpoints, damage, newest_checkpoint, read_meta
 from puna.checkpoint.sharded import open_sharded
 from puna.checkpoint.tensors import counted, dtype_of
 from puna.errors import PunaError
@@ -38,7 +38,7 @@ def export(
         raise PunaError(f"{output} exists already; choose another place or remove it first")
     checkpoint = _choose(run_dir, step)
     config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
-    tensors = fit(config, open_sharded(checkpoint, "model"))
+    tensors = fit(config, open_sharded(checkpoint / MODEL, MODEL))
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     with counted("exporting", tensors) as tensors:
         write_model(output, config, tensors, tokenizer=load_tokenizer_of(run_dir / "tokenizer"))
@@ -52,11 +52,11 @@ def _choose(run_dir: Path, step: int | None) -> Path:
     if not paths:
         raise PunaError(f"{run_dir} has no checkpoints; name a folder that `puna train` made")
     if step is None:
-        newest = newest_checkpoint(run_dir)
+        newest = newest_checkpoint(run_dir, part=MODEL)
         assert newest is not None  # there are some, and it raises if none is sound
         return newest
     if step not in paths:
         raise PunaError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, paths))}")
-    if (reason := damage(paths[step])) is not None:
+    if (reason := damage(paths[step], MODEL)) is not None:
         raise PunaError(f"{paths[step]} is damaged ({reason}); export another step")
     return paths[step]

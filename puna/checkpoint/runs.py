@@ -1,9 +1,10 @@
 """Checkpoints of a training run: folders that are whole or not there, checked before they are trusted.
 
-    run_dir/checkpoints/step-00000100/__0_0.distcp     tensors, one file a rank (torch.distributed.checkpoint)
-                                      .metadata        which tensor, or which part of one, lies where
-                                      run.json         step, what the caller adds, size and checksum of every file
-    run_dir/checkpoints/step-00000200.aside/           a save that was interrupted; the next save clears it away
+    run_dir/checkpoints/step-00000100/model/__0_0.distcp    weights, one file a rank (torch.distributed.checkpoint)
+                                            .metadata       which tensor, or which part of one, lies where
+                                      rest/                 likewise what else a run needs: optimizer, generators
+                                      run.json              step, caller's notes, size and checksum of every file
+    run_dir/checkpoints/step-00000200.aside/                a save that was interrupted; the next save clears it away
 
 `run.json` is written last, then the folder is synced and takes its name. On the way back every file is held against it:
 a damaged newest checkpoint is named, and the one before is taken. Under a process group every rank calls the same
@@ -30,6 +31,9 @@ from puna.files import ASIDE, checksum_of, read_json, sync_file, sync_folder, wr
 FORMAT = 1
 MANIFEST = "run.json"
 
+#: The top-level key of a state that is kept apart, so that export reads it alone; the others go together.
+MODEL, REST = "model", "rest"
+
 
 def save_checkpoint(
     run_dir: Path | str,
@@ -45,7 +49,7 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimizer steps taken.
-        state: nested dictionaries of tensors (also sharded ones) and plain values.
+        state: nested dictionaries of tensors (also sharded ones) and plain values; the weights under "model".
         meta: goes into `run.json` and must be JSON: the resolved recipe, the place in the data.
         keep: how many of the newest stay.
         keep_every: those whose step is a multiple of it stay for good; None: none do.
@@ -63,10 +67,12 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     _wait_for_all()
     try:
-        with _plain_errors(aside):
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=not dist.is_initialized())
+        for part, content in _parts(state).items():
+            with _plain_errors(aside):
+                dcp.save(content, storage_writer=dcp.FileSystemWriter(aside / part), no_dist=not dist.is_initialized())
         if _is_first_rank():
-            files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
+            written = sorted(file for file in aside.rglob("*") if file.is_file())
+            files = {str(file.relative_to(aside)): _fingerprint(file) for file in written}
             write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "meta": meta, "files": files})
             _put_in_place(aside, path)
             _prune(folder, step, keep, keep_every)
@@ -87,19 +93,22 @@ def checkpoints(run_dir: Path | str) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def newest_checkpoint(run_dir: Path | str, say: Callable[[str], None] = progress.say) -> Path | None:
+def newest_checkpoint(
+    run_dir: Path | str, say: Callable[[str], None] = progress.say, *, part: str | None = None
+) -> Path | None:
     """The newest sound checkpoint of a run; None if it has none at all.
 
     Args:
         run_dir: the run's folder.
         say: is told of every damaged checkpoint that is passed over.
+        part: look only at the files of "model" or "rest"; None: at all.
 
     Raises:
         PunaError: there are checkpoints and all are damaged.
     """
     paths = checkpoints(run_dir)
     for path in reversed(paths.values()):
-        reason = damage(path)
+        reason = damage(path, part)
         if reason is None:
             return path
         say(f"{path} is damaged ({reason}); taking the checkpoint before it")
@@ -108,11 +117,13 @@ def newest_checkpoint(run_dir: Path | str, say: Callable[[str], None] = progress
     return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if they are as they were written."""
+def damage(path: Path, part: str | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint or of a part, in a few words; None if they are as written."""
     try:
         files = read_json(path / MANIFEST)["files"]
         for name, written in files.items():
+            if part is not None and not name.startswith(f"{part}/"):
+                continue
             if not (path / name).exists():
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != written["size"]:
@@ -144,17 +155,28 @@ def load_checkpoint(path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
 
     path = Path(path)
-    reader = dcp.FileSystemReader(path)
     meta = read_meta(path)
-    _check_fits(path, reader.read_metadata().state_dict_metadata, state)
-    with _plain_errors(path):
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    for part, content in _parts(state).items():
+        if not (path / part).is_dir():
+            raise PunaError(f"{path} has no {' or '.join(content)}; it is a checkpoint of another model or optimizer")
+        reader = dcp.FileSystemReader(path / part)
+        _check_fits(path, reader.read_metadata().state_dict_metadata, content)
+        with _plain_errors(path):
+            dcp.load(content, storage_reader=reader, no_dist=not dist.is_initialized())
+        state.update(content)
     return meta
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
     """The `meta` of a checkpoint."""
     return read_json(Path(path) / MANIFEST)["meta"]
+
+
+def _parts(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        parts.setdefault(MODEL if key == MODEL else REST, {})[key] = value
+    return parts
 
 
 def _folder(run_dir: Path | str) -> Path:
@@ -181,8 +203,8 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _put_in_place(aside: Path, path: Path) -> None:
     """Gives a finished folder its name; a damaged checkpoint of the same step makes room."""
-    for file in aside.iterdir():
-        sync_file(file)
+    for place in aside.rglob("*"):
+        sync_file(place)
     sync_folder(aside)
     if path.exists():
         _remove(path)

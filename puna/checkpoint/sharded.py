@@ -15,12 +15,12 @@ from torch import Tensor
 from puna.checkpoint.tensors import StoredTensor
 
 
-def open_sharded(path: Path, part: str) -> dict[str, StoredTensor]:
+def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
     """The tensors below one top-level key of a checkpoint.
 
     Args:
-        path: the checkpoint's folder.
-        part: e.g. "model": the tensors `model.NAME` are given as `NAME`.
+        path: the folder that holds `.metadata`.
+        key: e.g. "model": the tensors `model.NAME` are given as `NAME`.
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,14 +29,14 @@ def open_sharded(path: Path, part: str) -> dict[str, StoredTensor]:
     metadata = reader.read_metadata()
     files = _Files(path, reader)
     return {
-        name.removeprefix(f"{part}."): StoredTensor(
+        name.removeprefix(f"{key}."): StoredTensor(
             tuple(entry.size),
             entry.properties.dtype,
             str(path),
             partial(_read, files, metadata.storage_data, name, entry),
         )
         for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(f"{key}.") and isinstance(entry, TensorStorageMetadata)
     }
 
 

@@ -63,8 +63,8 @@ def test_transposed_and_partial_tensors_are_read_as_they_were(tmp_path):
         "scalar": torch.tensor(5),
         "none": whole[:0],
     }
-    path = save_checkpoint(tmp_path, 1, {"model": state, "models": {"other": whole}}, {})
-    stored = open_sharded(path, "model")
+    path = save_checkpoint(tmp_path, 1, {"model": state}, {})
+    stored = open_sharded(path / "model", "model")
     assert stored.keys() == state.keys()
     for name, values in state.items():
         assert (stored[name].shape, stored[name].dtype) == (tuple(values.shape), values.dtype)
@@ -78,8 +78,8 @@ def test_tensors_that_several_ranks_wrote_are_put_together(tmp_path, processes):
     for rank in ranks:
         rank.join()
     path = tmp_path / "checkpoints" / "step-00000001"
-    assert len(list(path.glob("*.distcp"))) == 2
-    stored = open_sharded(path, "model")
+    assert len(list((path / "model").glob("*.distcp"))) == 2
+    stored = open_sharded(path / "model", "model")
     assert torch.equal(stored["rows"].read(), torch.arange(35.0).view(7, 5))
     assert torch.equal(stored["columns"].read(), torch.arange(35.0).view(7, 5))
     assert torch.equal(stored["whole"].read(), torch.arange(3.0))
@@ -109,6 +109,13 @@ def test_what_exists_is_not_touched(run_dir, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_the_optimizers_states_are_not_even_opened(run_dir, tmp_path):
+    for file in (run_dir / "checkpoints" / "step-00000020" / "rest").iterdir():
+        file.unlink()
+    export(run_dir, tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(2).lm_head.weight)
+
+
 def test_a_step_that_is_not_there_lists_those_that_are(run_dir, tmp_path):
     with pytest.raises(PunaError, match="has no checkpoint of step 15; there are 10, 20"):
         export(run_dir, tmp_path / "out", step=15)
@@ -122,8 +129,8 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_dir, tmp_path):
-    (run_dir / "checkpoints" / "step-00000020" / ".metadata").write_bytes(b"")
-    with pytest.raises(PunaError, match=r"step-00000020 is damaged \(\.metadata has 0 of"):
+    (run_dir / "checkpoints" / "step-00000020" / "model" / ".metadata").write_bytes(b"")
+    with pytest.raises(PunaError, match=r"step-00000020 is damaged \(model/\.metadata has 0 of"):
         export(run_dir, tmp_path / "out", step=20)
     export(run_dir, tmp_path / "out")
     assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)

@@ -44,7 +44,10 @@ def test_the_folder_is_named_by_its_step_and_holds_its_manifest(tmp_path):
     manifest = json.loads((path / "run.json").read_text())
     assert manifest["step"] == 100
     assert manifest["meta"] == {"a": 1}
-    assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"run.json"}
+    assert set(manifest["files"]) == {str(file.relative_to(path)) for file in path.rglob("*.*")} - {"run.json"}
+    assert set(manifest["files"]) == {
+        f"{part}/{name}" for part in ("model", "rest") for name in (".metadata", "__0_0.distcp")
+    }
 
 
 def test_the_newest_k_and_every_nth_are_kept(tmp_path):
@@ -59,11 +62,12 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("part", ["model", "rest"])
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "no manifest", "half a manifest"])
-def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, harm):
+def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, harm, part):
     save_checkpoint(tmp_path, 1, some_state(), {"step": 1})
     newest = save_checkpoint(tmp_path, 2, some_state(), {"step": 2})
-    file = newest / ("run.json" if "manifest" in harm else "__0_0.distcp")
+    file = newest / ("run.json" if "manifest" in harm else f"{part}/__0_0.distcp")
     content = file.read_bytes()
     if harm in ("missing", "no manifest"):
         file.unlink()
@@ -79,7 +83,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, har
 
 def test_nothing_but_damaged_ones_is_an_error(tmp_path):
     path = save_checkpoint(tmp_path, 1, some_state(), {})
-    (path / ".metadata").write_bytes(b"")
+    (path / "model" / ".metadata").write_bytes(b"")
     with pytest.raises(PunaError, match=r"every checkpoint in .*checkpoints is damaged"):
         newest_checkpoint(tmp_path, say=lambda _: None)
 
@@ -88,7 +92,7 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_to_its_step_again(tmp_path
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, some_state(), {"life": 1})
     for step in (2, 3):
-        (tmp_path / "checkpoints" / f"step-{step:08d}" / ".metadata").write_bytes(b"")
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "rest" / ".metadata").write_bytes(b"")
     save_checkpoint(tmp_path, 2, some_state(), {"life": 2}, keep=1)
     assert list(checkpoints(tmp_path)) == [2]  # the damaged third one no longer stands in the way
     assert load_checkpoint(newest_checkpoint(tmp_path), some_state()) == {"life": 2}

@@ -137,6 +137,14 @@ def test_ruled_out_tokens_are_never_chosen() -> None:
     assert drawn == {0, 20, V - 2}
 
 
+@pytest.mark.parametrize(("share", "token"), [(0.0, 20), (0.4999, 20), (0.5001, V - 2), (1 - 2**-53, V - 2)])
+def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(share: float, token: int, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor(share, dtype=torch.float64))
+    logits = torch.full((V,), -math.inf)
+    logits[[20, V - 2]] = 0.0
+    assert choose(logits, seen([]), Sampling(temperature=1.0), torch.Generator()) == token
+
+
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
     logits = logits_of(0)
     logits[3] = math.nan

@@ -173,7 +173,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
     first = _numbers(content["run_dir"])
     newest = newest_checkpoint(content["run_dir"])
     assert newest is not None
-    victim = next(newest.glob("*.distcp"))
+    victim = next(newest.rglob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-100])
     puna.train(content)
     said = capsys.readouterr().err

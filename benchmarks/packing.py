@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _padded(dataset: Dataset, number: int, length: int) -> Row:
-    """One dialog in a row of its own; padding belongs to the same document, as a system without document masks has it."""
+    """One dialog in a row of its own, its padding in the same document, as without document masks."""
     start, stop = int(dataset.starts[number]), int(dataset.starts[number + 1])
     stop = min(stop, start + length)
     tokens = np.full(length, PADDING, dtype=np.int32)

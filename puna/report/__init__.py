@@ -110,7 +110,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """How the last value of a score's row compares with the first: "better", "worse", "equal"; empty if one is missing."""
+    """How a row's last value compares with its first: "better", "worse", "equal"; empty where one is missing."""
     first, last = row["values"][0], row["values"][-1]
     if first is None or last is None:
         return ""

@@ -44,7 +44,12 @@ FIELDS = {
 
 def test_there_is_a_preset_for_every_code_llama_and_a_tiny_family() -> None:
     assert {name for name in PRESETS if name.startswith("codellama")} == set(KINDS)
-    assert [name for name in PRESETS if not name.startswith("codellama")] == ["tiny-64", "tiny-256", "tiny-512"]
+    assert [name for name in PRESETS if not name.startswith("codellama")] == [
+        "tiny-64",
+        "tiny-128",
+        "tiny-256",
+        "tiny-512",
+    ]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -1,0 +1,84 @@
+"""A story told stage by stage: each is numbered, timed, remembered, and told once.
+
+The folder's `stages.json` holds what every finished stage came to. Told again, a story passes over those, and goes on
+where it was broken off; told with other settings, it asks for another folder.
+"""
+
+import shlex
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from puna.errors import PunaError
+from puna.files import read_json, write_json
+from puna.progress import say
+
+FILE = "stages.json"
+
+#: What a stage comes to: `said`, a line for the reader, `command`, what does the same, and whatever the report needs.
+Outcome = dict[str, Any]
+
+
+class Story:
+    """Stages in a folder, one story at a time.
+
+    Args:
+        folder: made if need be.
+        settings: what all stages depend on, as JSON.
+        stages: how many there will be.
+
+    Raises:
+        PunaError: the folder holds something else, or a story with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, stages: int) -> None:
+        self.folder, self.settings, self.total = folder, dict(settings), stages
+        self.stages: list[dict[str, Any]] = []
+        self._finished: dict[str, dict[str, Any]] = {}
+        if (folder / FILE).exists():
+            before = read_json(folder / FILE)
+            changed = [name for name, value in self.settings.items() if before["settings"].get(name) != value]
+            if changed:
+                raise PunaError(
+                    f"{folder} holds a demo with other {', '.join(changed)}; remove it or choose another place"
+                )
+            self._finished = {stage["name"]: stage for stage in before["stages"]}
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise PunaError(f"{folder} exists and holds something else; choose another place with -o")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """Name of a stage's function -> what it came to."""
+        return {stage["name"]: stage["outcome"] for stage in self.stages}
+
+    def stage(self, title: str, tell: Callable[..., Outcome], *arguments: Any) -> None:
+        """Does what a stage does, `tell(*arguments)`, unless it was done before, and says so."""
+        say(f"\n[{len(self.stages) + 1}/{self.total}] {title}")
+        stage = self._finished.get(tell.__name__)
+        if stage is not None:
+            self.stages.append(stage)
+            say(f"    done before: {stage['outcome']['said']}")
+            return
+        started = time.monotonic()
+        outcome = tell(*arguments)
+        seconds = time.monotonic() - started
+        self.stages.append({"name": tell.__name__, "title": title, "seconds": seconds, "outcome": outcome})
+        write_json(self.folder / FILE, {"settings": self.settings, "stages": self.stages})
+        say(textwrap.indent(outcome["command"], "    "))
+        say(f"    {outcome['said']} ({seconds:.1f} s)")
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line: `command("prepare", "code", "src", fim_rate=0.9)` is "puna prepare code src --fim-rate 0.9".
+
+    A mapping among the words becomes dotted overrides, field.name=value.
+    """
+    line = ["puna"]
+    for word in words:
+        line += [f"{name}={value}" for name, value in word.items()] if isinstance(word, Mapping) else [str(word)]
+    for name, value in options.items():
+        line += [f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(line)

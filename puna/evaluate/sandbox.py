@@ -137,7 +137,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits = Limits(), *, workers: int | None = None) -> None:
         self.limits = limits
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
 
     def __enter__(self) -> Self:
         bubblewrap, self.version, features = _bubblewrap()
@@ -203,22 +203,19 @@ class Sandbox:
         if tester is None or tester.closed:
             tester = self._thread.tester = _Tester(self)
             self._testers.append(tester)
-        verdict, detail = _judged(self, job, tester)
+        try:
+            verdict, detail = _judged(self, job, tester)
+        except OSError as error:  # no more processes, no more memory, a sandbox that was killed from outside
+            tester.close()
+            verdict, detail = "sandbox", str(error)
         return Judgement(verdict, detail, time.monotonic() - started)
 
     def _prove(self) -> None:
-        try:
-            right = self.judge(Job("def f(x): return x + 1", "f", "assert f(1) == 2"))
-            wrong = self.judge(Job("def f(x): return x", "f", "assert f(1) == 2"))
-        except OSError as error:
-            raise PunaError(f"the sandbox cannot start, so nothing was run: {error}") from None
+        right = self.judge(Job("def f(x): return x + 1", "f", "assert f(1) == 2"))
+        wrong = self.judge(Job("def f(x): return x", "f", "assert f(1) == 2"))
         if (right.verdict, wrong.verdict) != ("passed", "wrong"):
             failed = right if right.verdict != "passed" else wrong
-            raise PunaError(
-                f"the sandbox does not work on this machine, so nothing was run: {failed.detail or failed.verdict}\n"
-                "user namespaces must be allowed: in a container, --security-opt seccomp=unconfined and "
-                "apparmor=unconfined; on Ubuntu, sysctl kernel.apparmor_restrict_unprivileged_userns=0"
-            )
+            raise _unusable(f"{failed.verdict} {failed.detail}")
 
 
 # ---- one judgement
@@ -275,7 +272,7 @@ class _Tester:
             self.closed = False
             if self.exit_code() is None:
                 complaints.seek(0)
-                raise OSError(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
+                raise _unusable(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
         self._channel.settimeout(1)
 
     def test(self, job: Job, answers: IO[bytes], ask: IO[bytes], verdict: IO[bytes]) -> None:
@@ -371,6 +368,14 @@ def install_command() -> str:
     if command is None:
         return "see https://github.com/containers/bubblewrap"
     return command if os.geteuid() == 0 else f"sudo {command}"
+
+
+def _unusable(why: str) -> PunaError:
+    return PunaError(
+        f"the sandbox does not work on this machine, so nothing was run: {why}\n"
+        "it needs user namespaces: in a container, --security-opt seccomp=unconfined and apparmor=unconfined; "
+        "on Ubuntu, sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+    )
 
 
 def _ordinary_user() -> list[str]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,5 +19,13 @@ def bubblewrap() -> str:
 
 @pytest.fixture(scope="session")
 def sandbox(bubblewrap: str) -> Iterator[Sandbox]:
-    with Sandbox(Limits(cpu_seconds=1, wall_seconds=4), workers=2) as sandbox:
+    with Sandbox(Limits(cpu_seconds=1, wall_seconds=15), workers=2) as sandbox:
         yield sandbox
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """A temporary folder that every user may enter."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    return tmp_path

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import puna
@@ -61,6 +61,7 @@ def levenshtein_by_definition(a: str, b: str) -> int:
     )
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
 def test_edit_distance_is_levenshteins(a: str, b: str) -> None:
     assert levenshtein(a, b) == levenshtein_by_definition(a, b)
@@ -74,6 +75,7 @@ def test_edit_similarity_runs_from_nothing_alike_to_equal() -> None:
     assert edit_similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 12))
 def test_windows_ask_for_every_token_but_the_first_once_and_never_show_more_than_fits(length: int, window: int) -> None:
     asked: list[int] = []
@@ -87,8 +89,8 @@ def test_windows_ask_for_every_token_but_the_first_once_and_never_show_more_than
 
 def test_the_sum_over_windows_equals_a_slow_plain_formula() -> None:
     model = tiny_model(max_position_embeddings=2048)
-    tokens = torch.randint(0, model.config.vocab_size, (43,), generator=torch.Generator().manual_seed(0)).tolist()
-    for window in (8, 42, 100):
+    tokens = torch.randint(0, model.config.vocab_size, (27,), generator=torch.Generator().manual_seed(0)).tolist()
+    for window in (8, 26, 100):
         plain = 0.0
         for start, first, stop in windows(len(tokens), window):
             for at in range(first, stop):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import puna
 from puna.errors import PunaError
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox
 
@@ -95,6 +96,15 @@ def test_a_timeout_is_judged_once_more_before_it_counts(sandbox: Sandbox, monkey
     judgements = sandbox.judge_all([Job(program, "f", "") for program in verdicts])
     assert [judgement.verdict for judgement in judgements] == ["passed", "timeout", "wrong"]
     assert [list(rest) for rest in verdicts.values()] == [[], [], []]
+
+
+def test_a_sandbox_that_was_killed_from_outside_is_replaced(bubblewrap: str) -> None:
+    job = Job("def f(x): return 'pqr'", "f", SECRET)
+    with Sandbox(workers=1) as sandbox:
+        sandbox._testers[0]._process.kill()
+        sandbox._testers[0]._process.wait()
+        assert [judgement.verdict for judgement in sandbox.judge_all([job, job])] == ["passed", "passed"]
+        assert len(sandbox._testers) == 2
 
 
 # ---- the function seen through the pipe is the function
@@ -253,7 +263,6 @@ def test_no_cheat_passes(sandbox: Sandbox, cheat: str) -> None:
     program, expected = CHEATS[cheat]
     judgement = sandbox.judge(Job(program, "f", SECRET))
     assert judgement.verdict == expected, judgement
-    assert judgement.seconds < 3.5, judgement
 
 
 def test_a_test_that_forgives_exceptions_does_not_forgive_a_program_that_is_gone(sandbox: Sandbox) -> None:
@@ -402,14 +411,14 @@ def test_a_grandchild_in_a_session_of_its_own_does_not_outlive_the_judgement(san
     assert wait_for(lambda: not processes(name))
 
 
-def test_when_the_judge_is_killed_all_that_it_started_is_gone(bubblewrap: str) -> None:
+def test_when_the_judge_is_killed_all_that_it_started_is_gone(bubblewrap: str, open_folder: Path) -> None:
     name = f"puna-{uuid.uuid4().hex}"
     script = f"""
 from puna.evaluate.sandbox import Job, Sandbox
 with Sandbox() as sandbox:
     sandbox.judge(Job({DETACHED.format(name=name, seconds=60)!r}, "f", "f()"))
 """
-    judge = subprocess.Popen([sys.executable, "-c", script])
+    judge = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(open_folder)})
     try:
         assert wait_for(lambda: processes(name), seconds=15), "the grandchild never started"
     finally:
@@ -454,26 +463,61 @@ def test_without_bubblewrap_it_refuses_with_the_command_that_installs_it(
         Sandbox().__enter__()
 
 
-def test_where_bubblewrap_cannot_work_it_refuses_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_program(tmp_path / "bwrap", "echo 'bwrap: No permissions to create a new namespace' >&2; exit 1")
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(PunaError, match=r"(?s)nothing was run: .*No permissions to create a new namespace"):
+def test_where_bubblewrap_cannot_work_it_refuses_and_says_why(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(open_folder / "bwrap", "echo 'bwrap: No permissions to create a new namespace' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{open_folder}:{os.environ['PATH']}")
+    with pytest.raises(PunaError, match=r"(?s)nothing was run: bwrap: No permissions to create .*user namespaces"):
         Sandbox().__enter__()
 
 
-def test_a_sandbox_leaves_nothing_behind(bubblewrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+def test_a_sandbox_that_judges_wrongly_is_not_used(bubblewrap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sandbox, "_judge", lambda self, job: Judgement("passed", "", 0.0))
+    with pytest.raises(PunaError, match=r"nothing was run: passed"):
+        Sandbox().__enter__()
+
+
+def test_a_sandbox_leaves_nothing_behind(bubblewrap: str, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(open_folder))
     before = set(os.listdir("/proc/self/fd"))
     with Sandbox(workers=1) as sandbox:
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(open_folder.iterdir())) == 1
         assert sandbox.judge(Job("def f(x): return 'pqr'", "f", SECRET)).verdict == "passed"
-    assert list(tmp_path.iterdir()) == []
+    assert list(open_folder.iterdir()) == []
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the tests run as an ordinary user, so all the others show this")
+def test_an_ordinary_user_judges_as_root_does_and_however_many_processes_it_has(
+    bubblewrap: str, open_folder: Path
+) -> None:
+    python = "/usr/bin/python3"
+    code = "import sys; print(sys.version_info >= (3, 11))"
+    if not Path(python).exists() or "True" not in subprocess.check_output([python, "-c", code], text=True):
+        pytest.skip("no Python of the system, 3.11 or newer, that an ordinary user could run")
+    for file in Path(puna.__file__).parent.rglob("*.py"):
+        copy = open_folder / "puna" / file.relative_to(Path(puna.__file__).parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    script = """
+import os, subprocess
+from puna.evaluate.sandbox import Job, Sandbox
+others = [subprocess.Popen(["sleep", "30"]) for _ in range(20)]
+loop = "for n in range(99): os.fork() or time.sleep(9)"
+fork = f"import os, time\\ndef f():\\n try:\\n  {loop}\\n except OSError: return n"
+with Sandbox(workers=1) as sandbox:
+    for program, test in (("def f(): return 3", "assert f() == 3"), ("def f(): return 4", "assert f() == 3"),
+                          (fork, "assert 1 < f() < 8")):
+        print(sandbox.judge(Job(program, "f", test)).verdict)
+    print(sandbox.mechanism)
+for other in others: other.kill()
+"""
+    user = {"user": 12345, "group": 12345, "extra_groups": []}
+    printed = subprocess.check_output([python, "-B", "-c", script], cwd=open_folder, text=True, **user)
+    *verdicts, mechanism = printed.splitlines()
+    assert verdicts == ["passed", "wrong", "passed"]
+    assert "uid 12345" in mechanism
 
 
 def write_program(path: Path, script: str) -> None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.evaluate.sandbox_worker import DEPTH, NotDataError, decode, encode
@@ -35,11 +35,13 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_value_arrives_as_it_was_with_the_types_it_had(value: Any) -> None:
     assert as_text(decode(encode(value))) == as_text(value)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_bytes_are_a_value_or_are_refused(message: bytes) -> None:
     try:
@@ -49,6 +51,7 @@ def test_bytes_are_a_value_or_are_refused(message: bytes) -> None:
     assert as_text(decode(encode(value))) == as_text(value)
 
 
+@settings(deadline=None)
 @given(VALUES, st.data())
 def test_a_message_that_is_cut_off_is_refused(value: Any, data: st.DataObject) -> None:
     message = encode(value)

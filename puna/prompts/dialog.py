@@ -21,11 +21,16 @@ class UnusableDialog(PunaError):
 
     Attributes:
         reason: one of a few fixed short strings, so that reasons can be counted.
+        detail: what it is in this dialog, or empty.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"this dialog cannot be laid out: {reason}" + (f" ({detail})" if detail else ""))
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Survives the way back from a worker process."""
+        return type(self), (self.reason, self.detail)
 
 
 @dataclass

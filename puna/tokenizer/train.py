@@ -57,6 +57,8 @@ def train_tokenizer(
             num_threads=1,
             minloglevel=2,
         )
+    except UnicodeEncodeError as error:
+        raise PunaError(f"cannot train a vocabulary on text that UTF-8 cannot spell: {error}") from None
     except (RuntimeError, StopIteration) as error:
         reason = str(error).rpartition("] ")[2].strip(" .\n") or "there is no text"
         raise PunaError(
@@ -79,6 +81,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text[:left].split("\n"):
             if line:
+                line.encode()  # a lone surrogate would stop the trainer without a word about it
                 yield line
         left -= len(text)
         if left <= 0:

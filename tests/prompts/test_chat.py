@@ -1,6 +1,7 @@
 """Chat layouts against ports of the reference code, written out turn by turn, and against MindFormers' rows."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -295,6 +296,8 @@ def test_unusable_dialogs_are_refused_with_a_reason_that_can_be_counted(step_tok
     with pytest.raises(UnusableDialog, match=f"this dialog cannot be laid out: {reason}") as caught:
         chat_template(name).encode(step_tokenizer, dialog)
     assert caught.value.reason == reason
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert (sent.reason, str(sent)) == (reason, str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain"])

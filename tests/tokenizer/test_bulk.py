@@ -54,6 +54,11 @@ def test_bulk_ids_of_real_code_are_plain_ids(llama_bulk):
             assert llama_bulk.encode(text).tolist() == llama_bulk.tokenizer.encode(text), name
 
 
+def test_words_with_accents_are_not_cut_at_them(llama_bulk):
+    ids = llama_bulk.encode("für xción a»).")
+    assert [llama_bulk.tokenizer.piece(id) for id in ids] == ["▁für", "▁x", "ción", "▁a", "»)."]
+
+
 @pytest.mark.parametrize("forbidding", ["x▁y", "▁▁x▁", "\nx", "a\nb"])
 def test_a_vocabulary_with_a_piece_across_a_cut_is_not_cut(small_tokenizer, tmp_path, forbidding):
     encoder = BulkEncoder(_with_piece(small_tokenizer, tmp_path, forbidding, NORMAL))

@@ -45,7 +45,7 @@ class BulkEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        unmerged = tokenizer.control | set(tokenizer.byte_ids.values())
+        unmerged = {*tokenizer.control, *tokenizer.byte_ids.values(), tokenizer.unk_id}
         pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size) if i not in unmerged]
         self.remembers = tokenizer.merges_plain_text and not any(map(_SPANS_WORDS.search, pieces))
         self._cuts_letters = not any(map(_SPANS_LETTERS.search, pieces))

@@ -75,6 +75,12 @@ def test_a_piece_of_letters_and_signs_only_stops_the_finer_cut(small_tokenizer, 
     assert encoder.encode("f x(y)").tolist() == tokenizer.encode("f x(y)")
 
 
+def test_vocabularies_trained_as_llamas_allow_the_finer_cut(small_bulk, llama_bulk):
+    for encoder in (small_bulk, llama_bulk):
+        encoder.encode("finer(cut)")
+        assert {" finer", "(", "cut", ")"} <= encoder._memory._known.keys()
+
+
 def test_a_vocabulary_that_does_more_than_merge_is_not_cut(small_tokenizer, tmp_path):
     assert not BulkEncoder(_with_piece(small_tokenizer, tmp_path, "whole", USER_DEFINED)).remembers
     model = read_model(small_tokenizer.path)

@@ -226,6 +226,11 @@ def test_streamed_text_is_never_taken_back_by_a_stop_string(tokenizer: Tokenizer
     assert ["".join(pieces[i]) for i in (0, 1)] == [completion.text for completion in completions]
 
 
+def test_what_was_held_back_for_a_stop_string_comes_with_the_end(tokenizer: Tokenizer) -> None:
+    model = scripted(tokenizer, "x\n\n", [1, 4])
+    assert complete(model, tokenizer, [[1, 4]], Sampling(stop=("\n\n\n",)))[0].text == "x\n\n"
+
+
 def test_half_a_character_at_the_end_is_marked_as_lost(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a🦙", leading_space=False)[:-1]
     model = ScriptedModel(ids, prompt_tokens=2)

@@ -139,6 +139,8 @@ def load_config(folder: Path | str, *, rope_theta: float | None = None) -> Model
         PunaError: there is no `config.json`, or it describes a network that puna does not have.
     """
     path = Path(folder) / "config.json"
+    if not path.exists() and (Path(folder) / "checkpoints").is_dir():
+        raise PunaError(f"{folder} is a training run, not a model; write one with `puna export {folder} -o DIR`")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise PunaError(f"{path} is not a JSON object")

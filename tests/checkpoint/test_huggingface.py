@@ -177,6 +177,12 @@ def test_an_empty_folder_says_what_belongs_there(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_run_folder_in_place_of_a_model_says_how_to_export_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(PunaError, match=r"is a training run, not a model; write one with `puna export \S+ -o DIR`"):
+        load(tmp_path)
+
+
 def test_quantised_weights_are_refused(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(PunaError, match=r"config\.json: the weights are quantised"):

@@ -6,9 +6,11 @@ Not `multiprocessing`: that runs the caller's main script again in every process
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
@@ -134,6 +136,7 @@ def _serve() -> None:
     """What a worker process does: takes the work, then items until there are no more."""
     items, results = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # whatever a library prints must not get between the results
+    threading.Thread(target=_end_when_left_alone, daemon=True).start()
     try:
         work = items.recv()
         while True:
@@ -141,6 +144,14 @@ def _serve() -> None:
             results.send(_outcome(work, item))
     except (EOFError, OSError):  # whoever started this process is done, or gone
         os._exit(0)
+
+
+def _end_when_left_alone() -> None:
+    """Ends this process at once when whoever started it is gone, so that nothing is written behind a later run's back."""
+    poll = select.poll()
+    poll.register(0, 0)  # only that the other end was closed
+    poll.poll()
+    os._exit(1)
 
 
 def _outcome(work: Callable[[Any], Any], item: Any) -> tuple[bool, Any, str]:

@@ -7,7 +7,7 @@ HERE = Path(__file__).parents[1]
 
 
 def test_the_page_is_what_the_results_generate() -> None:
-    spec = importlib.util.spec_from_file_location("numbers_page", HERE / "benchmarks" / "numbers.py")
+    spec = importlib.util.spec_from_file_location("numbers_page", HERE / "benchmarks" / "write_numbers.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ from puna import devices
 from puna.config import Optimizer
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
-from puna.model.llama import Llama, init_weights
+from puna.model.llama import Llama, compile_layers, init_weights
 from puna.train.flops import flops_per_token
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
@@ -86,8 +86,7 @@ def puna_step(
     init_weights(model, seed=0)
     model.compute_dtype = None if dtype == torch.float32 else dtype
     if is_compiled:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
     optimizer = AdamW(model.named_parameters(), Optimizer(weight_decay=0.0), seed=0)
 
     def step(update: int) -> float:

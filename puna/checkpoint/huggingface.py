@@ -272,7 +272,7 @@ def _shards(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> list[l
 
 
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    ends = [config.eos_token_id]
+    ends = list(config.eos_token_ids)
     if tokenizer is not None and tokenizer.infilling is not None:
         ends.append(tokenizer.infilling.eot_id)
     return {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}

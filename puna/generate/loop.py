@@ -201,7 +201,7 @@ class _Sequence:
 def _stop_ids(sampling: Sampling, model: Llama, tokenizer: Tokenizer | None) -> frozenset[int]:
     if sampling.ignore_eos:
         return frozenset(sampling.stop_ids)
-    ends = {model.config.eos_token_id, *sampling.stop_ids}
+    ends = {*model.config.eos_token_ids, *sampling.stop_ids}
     if tokenizer is not None:
         ends.add(tokenizer.eos_id)
         if tokenizer.infilling is not None:

@@ -47,7 +47,6 @@ class Documents:
         return max(self.lengths)
 
 
-@torch.compiler.disable  # loops over documents on the host; a compiled block is fused before and after it
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal attention within each document of a batch.
 

@@ -18,8 +18,15 @@ FAMILIES: dict[str, tuple[bool, bool]] = {
     "qwen2": (True, False),
 }
 
-#: Rotary scalings that `rotary_frequencies` knows.
-ROPE_TYPES = ("default", "linear", "llama3")
+#: Rotary scalings that `rotary_frequencies` knows, and the numbers that each needs.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+#: Fields that are whole numbers above 0, each needed in `config.json`.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2  # some families end in several ways
     initializer_range: float = 0.02
     model_type: str = "llama"
 
@@ -79,16 +86,18 @@ class ModelConfig:
         family = fields.get("model_type")
         if family not in FAMILIES:
             raise PunaError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        if missing := [name for name in needed if fields.get(name) is None]:
+        if missing := [name for name in SIZES if fields.get(name) is None]:
             raise PunaError(f"{where} lacks {', '.join(missing)}")
+        for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            value = fields.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise PunaError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
         theta, scaling = _rope(fields, where)
         if fields.get("hidden_act", "silu") != "silu":
             raise PunaError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported, only 'silu'")
         context = fields.get("max_position_embeddings", 2048)
         _refuse_sliding_window(fields, context, where)
         qkv_bias, output_bias = FAMILIES[family]
-        eos = fields.get("eos_token_id", 2)
         return cls(
             vocab_size=fields["vocab_size"],
             hidden_size=fields["hidden_size"],
@@ -106,7 +115,7 @@ class ModelConfig:
             attention_output_bias=fields.get("attention_bias", False) if family == "llama" else output_bias,
             mlp_bias=fields.get("mlp_bias", False),
             bos_token_id=fields.get("bos_token_id", 1),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            eos_token_id=fields.get("eos_token_id", 2),
             initializer_range=fields.get("initializer_range", 0.02),
             model_type=family,
         )
@@ -131,21 +140,27 @@ class ModelConfig:
         return fields
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+    @property
     def parameter_count(self) -> int:
         """Number of weights, a tied head counted once."""
-        d, h = self.hidden_size, self.head_dim
-        q, kv = self.num_attention_heads * h, self.num_key_value_heads * h
-        attention = d * (q + 2 * kv) + q * d + self.attention_bias * (q + 2 * kv) + self.attention_output_bias * d
-        mlp = 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
-        heads = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * (attention + mlp + 2 * d) + heads * self.vocab_size * d + d
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        biases = self.attention_bias * (q + 2 * kv) + self.attention_output_bias * d + self.mlp_bias * (2 * f + d)
+        table = 0 if self.tie_word_embeddings else self.vocab_size * d
+        return self.matmul_parameter_count + table + self.num_hidden_layers * (2 * d + biases) + d
 
     @property
     def matmul_parameter_count(self) -> int:
-        """Weights that multiply every token: all but the embedding table and the norms, the head included."""
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        table = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        return self.parameter_count - table - norms
+        """Weights of the matrices that multiply every token: the head is one, the embedding table is not."""
+        d = self.hidden_size
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = d * heads * self.head_dim + 3 * d * self.intermediate_size
+        return self.num_hidden_layers * layer + self.vocab_size * d
 
 
 def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
@@ -160,6 +175,9 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
     kind = scaling.setdefault("rope_type", kind)
     if kind not in ROPE_TYPES:
         raise PunaError(f"{where}: rope_type {kind!r} is not supported, only {', '.join(ROPE_TYPES)}")
+    for name, value in [("rope_theta", theta), *((name, scaling.get(name)) for name in ROPE_TYPES[kind])]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise PunaError(f"{where}: {name} of the rotary positions is {value!r}; it must be a number above 0")
     return float(theta), None if kind == "default" else scaling
 
 

@@ -68,6 +68,8 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if cache is not None:
+            if documents is not None:
+                raise ValueError("a cache holds one document a row; documents cannot be given with it")
             cache.make_room(positions)
         return self.model(tokens, positions, documents, cache, self.compute_dtype)
 
@@ -128,6 +130,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        self.attend = attend
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -147,7 +150,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            out = attend(q, k, v, documents)
+            out = self.attend(q, k, v, documents)
         else:
             k, v = cache.write(self.index, positions, k, v)
             out = attend_cached(q, k, v, positions)
@@ -241,6 +244,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def compile_layers(model: Llama) -> None:
+    """Compiles each layer when it is first used; attention stays out, for it loops over documents on the host."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = torch.compiler.disable(attend)
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def init_weights(model: Llama, *, seed: int) -> None:

@@ -30,7 +30,7 @@ from puna.errors import PunaError, UsageError
 from puna.files import file_aside, write_json
 from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
-from puna.model.llama import Llama, init_weights
+from puna.model.llama import Llama, compile_layers, init_weights
 from puna.progress import Progress, say
 from puna.train.flops import attended_length, flops_per_token
 from puna.train.loss import IGNORE
@@ -196,8 +196,7 @@ class _Run:
         self.model.compute_dtype = None if recipe.precision == "fp32" else torch.bfloat16
         apply_recompute(self.model, recipe.recompute)
         if recipe.compile:
-            for layer in self.model.model.layers:
-                layer.compile()
+            compile_layers(self.model)
         self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, seed=recipe.seed)
 
     def _state(self) -> dict[str, Any]:

@@ -129,3 +129,24 @@ def test_a_window_as_long_as_the_context_is_no_window() -> None:
 def test_missing_kv_heads_mean_as_many_as_heads() -> None:
     fields = {name: value for name, value in FIELDS.items() if name != "num_key_value_heads"}
     assert ModelConfig.from_json(fields).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
+        ({"vocab_size": "512"}, "vocab_size is '512'; it must be a whole number"),
+        ({"rope_theta": 0}, "rope_theta of the rotary positions is 0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor of the rotary positions is None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor of the rotary positions is None"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(PunaError, match=message):
+        ModelConfig.from_json({**preset("tiny-64").to_json(), **changes})
+
+
+def test_every_end_that_config_json_lists_is_kept() -> None:
+    config = ModelConfig.from_json({**preset("tiny-64").to_json(), "eos_token_id": [2, 7]})
+    assert config.eos_token_ids == (2, 7)
+    assert config.to_json()["eos_token_id"] == [2, 7]

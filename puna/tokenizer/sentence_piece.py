@@ -38,6 +38,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         model = read_model(path)
         for piece in model.pieces:
+            # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
+            # file by itself would have it, by half a marker.
             if piece.piece in (*INFILLING_PIECES, STEP_PIECE):
                 piece.type = CONTROL
         bos_id, eos_id, unk_id = _special_ids(model, path)

@@ -46,14 +46,19 @@ def run(arguments: list[str]) -> int:
         The exit code.
     """
     try:
-        return app(arguments, standalone_mode=False) or 0
+        code = app(arguments, standalone_mode=False) or 0
     except Exception as error:
         if os.environ.get("PUNA_DEBUG"):
             raise
         return _explained(error)
     except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # typer itself makes this of Ctrl-C, without a word
         say("puna: interrupted; what was finished is kept")
-        return 130
+    return code
+
+
+_INTERRUPTED = 130
 
 
 def _explained(error: Exception) -> int:

@@ -148,7 +148,8 @@ class PrepareUnit:
         try:
             encoded = self.template.encode(self.tokenizer, cast(list[Message], document.messages))
         except UnusableDialog as error:
-            return LeftOut(document.id, document.source, error.reason, str(error))
+            detail = str(error).partition(f"{error.reason} (")[2].removesuffix(")")
+            return LeftOut(document.id, document.source, error.reason, detail)
         if not any(encoded.is_target):
             return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
         return part, np.array(encoded.tokens, np.int32), np.array(encoded.is_target, np.bool_)

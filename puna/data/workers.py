@@ -147,7 +147,7 @@ def _serve() -> None:
 
 
 def _end_when_left_alone() -> None:
-    """Ends this process at once when whoever started it is gone, so that nothing is written behind a later run's back."""
+    """Ends this process when whoever started it is gone: nothing is written behind a later run's back."""
     poll = select.poll()
     poll.register(0, 0)  # only that the other end was closed
     poll.poll()

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from puna import __version__
 from puna.errors import PunaError
 from puna.progress import say
 
@@ -26,8 +27,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     if debug:
         os.environ["PUNA_DEBUG"] = "1"
 

@@ -1,0 +1,95 @@
+"""The command line as a whole: help, exit codes, and errors of one or two lines without a traceback."""
+
+import errno
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import puna
+from puna import cli
+
+
+def _puna(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "puna", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["frobnicate"], 2, "No such command"),
+        (["train"], 2, "Missing argument"),
+        (["train", "nope"], 2, "there is no recipe nope: neither a file nor one of"),
+        (["train", "tiny-pretrain", "optimizer.peek_lr=1"], 2, "did you mean peak_lr?"),
+        (["train", "tiny-pretrain", "data.train=nowhere"], 1, "nowhere does not exist; make it with `puna prepare`"),
+        (["generate", "nowhere", "hello"], 1, "nowhere"),
+        (["export", "nowhere", "-o", "x"], 1, "there is no run folder nowhere"),
+        (["evaluate", "nothing", "x"], 2, "there is no benchmark 'nothing'; there are completion, humaneval"),
+    ],
+)
+def test_an_error_is_a_message_and_an_exit_code(
+    arguments: list[str], code: int, message: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = _puna(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = _puna("--debug", "train", "nope")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "there is no recipe nope" in done.stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    assert _puna("--version").stdout.strip() == puna.__version__
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+            1,
+            r"the disk is full (/data/x); free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "Permission denied (/data/x)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_system_says_is_explained(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.delenv("PUNA_DEBUG", raising=False)
+    assert cli.run(["train"]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_every_command_has_help() -> None:
+    listed = _puna("--help").stdout
+    for command in [
+        "prepare",
+        "inspect",
+        "train",
+        "export",
+        "convert",
+        "generate",
+        "infill",
+        "chat",
+        "evaluate",
+        "doctor",
+    ]:
+        assert command in listed
+        done = _puna(command, "--help")
+        assert done.returncode == 0
+        assert "Usage: " in done.stdout

@@ -55,23 +55,8 @@ class Stopped(PunaError):
         self.exit_code = 128 + number
 
 
-def train(
-    recipe: Recipe | str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Trains as the recipe says, or continues a run that stopped.
-
-    Args:
-        recipe: a recipe, a shipped recipe's name, a YAML file, or its content.
-        overrides: dotted fields and their values, as for `load_recipe`.
-
-    Returns:
-        {"run_dir", "step", "loss", "tokens", "seconds", …}: where the run is and its last numbers.
-
-    Raises:
-        UsageError: the recipe is wrong, or differs from the one that the run folder was made with.
-        PunaError: data, weights or folder cannot be used; the loss is not finite several steps in a row.
-    """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Does what `puna.train` promises, for a recipe that has been checked."""
     device = devices.pick_device(None if recipe.device == "auto" else recipe.device)
     recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
     run_dir = Path(recipe.run_dir)

@@ -100,7 +100,7 @@ def _train_until_killed(recipe: Path, run_dir: Path, *, step: int) -> None:
         "import sys, time, puna.train.run as run\n"
         "write = run.Metrics.write\n"
         "run.Metrics.write = lambda self, numbers: (write(self, numbers), time.sleep(0.05))\n"
-        "run.train(sys.argv[1])\n"
+        "import puna; puna.train(sys.argv[1])\n"
     )
     with subprocess.Popen([sys.executable, "-c", slow, str(recipe)]) as process:
         deadline = time.monotonic() + 120

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import skip_data
 
-from puna.checkpoint.tensors import StoredTensor
+from puna.checkpoint.tensors import StoredTensor, start_of_values
 
 
 def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
@@ -49,12 +50,13 @@ class _Files:
 
     def tensor(self, info: Any) -> Tensor:
         """What `torch.save` put at a place of a file, its values mapped."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         path = self._folder / info.relative_path
-        with open(path, "rb") as file, FakeTensorMode():  # gives all but the values, and where they begin
-            form = torch.load(self._reader._slice_file(file, info), weights_only=True)
-        begin = info.offset + form.untyped_storage()._checkpoint_offset
+        with open(path, "rb") as file:
+            archive = self._reader._slice_file(file, info)
+            with skip_data():
+                form = torch.load(archive, weights_only=True)  # all but the values
+            archive.seek(0)
+            begin = info.offset + start_of_values(archive)
         if info.relative_path not in self._mapped:
             size = path.stat().st_size
             self._mapped[info.relative_path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)

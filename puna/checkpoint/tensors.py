@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.serialization import skip_data
 
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside
@@ -152,19 +153,20 @@ def write_pickled(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     Raises:
         ValueError: a tensor that was read has another shape or dtype than it promised.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.serialization import skip_data
-
     with file_aside(path) as file:
-        with FakeTensorMode():
-            form = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-            with skip_data(materialize_fake_tensors=True):
-                torch.save(form, file)  # all but the values, with room for them
-            file.flush()
-            places = torch.load(file.name, weights_only=True)
-        for name, tensor in tensors.items():
-            file.seek(places[name].untyped_storage()._checkpoint_offset)
+        form = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}  # not touched
+        with skip_data():
+            torch.save(form, file)  # all but the values, with room for them
+        file.flush()
+        for number, (name, tensor) in enumerate(tensors.items()):
+            file.seek(start_of_values(file.name, number))
             _write_values(file, name, tensor)
+
+
+def start_of_values(archive: str | IO[bytes], number: int = 0) -> int:
+    """Where the values of the n-th tensor begin in an archive that `torch.save` wrote."""
+    reader: Any = torch._C.PyTorchFileReader(archive)
+    return reader.get_record_offset(f"data/{number}")
 
 
 @contextlib.contextmanager

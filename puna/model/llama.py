@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -192,6 +192,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights uninitialised: torch's own draw would load its compiler if they are on the meta device."""
+
+
+class Embedding(nn.Embedding):
+    """A table of token vectors."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights uninitialised, as in `Linear`."""
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

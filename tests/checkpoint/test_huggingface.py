@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -280,6 +281,12 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path, peak_anonymous_bytes):
     peak = peak_anonymous_bytes(rounded, tmp_path / "model", tmp_path / "copy")
     assert peak < 30_000 * 256 * 2 + 8_000_000
     assert {p.dtype for p in load_model(tmp_path / "copy").parameters()} == {torch.bfloat16}
+
+
+def test_loading_does_not_import_torchs_compiler(folder):
+    code = "import sys; from puna.checkpoint import load_model; load_model(sys.argv[1]); print('sympy' in sys.modules)"
+    command = [sys.executable, "-c", code, folder]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_name_that_is_no_folder_says_so(tmp_path):

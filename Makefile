@@ -6,13 +6,17 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types sandbox clean
+.PHONY: demo test test-slow test-gpu lint types sandbox clean
 
 demo: .venv/.ready sandbox
 	$(BIN)/puna demo -o demo
 
 test: .venv/.ready sandbox lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# On a machine with an accelerator.
+test-gpu: .venv/.ready
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: .venv/.ready sandbox
 	$(BIN)/python -m pytest -m slow

@@ -112,3 +112,22 @@ def test_documents_are_found_where_numbers_change_and_at_every_row() -> None:
     assert documents.starts.tolist() == [0, 2, 5, 6, 12, 13, 14, 15, 16, 17, 18]
     assert documents.starts.dtype == torch.int32
     assert documents.longest == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_flash_attention_over_packed_documents_is_the_reference(heads: tuple[int, int]) -> None:
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator")
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    numbers = np.repeat(np.arange(6, dtype=np.int32), [200, 56, 1, 255, 300, 212]).reshape(2, 512)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 512, n, 64) for n in (heads[0], heads[1], heads[1])]
+    values = [torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes]
+    ours, expected = ([x.detach().clone().requires_grad_() for x in values] for _ in range(2))
+    out, reference = attend(*ours, Documents.of(numbers, device)), attend_reference(*expected, numbers)
+    torch.testing.assert_close(out, reference, atol=2e-2, rtol=2e-2)
+    slope = torch.randn(out.shape, generator=generator).to(device, torch.bfloat16)
+    grads, expected_grads = torch.autograd.grad(out, ours, slope), torch.autograd.grad(reference, expected, slope)
+    torch.testing.assert_close(grads, expected_grads, atol=5e-2, rtol=5e-2)

@@ -1,0 +1,25 @@
+"""Every command's Python twin is there under its name, whatever was imported first."""
+
+import importlib
+
+import pytest
+
+import puna
+
+
+@pytest.mark.parametrize("name", [name for name in puna.__all__ if name != "__version__"])
+def test_every_public_name_can_be_called(name: str) -> None:
+    assert callable(getattr(puna, name))
+
+
+@pytest.mark.parametrize("package", ["train", "generate", "evaluate"])
+def test_a_package_named_after_its_function_is_that_function(package: str) -> None:
+    module = importlib.import_module(f"puna.{package}")
+    with pytest.raises(TypeError, match=rf"{package}\(\) missing .* required positional argument"):
+        module()
+    assert getattr(puna, package) in (module, getattr(module, package))
+
+
+def test_an_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'trian'; it has .*train"):
+        puna.trian  # noqa: B018

@@ -16,7 +16,7 @@ app.add_typer(kinds, name="prepare", help="Make token ids of code, text or dialo
 
 #: What all kinds take: name, type with its place on the command line, default.
 _COMMON: list[tuple[str, Any, Any]] = [
-    ("sources", Annotated[list[Path], typer.Argument(metavar="SRC...", help="Files or folders.")], ...),
+    ("sources", Annotated[list[Path], typer.Argument(metavar="SRC", help="Files or folders.")], ...),
     ("output", Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")], ...),
     ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
     ("workers", Annotated[int | None, typer.Option(help="Processes; as many as processors if not given.")], None),
@@ -36,7 +36,7 @@ def _command(kind: str) -> Callable[..., None]:
             typer.echo(json.dumps(info, ensure_ascii=False))
 
     own = [
-        (option.name, Annotated[option.type | None, typer.Option(help=option.help)], option.default)
+        (option.name, Annotated[option.type | None, typer.Option(_flag(option), help=option.help)], option.default)
         for option in corpora.find(kind).OPTIONS
     ]
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -52,6 +52,10 @@ def _command(kind: str) -> Callable[..., None]:
     )
     command.__annotations__ = {name: annotation for name, annotation, _ in [*_COMMON, *own]}
     return command
+
+
+def _flag(option: corpora.Option) -> str:
+    return f"--{option.name.replace('_', '-')}"  # said once, so that switches have no --no- twin
 
 
 for _kind in corpora.kinds():

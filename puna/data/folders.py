@@ -59,8 +59,8 @@ class _Rules(NamedTuple):
 def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-    except OSError as error:
-        yield Found(folder, f"{name}/", 0, f"unreadable: {error.strerror}")
+    except OSError:
+        yield Found(folder, f"{name}/", 0, "unreadable")
         return
     if rules is not None and any(entry.name == ".gitignore" for entry in entries):
         rules = [*rules, *_rules_in(folder, prefix="", skipped=len(name) + 1 if name else 0)]
@@ -76,9 +76,8 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
             else:
                 yield from _walk(path, inner, rules)
         elif entry.is_file():
-            yield Found(
-                path, inner, entry.stat().st_size, "ignored by .gitignore" if _is_ignored(inner, rules) else None
-            )
+            refused = "ignored by .gitignore" if _is_ignored(inner, rules) else None
+            yield Found(path, inner, entry.stat().st_size, refused)
 
 
 def _is_ignored(name: str, rules: list[_Rules] | None) -> bool:

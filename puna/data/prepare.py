@@ -9,6 +9,7 @@ What the shards hold depends on the sources and options alone: not on the number
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import xxhash
 import puna
 from puna.data import corpora
 from puna.data.documents import LeftOut, Span
+from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
 from puna.data.workers import Workers
@@ -33,10 +35,6 @@ from puna.files import ASIDE, file_aside, read_json, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
 from puna.tokenizer import Tokenizer, load_tokenizer
-
-#: Bytes of a unit: small at first, so that all processes soon have work; larger in a large corpus, so that its shards
-#: are few. The size of unit n is a function of n, so that units do not depend on what comes after them.
-SMALLEST_UNIT, LARGEST_UNIT, UNITS_OF_A_SIZE = 2_000_000, 64_000_000, 32
 
 #: Where what was left out is listed, one JSON object a line.
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -70,25 +68,19 @@ def prepare(
         PunaError: a source or the tokenizer is missing; there is nothing in the sources; `output` holds something else.
     """
     job = _Job(kind, sources, Path(output), load_tokenizer(Path(tokenizer)), options)
-    count = workers if workers is not None else len(os.sched_getaffinity(0))
+    count = workers if workers is not None else _processors()
     if count < 1:
         raise UsageError(f"workers must be at least 1, not {count}")
     if (job.output / DATASET_FILE).exists():
         return _as_it_is(job)
     began = time.monotonic()
     _claim(job)
-    try:
-        with Workers(PrepareUnit(kind, job.options, job.tokenizer_path, job.output), count) as pool:
-            size_bytes = job.look(start_processes=pool.start)
-            if job.options.get("near_duplicates"):
-                job.find_near_duplicates(count)
-            with Progress("preparing", size_bytes / 1e6, "MB") as progress:
-                waiting = _unfinished(job, progress)
-                for unit in pool.map(waiting):
-                    progress.advance(unit.size_bytes / 1e6)
-        info = _finish(job)
-    finally:
-        _sweep(job.output)
+    with _alone(job):
+        try:
+            _work(job, count)
+            info = _finish(job)
+        finally:
+            _sweep(job.output)
     seconds = time.monotonic() - began
     tokens, read = info["tokens"], sum(source["bytes"] for source in info["sources"].values())
     say(
@@ -96,6 +88,21 @@ def prepare(
         f"({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s){_left_out_line(info, job.output)}"
     )
     return info
+
+
+def _work(job: "_Job", count: int) -> None:
+    """Looks at the sources and makes the shards that are not there yet."""
+    with Workers(PrepareUnit(job.kind, job.options, job.tokenizer_path, job.output), count) as pool:
+        size_bytes = job.look(start_processes=pool.start)
+        if job.options.get("near_duplicates"):
+            job.find_near_duplicates(count, size_bytes)
+        with Progress("preparing", size_bytes / 1e6, "MB") as progress:
+            for unit in pool.map(_unfinished(job, progress)):
+                progress.advance(unit.size_bytes / 1e6)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Job:
@@ -148,7 +155,7 @@ class _Job:
             file_aside(self.work / LEFT_OUT_FILE, "w") as left_out,
             Progress("looking at the sources", unit="MB") as progress,
         ):
-            for unit in _units(self._spans(left_out)):
+            for unit in cut_into_units(self._spans(left_out)):
                 if unit.number == 1:
                     start_processes()
                 total += unit.size_bytes
@@ -164,12 +171,15 @@ class _Job:
                 unit = Unit(fields["number"], [Span(**span) for span in fields["spans"]], fields["digest"])
                 yield replace(unit, copies=self.copies.get(unit.number, {}))
 
-    def find_near_duplicates(self, count: int) -> None:
+    def find_near_duplicates(self, count: int, size_bytes: int) -> None:
         """Finds the documents that are left out because they nearly are copies of others."""
         from puna.data.near_duplicates import near_copies
 
         found: list[tuple[bool, int, int, str, np.ndarray]] = []
-        with Workers(SketchUnit(self.kind, self.options), count) as pool, Progress("comparing", unit="MB") as progress:
+        with (
+            Workers(SketchUnit(self.kind, self.options), count) as pool,
+            Progress("comparing", size_bytes / 1e6, "MB") as progress,
+        ):
             for unit, sketches in pool.map(self.units()):
                 found += [(not held, unit.number, i, id, hashes) for i, (id, held, hashes) in enumerate(sketches)]
                 progress.advance(unit.size_bytes / 1e6)
@@ -181,7 +191,7 @@ class _Job:
     def _spans(self, left_out: Any) -> Iterator[Span]:
         """The spans of all sources; what is left out goes to the file."""
         corpus = corpora.find(self.kind)
-        seen = _Seen()
+        seen = Seen()
         for path in self.paths:
             digest, files, size = xxhash.xxh3_128(), 0, 0
             for span in corpus.spans(path, self.options):
@@ -194,54 +204,6 @@ class _Job:
                     span = LeftOut(span.id, span.source, "exact duplicate")
                 left_out.write(json.dumps(asdict(span), ensure_ascii=False) + "\n")
             self.sources[str(path)] = {"files": files, "bytes": size, "xxh3_128": digest.hexdigest()}
-
-
-class _Seen:
-    """A set of 64-bit hashes that takes eight bytes each: a small Python set, emptied into sorted arrays.
-
-    Among ten million files, one is taken for a copy by mistake with probability 3e-6.
-    """
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._older: list[np.ndarray] = []
-
-    def is_new(self, value: int) -> bool:
-        """Adds the hash; whether it was not there."""
-        key = np.uint64(value)
-        if value in self._recent or any(_holds(array, key) for array in self._older):
-            return False
-        self._recent.add(value)
-        if len(self._recent) == 1 << 16:
-            array = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._recent.clear()
-            while self._older and len(self._older[-1]) <= len(array):
-                array = np.concatenate([array, self._older.pop()])
-            self._older.append(np.sort(array))
-        return True
-
-
-def _holds(array: np.ndarray, key: np.uint64) -> bool:
-    place = int(np.searchsorted(array, key))
-    return place < len(array) and array[place] == key
-
-
-def _units(spans: Iterator[Span]) -> Iterator[Unit]:
-    """Puts spans together until they reach the size of the unit."""
-    number, held, size = 0, list[Span](), 0
-    for span in spans:
-        held.append(span)
-        size += span.stop - span.start
-        if size >= min(SMALLEST_UNIT << (number // UNITS_OF_A_SIZE), LARGEST_UNIT):
-            yield _unit(number, held)
-            number, held, size = number + 1, [], 0
-    if held:
-        yield _unit(number, held)
-
-
-def _unit(number: int, spans: list[Span]) -> Unit:
-    listed = "\n".join(f"{span.source}\n{span.id}\n{span.start}\n{span.checksum}" for span in spans)
-    return Unit(number, spans, xxhash.xxh3_128_hexdigest(listed.encode()))
 
 
 def _claim(job: _Job) -> None:
@@ -258,6 +220,17 @@ def _claim(job: _Job) -> None:
         raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
     job.tokenizer.save(job.output / "tokenizer")
     write_json(settings_file, job.settings)
+
+
+@contextlib.contextmanager
+def _alone(job: _Job) -> Iterator[None]:
+    """Keeps other processes from preparing the same folder meanwhile; ends with this process, however that ends."""
+    with open(job.work / "lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PunaError(f"{job.output} is being prepared by another process; wait for it, or stop it") from None
+        yield
 
 
 def _check_same(job: _Job, found: dict[str, Any], how: str) -> None:
@@ -326,6 +299,7 @@ def _finish(job: _Job) -> dict[str, Any]:
                 reasons[refused["reason"]] += 1
                 listing.write(json.dumps(refused, ensure_ascii=False) + "\n")
     if not shards["train"]:
+        shutil.rmtree(job.output)  # it was empty or not there before
         raise PunaError(f"there is nothing to prepare in {', '.join(map(str, job.paths))}{_reasons_line(reasons)}")
     info = {part: _info(job, shards[part], sizes[part]) for part in PARTS if shards[part]}
     info["train"] |= {"left_out": dict(sorted(reasons.items())), "languages": dict(sorted(languages.items()))}

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from puna.cli import run
+from puna.data import plan, shards
 from puna.data import prepare as preparing
-from puna.data import shards
 from puna.data.corpora import wikitext
-from puna.data.prepare import _Seen, prepare
+from puna.data.prepare import prepare
 from puna.data.shards import Dataset
 from puna.data.workers import Workers
 from puna.errors import PunaError, UsageError
@@ -30,7 +30,7 @@ UNIT_BYTES = 40_000
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    monkeypatch.setattr(preparing, "SMALLEST_UNIT", UNIT_BYTES)
+    monkeypatch.setattr(plan, "SMALLEST_UNIT", UNIT_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_only_the_first_of_equal_files_stays(make, tmp_path):
 def test_a_set_of_hashes_remembers_each_of_them():
     draw = random.Random(0)
     values = [draw.getrandbits(64) for _ in range(150_000)]
-    seen, plain = _Seen(), set[int]()
+    seen, plain = plan.Seen(), set[int]()
     for value in values + values[::3] + [draw.getrandbits(64) for _ in range(1000)]:
         assert seen.is_new(value) == (value not in plain)
         plain.add(value)
@@ -229,6 +229,15 @@ def test_cuts_do_not_depend_on_what_else_is_there(library, make, tmp_path):
     assert len(everything) > len(some)
 
 
+def test_asked_for_infilling_the_rate_is_that_of_code_llama(library, make, tmp_path):
+    assert make("code", library / "json", tmp_path / "one")["settings"]["options"]["fim_rate"] == 0
+    info = make("code", library / "json", tmp_path / "two", fim=True)
+    options = info["settings"]["options"]
+    assert (options["fim_rate"], options["spm_rate"]) == (0.9, 0.5)
+    assert make("code", library / "json", tmp_path / "two", fim_rate=0.9) == info  # the same thing, said twice
+    assert make("code", library / "json", tmp_path / "three", fim=True, fim_rate=0.5)["settings"] != info["settings"]
+
+
 def test_a_vocabulary_without_markers_cannot_infill(library, shared, tmp_path):
     with pytest.raises(PunaError, match="no infilling markers"):
         prepare("code", library, tmp_path / "out", tokenizer=shared / "data/tokenizer", fim_rate=0.9)
@@ -243,7 +252,7 @@ def undisturbed(library, small_tokenizer, tmp_path_factory) -> dict[str, bytes]:
     """All files of a folder that one process made in one go."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "SMALLEST_UNIT", UNIT_BYTES)
+        patch.setattr(plan, "SMALLEST_UNIT", UNIT_BYTES)
         prepare("code", library, output, tokenizer=small_tokenizer.path, workers=1, **OPTIONS)
     assert len(list(output.glob("shard-*"))) > 5
     return bytes_of(output)
@@ -263,8 +272,8 @@ def command(library: Path, output: Path, tokenizer: Path, workers: int) -> list[
     program = f"""
 import sys, time
 from puna.cli import run
-from puna.data import prepare, units
-prepare.SMALLEST_UNIT = {UNIT_BYTES}
+from puna.data import plan, prepare
+plan.SMALLEST_UNIT = {UNIT_BYTES}
 real = prepare._unfinished
 def slowly(*arguments):
     for unit in real(*arguments):
@@ -373,6 +382,16 @@ def test_a_full_disk_is_told_in_one_line(library, small_tokenizer, tmp_path, mon
     assert last.endswith("run the same command again to continue")
 
 
+def test_two_do_not_prepare_the_same_folder_at_once(library, make, small_tokenizer, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    process = start_and_wait_for_reports(command(library, output, small_tokenizer.path, 1), output)
+    with pytest.raises(PunaError, match="out is being prepared by another process"):
+        make("code", library, output, **OPTIONS)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert bytes_of(output) == undisturbed
+
+
 # --- the folder that is there already
 
 
@@ -438,6 +457,7 @@ def test_an_empty_folder_says_so(make, tmp_path):
     (tmp_path / "src").mkdir()
     with pytest.raises(PunaError, match=r"there is nothing to prepare in .*src: it is empty"):
         make("code", tmp_path / "src", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_anything_usable_says_why(make, tmp_path):

@@ -53,13 +53,17 @@ class Corpus(Protocol):
 
 
 SEED = Option("seed", int, 0, "Of the infilling cuts.")
-FIM_RATE = Option("fim_rate", float, 0.0, "Share of documents cut for infilling; Code Llama's is 0.9.")
+FIM = Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9.")
+FIM_RATE = Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0.")
 SPM_RATE = Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first.")
 HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; by hash of the id.")
 NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch).")
 
+#: Share of documents that Code Llama's training cuts for infilling (arXiv:2308.12950, section 2.3).
+CODE_LLAMA_FIM_RATE = 0.9
+
 #: What every kind of plain text takes.
-TEXT_OPTIONS = (FIM_RATE, SPM_RATE, HELD_OUT, NEAR_DUPLICATES, SEED)
+TEXT_OPTIONS = (FIM, FIM_RATE, SPM_RATE, HELD_OUT, NEAR_DUPLICATES, SEED)
 
 
 def kinds() -> list[str]:
@@ -79,7 +83,7 @@ def find(kind: str) -> Corpus:
 
 
 def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a kind with its value.
+    """Every option of a kind with its value; `fim` becomes the `fim_rate` that it stands for.
 
     Raises:
         UsageError: the kind has no such option, or its value is of another type or not a share.
@@ -94,6 +98,8 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             pass
         elif type(value) is not option.type:
             raise UsageError(f"{name} must be {option.type.__name__}, not {value!r}")
-        if option.type is float and not 0 <= value <= 1:
+        if option.type is float and value is not None and not 0 <= value <= 1:
             raise UsageError(f"{name} is a share, between 0 and 1, not {value!r}")
-    return values
+    if values.pop("fim", False) and values["fim_rate"] is None:
+        values["fim_rate"] = CODE_LLAMA_FIM_RATE
+    return {name: 0.0 if name == "fim_rate" and value is None else value for name, value in values.items()}

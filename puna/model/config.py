@@ -209,7 +209,9 @@ PRESETS: dict[str, ModelConfig] = {
     "codellama-70b-python": _70B_SHORT,
     "codellama-70b-instruct": _70B_SHORT,
     "tiny-64": ModelConfig(512, 64, 176, 2, 4, 2, rope_theta=1e6, max_position_embeddings=2048),
-    "tiny-128": ModelConfig(4096, 128, 344, 4, 4, 2, rope_theta=1e6, max_position_embeddings=2048),
+    "tiny-128": ModelConfig(
+        4096, 128, 344, 2, 4, 2, rope_theta=1e6, max_position_embeddings=2048, initializer_range=0.05
+    ),
     "tiny-256": ModelConfig(4096, 256, 688, 4, 4, 2, rope_theta=1e6, max_position_embeddings=2048),
     "tiny-512": ModelConfig(32000, 512, 1376, 8, 8, 8, rope_theta=1e6, max_position_embeddings=4096),
 }

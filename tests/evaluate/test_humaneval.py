@@ -10,7 +10,7 @@ import pytest
 
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
-from puna.evaluate.benchmarks.humaneval import STOPS, Sample, cut, job, read_samples, read_tasks
+from puna.evaluate.benchmarks.humaneval import STOPS, Sample, Task, cut, job, read_samples, read_tasks
 from puna.evaluate.sandbox import Sandbox
 
 #: Two tasks in the official file's form; the second test uses a function of the prompt.
@@ -234,3 +234,19 @@ def test_either_a_model_or_samples_are_scored(data: Path, tmp_path: Path) -> Non
     for given in ({}, {"samples": "s.jsonl", "complete": lambda prompts: prompts}):
         with pytest.raises(UsageError, match="either a model or a file of samples"):
             evaluate("humaneval", data=data, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        '    """Adds."""\n',
+        "    total = 0\n    for item in items:\n",
+        "    try:\n        return items[0]\n",
+        "    items = 1\n",
+    ],
+)
+def test_a_prompt_that_ends_anywhere_gives_the_test_its_helpers(opening: str) -> None:
+    task = Task("x/0", f"def helper():\n    return 7\n\n\ndef f(items):\n{opening}", "f", "def check(f): pass")
+    names: dict[str, Any] = {}
+    exec(job(task, "    pass\n").setup, names)
+    assert names["helper"]() == 7

@@ -11,6 +11,8 @@ https://github.com/openai/human-eval; stop strings and the unstripped prompt of 
 Llama's authors point to (github.com/facebookresearch/codellama, issues 72 and 104).
 """
 
+import ast
+import contextlib
 import gzip
 import json
 import os
@@ -33,6 +35,9 @@ DATA_FILE = "HumanEval.jsonl.gz"
 
 #: A completion ends before the first of these.
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
+
+#: Bodies that make a prompt whole: behind a docstring, inside a loop or branch, behind a `try`.
+STUBS = ("    pass", "        pass", "    finally:\n        pass")
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def job(task: Task, completion: str) -> Job:
     return Job(
         program=task.prompt + completion + "\n",
         entry_point=task.entry_point,
-        setup=f"{task.prompt}\n    pass\n",
+        setup=_with_stub(task.prompt),
         test=f"{task.test}\n\ncheck({task.entry_point})\n",
     )
 
@@ -260,3 +265,13 @@ def _line(text: str, fields: tuple[str, ...], where: str) -> dict[str, str]:
 def _write_lines(path: Path | str, records: Iterator[dict[str, Any]]) -> None:
     with file_aside(path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _with_stub(prompt: str) -> str:
+    """A prompt made whole, so that what it defines beside the function asked for is there: a body that does nothing."""
+    wholes = [f"{prompt}\n{stub}\n" for stub in STUBS]
+    for whole in wholes:
+        with contextlib.suppress(SyntaxError):
+            ast.parse(whole)
+            return whole
+    return wholes[0]

@@ -172,17 +172,22 @@ def write_samples(at: Places, size: Size) -> Outcome:
         for prompt, completion in zip(PROMPTS, generate(model, tokenizer, PROMPTS, **options), strict=True):
             add("Completes", f"pretrained model, {how}", ("given", prompt), ("written", completion.text))
     for before, behind in GAPS:
-        completion = infill(model, tokenizer, before, behind, max_tokens=size.max_tokens)
-        add("Fills in", "pretrained model, the likeliest tokens",
+        completion = infill(model, tokenizer, before, behind, max_tokens=size.max_tokens, stop=("\n",))
+        add("Fills in a line", "pretrained model, the likeliest tokens",
             ("given", before), ("written", completion.text), ("given", behind))  # fmt: skip
     model, tokenizer = puna.load(at.chat)
     for question in QUESTIONS:
         message = {"role": "user", "content": question}
         answer = chat(model, tokenizer, [message], template=TEMPLATE, max_tokens=size.max_tokens)  # type: ignore[list-item]
-        add("Answers", "fine-tuned model, the likeliest tokens", ("given", f"{question}\n\n"), ("written", answer.text))
+        add(
+            "Answers",
+            "fine-tuned model, the likeliest tokens",
+            ("given", f"{question}\n\n"),
+            ("written", answer.text.strip()),
+        )
     lines = [
         command("generate", at.pretrained, PROMPTS[-1], max_tokens=size.max_tokens),
-        command("infill", at.pretrained, prefix=GAPS[0][0], suffix=GAPS[0][1]),
+        command("infill", at.pretrained, prefix=GAPS[0][0], suffix=GAPS[0][1], stop="\n"),
         command("chat", at.chat, template=TEMPLATE, temperature=0),
     ]
     return {"said": f"{len(samples)} samples", "command": "\n".join(lines), "samples": samples}

@@ -186,6 +186,7 @@ def test_scores_read_in_three_figures() -> None:
         ("higher", [3.0, 2.0], "worse"),
         ("higher", [2.0, 2.0], "equal"),
         ("higher", [None, 2.0], ""),
+        ("lower", [3.7, 1.8, 2.3], "worse"),
     ],
 )
 def test_a_score_is_better_or_worse_by_its_own_measure(better: str, values: list[float | None], says: str) -> None:

@@ -232,8 +232,10 @@ def score_problems(at: Places) -> Outcome:
 
 
 def _trained(recipe: str, own: Mapping[str, Any], overrides: Mapping[str, Any]) -> Outcome:
+    from puna.train.metrics import read_metrics
+
     result = puna.train(recipe, {**own, **overrides})
-    rate = result["tokens"] / result["wall_seconds"]
+    rate = result["tokens"] / sum(step["seconds"] for step in read_metrics(Path(result["run_dir"])))
     loss = f", held-out loss {result['valid_loss']:.2f}" if "valid_loss" in result else ""
     return {
         "said": f"{result['step']:,} steps, {result['tokens']:,} tokens{loss}",

@@ -110,13 +110,13 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """How a row's last value compares with its first: "better", "worse", "equal"; empty where one is missing."""
-    first, last = row["values"][0], row["values"][-1]
-    if first is None or last is None:
+    """How a row's last value compares with the one before: "better", "worse", "equal"; empty where one is missing."""
+    before, last = row["values"][-2:]
+    if before is None or last is None:
         return ""
-    if first == last:
+    if before == last:
         return "equal"
-    return "better" if (last > first) == (row["better"] == "higher") else "worse"
+    return "better" if (last > before) == (row["better"] == "higher") else "worse"
 
 
 def _core_count() -> int:

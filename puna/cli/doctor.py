@@ -70,7 +70,6 @@ OLDEST_PYTHON = (3, 11)
 EXTRAS = {
     "near-duplicates": "puna prepare --near-duplicates",
     "hub": "models by their Hugging Face hub id",
-    "report": "pictures in reports",
     "tensorboard": "TensorBoard beside metrics.jsonl",
 }
 

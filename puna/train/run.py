@@ -14,7 +14,7 @@ import fcntl
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from puna import devices
 from puna.checkpoint import load_checkpoint, load_config, load_model, newest_checkpoint, resolve, save_checkpoint
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, Loader, stack
-from puna.data.rows import open_rows
+from puna.data.rows import Row, open_rows
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, write_json
@@ -74,10 +74,11 @@ class _Run:
         tokenizer = _check_data(recipe, self.config)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
-        self.model = Llama(self.config)
-        self.optimizer = AdamW([], recipe.optimizer, seed=recipe.seed)
+        valid = recipe.data.valid
+        self.valid_rows = open_rows(Dataset.open(valid), recipe.sequence_length, _fill(recipe)) if valid else None
         checkpoint = newest_checkpoint(run_dir)
-        self._make_model(draw=checkpoint is None)
+        self.model = self._make_model(draw=checkpoint is None)
+        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, seed=recipe.seed)
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -105,8 +106,8 @@ class _Run:
                 if skipped_in_a_row > MAX_SKIPPED:
                     self._give_up(skipped_in_a_row)
                 is_last = self.step == recipe.steps
-                if recipe.data.valid and (is_last or self.step % recipe.validation.every == 0):
-                    numbers["valid_loss"] = self.validate(recipe.data.valid)
+                if self.valid_rows is not None and (is_last or self.step % recipe.validation.every == 0):
+                    numbers["valid_loss"] = self.validate(self.valid_rows)
                 metrics.write(numbers)
                 note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
                 progress.advance(1, note)
@@ -119,10 +120,9 @@ class _Run:
         return {"run_dir": str(self.run_dir), **numbers, "step": self.step, "tokens": self.tokens,
                 "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
 
-    def validate(self, folder: str) -> float:
-        """Mean loss over the targets of the first rows of the prepared folder, in the order they lie."""
+    def validate(self, rows: Sequence[Row]) -> float:
+        """Mean loss over the targets of the first rows, in the order they lie."""
         recipe = self.recipe
-        rows = open_rows(Dataset.open(folder), recipe.sequence_length, _fill(recipe))
         loss, n_targets = 0.0, 0
         self.model.eval()
         with torch.no_grad():
@@ -168,21 +168,22 @@ class _Run:
         flops = flops_per_token(self.config, attended_length(Documents.of(batch.documents).lengths))
         return flops * batch.tokens.size / seconds / self.peak_flops
 
-    def _make_model(self, *, draw: bool) -> None:
+    def _make_model(self, *, draw: bool) -> Llama:
+        """The model, ready to train; without `draw` its weights are those of a checkpoint yet to be read."""
         recipe = self.recipe
         source = weights_folder(recipe)
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         if source is not None and draw:
-            self.model = load_model(source, dtype=dtype, device=self.device)
+            model = load_model(source, dtype=dtype, device=self.device)
         else:
-            self.model = self.model.to(device=self.device, dtype=dtype)
+            model = Llama(self.config).to(device=self.device, dtype=dtype)
             if draw:
-                init_weights(self.model, seed=recipe.seed)
-        self.model.compute_dtype = None if recipe.precision == "fp32" else torch.bfloat16
-        apply_recompute(self.model, recipe.recompute)
+                init_weights(model, seed=recipe.seed)
+        model.compute_dtype = None if recipe.precision == "fp32" else torch.bfloat16
+        apply_recompute(model, recipe.recompute)
         if recipe.compile:
-            compile_layers(self.model)
-        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, seed=recipe.seed)
+            compile_layers(model)
+        return model
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state}

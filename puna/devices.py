@@ -6,6 +6,7 @@ about itself needs none.
 """
 
 import functools
+import os
 import platform
 import re
 import sys
@@ -151,6 +152,11 @@ def cpu_bf16_units() -> list[str]:
 def cpu_name() -> str:
     """What its maker calls this CPU, as far as the system tells."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use, where the system says; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

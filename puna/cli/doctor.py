@@ -133,10 +133,9 @@ def _numbers(version: str) -> list[int]:
 
 
 def _processor() -> Iterator[Finding]:
-    from puna.devices import cpu_bf16_units, cpu_name
+    from puna.devices import cpu_bf16_units, cpu_cores, cpu_name
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{cpu_name()}, {cores} cores"
+    found = f"{cpu_name()}, {cpu_cores()} cores"
     memory = _memory_gib()
     if memory is not None:
         found += f", {memory:.0f} GiB of memory"

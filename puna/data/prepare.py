@@ -30,6 +30,7 @@ from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
 from puna.data.workers import Workers
+from puna.devices import cpu_cores
 from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, file_aside, read_json, write_json
 from puna.progress import Progress, say
@@ -68,7 +69,7 @@ def prepare(
         PunaError: a source or the tokenizer is missing; there is nothing in the sources; `output` holds something else.
     """
     job = _Job(kind, sources, Path(output), load_tokenizer(Path(tokenizer)), options)
-    count = workers if workers is not None else _processors()
+    count = workers if workers is not None else cpu_cores()
     if count < 1:
         raise UsageError(f"workers must be at least 1, not {count}")
     if (job.output / DATASET_FILE).exists():
@@ -99,10 +100,6 @@ def _work(job: "_Job", count: int) -> None:
         with Progress("preparing", size_bytes / 1e6, "MB") as progress:
             for unit in pool.map(_unfinished(job, progress)):
                 progress.advance(unit.size_bytes / 1e6)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Job:

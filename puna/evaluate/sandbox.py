@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self, cast
 
+from puna.devices import cpu_cores
 from puna.errors import PunaError
 from puna.evaluate import sandbox_worker
 from puna.evaluate.sandbox_worker import GONE, NOT_STARTED, encode
@@ -137,7 +138,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits = Limits(), *, workers: int | None = None) -> None:
         self.limits = limits
-        self.workers = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
+        self.workers = workers or cpu_cores()
 
     def __enter__(self) -> Self:
         bubblewrap, self.version, features = _bubblewrap()

@@ -77,7 +77,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 def what_runs_here() -> dict[str, str]:
     """What a reader needs to know about the program and the machine to repeat a result."""
-    from puna.devices import cpu_name
+    from puna.devices import cpu_cores, cpu_name
 
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -85,7 +85,7 @@ def what_runs_here() -> dict[str, str]:
         "puna": f"{puna.__version__}{_commit()}",
         "Python": platform.python_version(),
         "packages": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
-        "machine": f"{cpu_name()}, {_core_count()} cores, {memory_gib:.0f} GiB memory",
+        "machine": f"{cpu_name()}, {cpu_cores()} cores, {memory_gib:.0f} GiB memory",
         "system": platform.platform(),
     }
 
@@ -117,11 +117,6 @@ def verdict(row: Mapping[str, Any]) -> str:
     if before == last:
         return "equal"
     return "better" if (last > before) == (row["better"] == "higher") else "worse"
-
-
-def _core_count() -> int:
-    """The cores that this process may use, where the system says; else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str:

@@ -51,6 +51,33 @@ class Optimizer(_Strict):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    state_bits: Literal[32, 8, 4] = 32
+    """Bits of each number of the optimizer's state; 8 and 4 are block-wise. 32 means bf16 under bf16-pure."""
+    in_backward: bool = False
+    """Gradients leave the device as they are formed, so that only a few are there at a time."""
+
+
+class Parallel(_Strict):
+    """How devices share a run: pp x dp_replicate x dp_shard x cp x tp of them."""
+
+    pp: Positive = 1
+    """Pipeline stages: each holds a run of layers, micro-batches pass through them."""
+    dp_replicate: Positive = 1
+    """Copies of the sharded weights; each copy reads its own rows."""
+    dp_shard: Positive | Literal["auto"] = "auto"
+    """Devices that share weights, gradients and optimizer state; each reads its own rows. auto: all that are left."""
+    cp: Positive = 1
+    """Devices that share the tokens of a row; they shard the weights too."""
+    tp: Positive = 1
+    """Devices that share every matrix, and the tokens between the matrices."""
+    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """The order of a pipeline's micro-batches; interleaved and zero-bubble want `stages_per_rank` of 2 or more."""
+    stages_per_rank: Positive = 1
+    """Runs of layers that each pipeline rank holds; more make the pipeline's idle time shorter."""
+    layers_per_unit: Positive = 1
+    """Layers whose weights are gathered together: more make fewer, larger messages and take more memory."""
+    reshard: bool = True
+    """Gathered weights are freed after the forward pass and gathered again for the backward pass."""
 
 
 class Schedule(_Strict):
@@ -104,11 +131,12 @@ class Recipe(_Strict):
     batch_tokens: Positive
     """Tokens of one optimizer step over all devices; a multiple of `sequence_length`."""
     micro_batch_rows: Positive = 1
-    """Rows that go through the model at once; changes memory and speed, not the result."""
+    """Rows of one device that go through the model at once; changes memory and speed, not the result."""
     precision: Literal["auto", "fp32", "bf16", "bf16-pure"] = "auto"
     """bf16: fp32 weights, bf16 products. bf16-pure: weights and optimizer state too, with stochastic rounding.
     auto: bf16 where the device multiplies it natively, else fp32."""
     optimizer: Optimizer = Optimizer()
+    parallel: Parallel = Parallel()
     schedule: Schedule = Schedule()
     recompute: Literal["none", "selective", "block"] = "none"
     """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks."""

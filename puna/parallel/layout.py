@@ -1,0 +1,170 @@
+"""A layout: how many devices each axis has, checked against the model and the batch before anything starts.
+
+    devices = pp x dp_replicate x dp_shard x cp x tp          tp changes fastest: neighbours share every matrix
+
+Rows are shared by dp_replicate x dp_shard ranks, a row's tokens by cp, and weights are sharded over dp_shard x cp. No
+torch is needed to think about it: `puna plan` checks thousands of layouts, and a recipe is refused before torch loads.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from puna.config import Recipe
+from puna.errors import UsageError
+from puna.model.config import ModelConfig
+
+#: Names of the axes, outermost first.
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every axis, and what follows from them for one recipe.
+
+    Attributes:
+        stages_per_rank: runs of layers that each pipeline rank holds.
+        rows_per_rank: rows of the global batch that each of the `dp_size` shares reads.
+        micro_batches: how many pieces a rank cuts them into.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    stages_per_rank: int = 1
+    rows_per_rank: int = 1
+    micro_batches: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: ModelConfig, devices: int) -> "Layout":
+        """The layout of a recipe on so many devices.
+
+        Raises:
+            UsageError: it cannot be; the message says which field is wrong and which values would do.
+        """
+        p = recipe.parallel
+        fixed = p.pp * p.dp_replicate * p.cp * p.tp
+        dp_shard = devices // fixed if p.dp_shard == "auto" else p.dp_shard
+        if fixed * dp_shard != devices:
+            factors = " x ".join(f"{axis} {getattr(p, axis)}" for axis in AXES)
+            raise UsageError(
+                f"parallel: {factors} does not make the {devices} devices there are; start "
+                f"{max(1, dp_shard) * fixed} of them, or use parallel.dp_shard=auto and axes whose product divides "
+                f"{devices}"
+            )
+        layout = cls(p.pp, p.dp_replicate, dp_shard, p.cp, p.tp, p.stages_per_rank)
+        reasons = list(layout._misfits(recipe, config))
+        if reasons:
+            raise UsageError("; ".join(reasons))
+        rows = recipe.batch_rows // layout.dp_size
+        return cls(*layout.sizes, p.stages_per_rank, rows, rows // recipe.micro_batch_rows)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Sizes in the order of AXES."""
+        return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def dp_size(self) -> int:
+        """Shares that the global batch's rows are cut into."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks that a weight is sharded over, besides tp and pp."""
+        return self.dp_shard * self.cp
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pp * self.stages_per_rank
+
+    def stage_layers(self, n_layers: int) -> list[range]:
+        """The layers of each stage; the first ones hold one more where they do not divide evenly."""
+        share, more = divmod(n_layers, self.stages)
+        ends = [share * (i + 1) + min(i + 1, more) for i in range(self.stages)]
+        return [range(end - share - (i < more), end) for i, end in enumerate(ends)]
+
+    def __str__(self) -> str:
+        sizes = [f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        return " x ".join(sizes) or "one device"
+
+    def _misfits(self, recipe: Recipe, config: ModelConfig) -> Iterator[str]:
+        """What is wrong with this layout, a sentence each."""
+        kv_heads = config.num_key_value_heads
+        if kv_heads % self.tp:
+            yield f"parallel.tp={self.tp} must divide the {kv_heads} key/value heads; use one of {divisors(kv_heads)}"
+        elif config.intermediate_size % self.tp or config.vocab_size % self.tp:
+            fits = divisors(math.gcd(config.intermediate_size, config.vocab_size, kv_heads))
+            yield (
+                f"parallel.tp={self.tp} must divide intermediate_size={config.intermediate_size} and "
+                f"vocab_size={config.vocab_size}; use one of {fits}"
+            )
+        parts = self.cp * self.tp * (2 if self.cp > 1 else 1)
+        if recipe.sequence_length % parts:
+            below = recipe.sequence_length // parts * parts
+            yield (
+                f"sequence_length={recipe.sequence_length} must be a multiple of {parts} for parallel.cp={self.cp} and "
+                f"parallel.tp={self.tp}; use {below or parts} or {below + parts}"
+            )
+        yield from self._pipeline_misfits(recipe, config)
+        if recipe.batch_rows % self.dp_size:
+            fits = ", ".join(map(str, divisors(recipe.batch_rows)))
+            yield (
+                f"the {recipe.batch_rows} rows of a batch cannot be shared by dp_replicate x dp_shard = {self.dp_size} "
+                f"ranks; use one of {fits} ranks, or batch_tokens={recipe.sequence_length * self.dp_size} or a multiple"
+            )
+        elif (rows := recipe.batch_rows // self.dp_size) % recipe.micro_batch_rows:
+            yield (
+                f"micro_batch_rows={recipe.micro_batch_rows} must divide the {rows} rows of a rank "
+                f"(dp_replicate x dp_shard = {self.dp_size}); use one of {divisors(rows)}"
+            )
+        elif self.pp > 1 and (needed := self._micro_batches_needed(recipe, rows // recipe.micro_batch_rows)):
+            yield needed
+
+    def _pipeline_misfits(self, recipe: Recipe, config: ModelConfig) -> Iterator[str]:
+        p = recipe.parallel
+        if self.stages > config.num_hidden_layers:
+            yield (
+                f"parallel.pp={self.pp} x stages_per_rank={self.stages_per_rank} makes more stages than the "
+                f"{config.num_hidden_layers} layers; use {config.num_hidden_layers // self.stages_per_rank} or less"
+            )
+        if self.pp == 1 and self.stages_per_rank > 1:
+            yield f"parallel.stages_per_rank={self.stages_per_rank} needs parallel.pp of 2 or more"
+        if self.pp > 1 and (p.schedule == "1f1b") != (self.stages_per_rank == 1):
+            wanted = "1" if p.schedule == "1f1b" else "2 or more"
+            yield f"parallel.schedule={p.schedule} needs stages_per_rank of {wanted}, not {self.stages_per_rank}"
+        if self.pp > 1 and config.tie_word_embeddings:
+            yield "parallel.pp must be 1: the model's head is its embedding, which two stages cannot share"
+        if p.schedule == "zero-bubble" and recipe.compile:
+            yield "parallel.schedule=zero-bubble does not work with compile=true; use interleaved, or compile=false"
+        if p.schedule == "zero-bubble" and recipe.recompute != "none":
+            yield (
+                "parallel.schedule=zero-bubble computes two backward passes and cannot recompute; use interleaved, or "
+                "recompute=none"
+            )
+
+    def _micro_batches_needed(self, recipe: Recipe, micro_batches: int) -> str | None:
+        if self.stages_per_rank > 1 and micro_batches % self.pp:
+            return (
+                f"parallel.schedule={recipe.parallel.schedule} needs micro-batches in multiples of pp={self.pp}, not "
+                f"{micro_batches}; change micro_batch_rows or batch_tokens"
+            )
+        if micro_batches < self.pp:
+            return (
+                f"{micro_batches} micro-batches cannot fill a pipeline of parallel.pp={self.pp}; make micro_batch_rows "
+                f"smaller, batch_tokens larger, or use pp={micro_batches} or less"
+            )
+        return None
+
+
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide `number`, smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]

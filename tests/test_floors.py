@@ -15,8 +15,8 @@ FLOORS: list[set[str]] = [
     {"files", "progress"},
     {"tokenizer", "prompts", "config", "devices"},
     {"data", "model"},
-    {"checkpoint"},
-    {"train", "generate"},
+    {"checkpoint", "parallel"},
+    {"train", "generate", "plan"},
     {"evaluate"},
     {"cli", "demo", "report", "testing", "__main__", "__init__"},
 ]

@@ -116,10 +116,10 @@ class Layout:
             )
         yield from self._pipeline_misfits(recipe, config)
         if recipe.batch_rows % self.dp_size:
-            fits = ", ".join(map(str, divisors(recipe.batch_rows)))
+            shares = ", ".join(map(str, divisors(recipe.batch_rows)))
             yield (
                 f"the {recipe.batch_rows} rows of a batch cannot be shared by dp_replicate x dp_shard = {self.dp_size} "
-                f"ranks; use one of {fits} ranks, or batch_tokens={recipe.sequence_length * self.dp_size} or a multiple"
+                f"ranks; use one of {shares} ranks, or batch_tokens={recipe.sequence_length * self.dp_size} or a multiple"
             )
         elif (rows := recipe.batch_rows // self.dp_size) % recipe.micro_batch_rows:
             yield (

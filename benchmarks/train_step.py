@@ -21,8 +21,8 @@ from puna import devices
 from puna.config import Optimizer
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
+from puna.model.flops import flops_per_token
 from puna.model.llama import Llama, compile_layers, init_weights
-from puna.train.flops import flops_per_token
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
 

@@ -30,9 +30,9 @@ from puna.errors import PunaError, UsageError
 from puna.files import file_aside, write_json
 from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
+from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import Llama, compile_layers, init_weights
 from puna.progress import Progress, say
-from puna.train.flops import attended_length, flops_per_token
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW

@@ -3,7 +3,7 @@
 import pytest
 
 from puna.model.config import preset
-from puna.train.flops import attended_length, flops_per_token
+from puna.model.flops import attended_length, flops_per_token
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"tokenizer", "prompts", "config", "devices"},
     {"data", "model"},
     {"checkpoint", "parallel"},
-    {"train", "generate", "plan"},
+    {"train", "generate", "plan", "launch"},
     {"evaluate"},
     {"cli", "demo", "report", "testing", "__main__", "__init__"},
 ]

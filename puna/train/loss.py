@@ -1,7 +1,8 @@
 """Cross-entropy summed over targets, without ever holding the logits of a long row.
 
 Only positions that have a target are multiplied with the head, a chunk of them at a time, and the gradient of a chunk
-is taken while its logits are there. What stays in memory is one chunk in fp32 and the two gradients.
+is taken while its logits are there: softmax is formed in fp32, in place, a few rows at a time. What stays in memory is
+one chunk and the two gradients.
 """
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor
 #: Target of a position that asks for nothing.
 IGNORE = -100
 
-#: Logits computed at a time, in numbers: 2^24 fp32 values are 64 MiB.
-CHUNK_LOGITS = 1 << 24
+#: Logits computed at a time, in numbers: 2^25 bf16 values are 64 MiB.
+CHUNK_LOGITS = 1 << 25
+
+#: Logits that go through softmax at a time: on a CPU they stay in its cache from the first pass to the last.
+PIECE = {"cpu": 1 << 19}
+PIECE_ELSEWHERE = 1 << 26
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
@@ -49,15 +54,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_head = torch.zeros_like(head) if needs_grad else None
+        room = hidden.new_empty(min(rows, len(hidden)), len(head))  # fresh memory for each chunk costs as much as exp
         for start in range(0, len(hidden), rows):
             x, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(x, weight).float()
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            total += (log_norm - logits.gather(1, wanted)).sum()
+            logits = torch.mm(x, weight.t(), out=room[: len(x)])
+            of_target = logits.gather(1, wanted).float()
+            log_norm = _softmax_(logits)
+            total += (log_norm - of_target).sum()
             if grad_hidden is not None and grad_head is not None:
-                slope = logits.sub_(log_norm).exp_()  # softmax minus one-hot
-                slope.scatter_add_(1, wanted, torch.full_like(log_norm, -1.0))
-                slope = slope.to(x.dtype)
+                slope = logits.scatter_(1, wanted, (of_target - log_norm).expm1_().to(x.dtype))  # minus one-hot
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
                 if grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
@@ -68,5 +73,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None, None
+        grad_hidden, grad_head = ctx.saved_tensors  # scaled in place: torch refuses a second backward
+        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Turns (n, V) logits into their softmax, in place; returns the (n, 1) logarithms of its norms, in fp32."""
+    log_norm = []
+    for piece in logits.split(max(1, PIECE.get(logits.device.type, PIECE_ELSEWHERE) // logits.shape[1])):
+        x = piece.float()
+        top = x.amax(-1, keepdim=True)
+        norm = x.sub_(top).exp_().sum(-1, keepdim=True)
+        log_norm.append(top + norm.log())
+        torch.div(x, norm, out=piece)
+    return torch.cat(log_norm)

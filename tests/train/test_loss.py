@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.train import loss as loss_module
 from puna.train.loss import IGNORE, reference_cross_entropy, summed_cross_entropy
 
 
@@ -18,10 +19,20 @@ def _case(rows: int, length: int, ignored: float, dtype: torch.dtype = torch.flo
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 3), st.integers(1, 17), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1, 30, 1000]))
-def test_loss_and_gradients_equal_the_plain_formula(rows: int, length: int, ignored: float, chunk: int) -> None:
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 17),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    chunk=st.sampled_from([1, 30, 1000]),
+    piece=st.sampled_from([1, 25, 1000]),
+)
+def test_loss_and_gradients_equal_the_plain_formula(
+    rows: int, length: int, ignored: float, chunk: int, piece: int
+) -> None:
     hidden, head, targets = _case(rows, length, ignored)
-    loss = summed_cross_entropy(hidden, head, targets, chunk_logits=chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss_module.PIECE, "cpu", piece)
+        loss = summed_cross_entropy(hidden, head, targets, chunk_logits=chunk)
     grads = torch.autograd.grad(loss * 0.25, (hidden, head))
     expected = reference_cross_entropy(hidden, head, targets)
     expected_grads = torch.autograd.grad(expected * 0.25, (hidden, head))
@@ -35,6 +46,23 @@ def test_the_gradient_of_fp32_weights_under_bf16_activations_is_fp32() -> None:
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
     expected = torch.autograd.grad(reference_cross_entropy(hidden.float(), head, targets), head)[0]
     assert (grads[1] - expected).norm() < 0.02 * expected.norm()
+
+
+def test_targets_that_bf16_knows_for_sure_still_pull_a_little() -> None:
+    hidden = torch.tensor([[[8.0]]], dtype=torch.bfloat16, requires_grad=True)
+    head = torch.tensor([[1.0], [0.0]], requires_grad=True)  # p = 0.99966: rounded to bf16 it is 1
+    summed_cross_entropy(hidden, head, torch.tensor([[0]])).backward()
+    assert head.grad is not None
+    rest = 1 - torch.tensor(8.0).sigmoid()
+    torch.testing.assert_close(head.grad.flatten(), 8 * torch.stack([-rest, rest]), rtol=0.02, atol=0)
+
+
+def test_a_second_backward_is_refused_for_the_first_scaled_the_gradients_in_place() -> None:
+    hidden, head, targets = _case(1, 4, 0.0)
+    loss = summed_cross_entropy(hidden, head, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_sum_does_not_depend_on_the_cut_into_micro_batches() -> None:

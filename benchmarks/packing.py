@@ -25,6 +25,7 @@ from puna.data.rows import IGNORE, PADDING, Row, WholeDocumentRows
 from puna.data.shards import Dataset
 from puna.model.config import preset
 from puna.model.llama import Llama, init_weights
+from puna.parallel.model import DistributedModel
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
 
@@ -51,13 +52,14 @@ def main() -> None:
         model = Llama(preset("tiny-512")).to(device)
         init_weights(model, seed=0)
         model.compute_dtype = torch.bfloat16 if devices.has_fast_bf16(device) else None
-        optimizer = AdamW(model.named_parameters(), Optimizer(), seed=0)
+        alone = DistributedModel.alone(model)
+        optimizer = AdamW(alone.weights.items(), Optimizer(), seed=0)
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for step in range(args.steps):
             for side, batches in sides.items():
                 started = time.perf_counter()
                 train_step(
-                    model, optimizer, batches[step], update=step + 1, lr=1e-5, micro_batch_rows=1, max_grad_norm=1.0
+                    alone, optimizer, batches[step], update=step + 1, lr=1e-5, micro_batch_rows=1, max_grad_norm=1.0
                 )
                 seconds[side].append(time.perf_counter() - started)
         # The padded side's share of targets is that of the whole set, not of the few dialogs that were timed.

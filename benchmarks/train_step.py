@@ -23,6 +23,7 @@ from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
 from puna.model.llama import Llama, compile_layers, init_weights
+from puna.parallel.model import DistributedModel
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
 
@@ -87,12 +88,13 @@ def puna_step(
     model.compute_dtype = None if dtype == torch.float32 else dtype
     if is_compiled:
         compile_layers(model)
-    optimizer = AdamW(model.named_parameters(), Optimizer(weight_decay=0.0), seed=0)
+    alone = DistributedModel.alone(model)
+    optimizer = AdamW(alone.weights.items(), Optimizer(weight_decay=0.0), seed=0)
 
     def step(update: int) -> float:
         rows = len(batch.tokens)
         return train_step(
-            model, optimizer, batch, update=update, lr=LR, micro_batch_rows=rows, max_grad_norm=1.0
+            alone, optimizer, batch, update=update, lr=LR, micro_batch_rows=rows, max_grad_norm=1.0
         ).loss  # fmt: skip
 
     return step

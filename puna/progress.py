@@ -1,8 +1,10 @@
 """Progress of long work, on stderr: a live bar in a terminal, a line every few seconds elsewhere.
 
-stdout stays free for data. `Progress` knows nothing of what it counts; callers say unit and total.
+stdout stays free for data. `Progress` knows nothing of what it counts; callers say unit and total. Of several processes
+that torchrun started, the first speaks for all; only what went wrong is said by whoever it befell.
 """
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -14,7 +16,18 @@ LINE_EVERY_SECONDS = 5.0
 
 def say(message: str) -> None:
     """Prints one line for the person watching, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if _is_speaker():
+        print(message, file=sys.stderr, flush=True)
+
+
+def complain(message: str) -> None:
+    """Prints what went wrong, on stderr; a rank that is not the first says which it is."""
+    where = "" if _is_speaker() else f"[rank {os.environ['RANK']}] "
+    print(f"{where}{message}", file=sys.stderr, flush=True)
+
+
+def _is_speaker() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
@@ -35,7 +48,7 @@ class Progress:
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and _is_speaker():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

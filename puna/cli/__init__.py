@@ -15,7 +15,7 @@ import typer
 
 from puna import __version__
 from puna.errors import PunaError
-from puna.progress import say
+from puna.progress import complain, say
 
 app = typer.Typer(
     name="puna",
@@ -75,16 +75,16 @@ _INTERRUPTED = 130
 
 def _explained(error: Exception) -> int:
     if isinstance(error, PunaError):
-        say(f"puna: {error}")
+        complain(f"puna: {error}")
         return error.exit_code
     if hasattr(error, "format_message"):  # click's own: a wrong option or argument
-        say(f"puna: {error.format_message()} (see --help)")
+        complain(f"puna: {error.format_message()} (see --help)")
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        say(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
+        complain(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
         return 1
     if isinstance(error, OSError) and error.filename is not None:
-        say(f"puna: {error.strerror}{_at(error)}")
+        complain(f"puna: {error.strerror}{_at(error)}")
         return 1
     raise error
 

@@ -70,6 +70,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     return torch.cat(out).view_as(q)
 
 
+@dataclass(frozen=True)
+class Span:
+    """A run of queries of one document, and the keys from its start that the last of them sees.
+
+    Query `queries_stop - 1 - i` sees all but the last i keys. Both are numbered over rows laid end to end.
+    """
+
+    queries_start: int
+    queries_stop: int
+    keys_start: int
+    keys_stop: int
+
+
+def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+    """Causal attention of some of the queries of a batch to all of its keys.
+
+    Args:
+        q: (B, Tq, N, H) queries, Tq of each row.
+        k, v: (B, T, K, H) keys and values of whole rows.
+        spans: which queries see which keys; together they hold each query once, in order.
+
+    Returns:
+        (B, Tq, N, H).
+    """
+    is_grouped = q.shape[2] != k.shape[2]
+    q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    places = [(slice(s.queries_start, s.queries_stop), slice(s.keys_start, s.keys_stop)) for s in spans]
+    if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
+        k_, v_ = (torch.cat([x[keys] for _, keys in places]) for x in (k_, v_))
+        counts = [np.array([place.stop - place.start for place in side]) for side in zip(*places, strict=True)]
+        starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)).to(q.device) for n in counts]
+        longest = [int(n.max()) for n in counts]
+        return varlen(q_, k_, v_, *starts, *longest, window_size=(-1, 0)).view_as(q)
+    out = []
+    for queries, keys in places:
+        n_queries, n_keys = queries.stop - queries.start, keys.stop - keys.start
+        is_visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
+        mask = {"is_causal": True} if n_queries == n_keys else {"attn_mask": is_visible}
+        out.append(_sdpa(q_[None, queries], k_[None, keys], v_[None, keys], enable_gqa=is_grouped, **mask)[0])
+    return torch.cat(out).view_as(q)
+
+
 def attention_kernel(device: torch.device, dtype: torch.dtype, *, is_grouped: bool) -> str:
     """What computes packed documents there, in words: a run prints it at its start."""
     if _varlen_attention(device.type, dtype, is_grouped) is not None:

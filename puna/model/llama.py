@@ -260,27 +260,29 @@ def compile_layers(model: Llama) -> None:
     """Compiles each layer when it is first used; attention stays out, for it loops over documents on the host."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = torch.compiler.disable(attend)
+            module.attend = torch.compiler.disable(module.attend)
     for layer in model.model.layers:
         layer.compile()
 
 
 def init_weights(model: Llama, *, seed: int) -> None:
-    """Draws every weight from N(0, initializer_range) by its name, so that no order or split of them matters.
+    """Draws every weight of a model, as `initial_weight` does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(name, tuple(parameter.shape), model.config, seed=seed))
 
-    Norms become ones and biases zeros.
+
+def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, *, seed: int) -> Tensor:
+    """Where a weight begins, in fp32: drawn from N(0, initializer_range) by its name, so no order or split matters.
+
+    Norms are ones and biases zeros.
     """
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1)
-            else:
-                generator = torch.Generator().manual_seed(_seed_of(name, seed))
-                values = torch.empty(parameter.shape, dtype=torch.float32)
-                values.normal_(0, model.config.initializer_range, generator=generator)
-                parameter.copy_(values)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(_seed_of(name, seed))
+    return torch.empty(shape).normal_(0, config.initializer_range, generator=generator)
 
 
 def _seed_of(name: str, seed: int) -> int:

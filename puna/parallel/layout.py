@@ -119,7 +119,8 @@ class Layout:
             shares = ", ".join(map(str, divisors(recipe.batch_rows)))
             yield (
                 f"the {recipe.batch_rows} rows of a batch cannot be shared by dp_replicate x dp_shard = {self.dp_size} "
-                f"ranks; use one of {shares} ranks, or batch_tokens={recipe.sequence_length * self.dp_size} or a multiple"
+                f"ranks; use one of {shares} ranks, or batch_tokens in multiples of "
+                f"{recipe.sequence_length * self.dp_size}"
             )
         elif (rows := recipe.batch_rows // self.dp_size) % recipe.micro_batch_rows:
             yield (

@@ -6,8 +6,11 @@ one chunk and the two gradients.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from puna.parallel.collectives import gather_dim
 
 #: Target of a position that asks for nothing.
 IGNORE = -100
@@ -20,7 +23,14 @@ PIECE = {"cpu": 1 << 19}
 PIECE_ELSEWHERE = 1 << 26
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    chunk_logits: int = CHUNK_LOGITS,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """The negative log-likelihood of the targets, summed, differentiable in `hidden` and `head`.
 
     Args:
@@ -28,13 +38,15 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, chunk
         head: (V, D) weights of the head, in any dtype; multiplied in the dtype of `hidden`.
         targets: (B, T) ids, or IGNORE.
         chunk_logits: how many logits to hold at a time.
+        group: ranks that hold (V / n, D) of the head each, in order, and the same `hidden`; None: the head is whole.
 
     Returns:
-        A fp32 scalar; softmax and sums are in fp32.
+        A fp32 scalar, the same on every rank; softmax and sums are in fp32. Each rank's gradient in `hidden` is what
+        its part of the head gives: the sum over the group is the gradient.
     """
     is_target = targets != IGNORE
     rows = max(1, chunk_logits // len(head))
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden[is_target], head, targets[is_target], rows)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden[is_target], head, targets[is_target], rows, group)
     return loss
 
 
@@ -48,21 +60,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (n, D), head (V, D), targets (n,) -> sum of -log p; both gradients are formed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, targets: Tensor, rows: int, group: dist.ProcessGroup | None
+    ) -> Tensor:
         needs_grad = hidden.requires_grad or head.requires_grad
         weight = head.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_head = torch.zeros_like(head) if needs_grad else None
+        first = 0 if group is None else group.rank() * len(head)
         room = hidden.new_empty(min(rows, len(hidden)), len(head))  # fresh memory for each chunk costs as much as exp
         for start in range(0, len(hidden), rows):
-            x, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            x, wanted = hidden[start : start + rows], targets[start : start + rows, None] - first
+            is_here = (wanted >= 0) & (wanted < len(head))
+            wanted = wanted.clamp(0, len(head) - 1)
             logits = torch.mm(x, weight.t(), out=room[: len(x)])
-            of_target = logits.gather(1, wanted).float()
+            of_target = logits.gather(1, wanted).float().masked_fill_(~is_here, 0)
             log_norm = _softmax_(logits)
+            if group is not None:
+                log_norm = _joined_(logits, of_target, log_norm, group)
             total += (log_norm - of_target).sum()
             if grad_hidden is not None and grad_head is not None:
-                slope = logits.scatter_(1, wanted, (of_target - log_norm).expm1_().to(x.dtype))  # minus one-hot
+                minus_one = (of_target - log_norm).expm1_().to(x.dtype)
+                slope = logits.scatter_(1, wanted, torch.where(is_here, minus_one, logits.gather(1, wanted)))
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
                 if grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
@@ -74,7 +94,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_head = ctx.saved_tensors  # scaled in place: torch refuses a second backward
-        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None
+        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None, None
+
+
+def _joined_(logits: Tensor, of_target: Tensor, log_norm: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Makes the softmax over a part of the vocabulary one over the whole, in place; returns its log-norms."""
+    dist.all_reduce(of_target, group=group)
+    whole = gather_dim(log_norm, 1, group).logsumexp(1, keepdim=True)
+    logits.mul_((log_norm - whole).exp_())
+    return whole
 
 
 def _softmax_(logits: Tensor) -> Tensor:

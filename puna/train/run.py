@@ -15,13 +15,16 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from puna import devices
-from puna.checkpoint import load_checkpoint, load_config, load_model, newest_checkpoint, resolve, save_checkpoint
+from puna.checkpoint import load_checkpoint, load_config, newest_checkpoint, resolve, save_checkpoint
+from puna.checkpoint.huggingface import fit, open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, Loader, stack
 from puna.data.rows import Row, open_rows
@@ -31,20 +34,26 @@ from puna.files import file_aside, write_json
 from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
-from puna.model.llama import Llama, compile_layers, init_weights
+from puna.model.llama import Llama, compile_layers, initial_weight
+from puna.parallel.collectives import all_max
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
+from puna.parallel.model import DistributedModel
 from puna.progress import Progress, say
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
 from puna.train.recompute import apply_recompute
 from puna.train.schedule import learning_rate
-from puna.train.step import batch_loss, train_step
+from puna.train.step import summed_loss, train_step
 
 #: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
 MAX_SKIPPED = 3
 
 #: Fields that may change when a run continues; any other change would make it another run.
-MAY_CHANGE = {"steps", "micro_batch_rows", "recompute", "compile", "validation", "checkpoint", "log", "device"}
+MAY_CHANGE = {
+    "steps", "micro_batch_rows", "parallel", "recompute", "compile", "validation", "checkpoint", "log", "device",
+}  # fmt: skip
 
 
 class Stopped(PunaError):
@@ -57,36 +66,38 @@ class Stopped(PunaError):
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Does what `puna.train` promises, for a recipe that has been checked."""
-    device = devices.pick_device(None if recipe.device == "auto" else recipe.device)
+    device = rank_device(devices.pick_device(None if recipe.device == "auto" else recipe.device))
     recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
-    run_dir = Path(recipe.run_dir)
-    with _only_run_in(run_dir):
+    config, run_dir = model_config(recipe), Path(recipe.run_dir)
+    layout = Layout.of(recipe, config, world_size())
+    with process_group(device), _only_run_in(run_dir):
         _check_continues(recipe, run_dir)
-        return _Run(recipe, run_dir, device).go()
+        return _Run(recipe, config, run_dir, Ranks.of(layout, device), device).go()
 
 
 class _Run:
     """One process's share of a run: model, optimizer, data and place."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, device: torch.device) -> None:
-        self.recipe, self.run_dir, self.device = recipe, run_dir, device
-        self.config = model_config(recipe)
+    def __init__(self, recipe: Recipe, config: ModelConfig, run_dir: Path, ranks: Ranks, device: torch.device) -> None:
+        self.recipe, self.config, self.run_dir, self.ranks, self.device = recipe, config, run_dir, ranks, device
         tokenizer = _check_data(recipe, self.config)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
         valid = recipe.data.valid
         self.valid_rows = open_rows(Dataset.open(valid), recipe.sequence_length, _fill(recipe)) if valid else None
         checkpoint = newest_checkpoint(run_dir)
-        self.model = self._make_model(draw=checkpoint is None)
-        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, seed=recipe.seed)
+        self.model = self._make_model()
+        self.optimizer = AdamW(self.model.weights.items(), recipe.optimizer, seed=recipe.seed)
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
+            self.model.fill(self._first_weights())
+        if checkpoint is None and is_first_rank():
             with file_aside(run_dir / "recipe.yaml", "w") as file:
                 file.write(recipe.to_yaml())
             if tokenizer.is_dir() and not (run_dir / "tokenizer").exists():
                 shutil.copytree(tokenizer, run_dir / "tokenizer")
-        self.peak_flops = devices.peak_flops(device, self.model.compute_dtype or torch.float32)
+        self.peak_flops = devices.peak_flops(device, self.model.dtype)
 
     def go(self) -> dict[str, Any]:
         """Takes the steps that are left."""
@@ -95,7 +106,7 @@ class _Run:
         numbers: dict[str, Any] = {}
         skipped_in_a_row = 0
         with (
-            Metrics(self.run_dir, step=self.step, tensorboard=recipe.log.tensorboard) as metrics,
+            self._metrics() as metrics,
             Progress("training", recipe.steps, "steps") as progress,
             _stop_signals() as stop_signal,
         ):
@@ -108,12 +119,14 @@ class _Run:
                 is_last = self.step == recipe.steps
                 if self.valid_rows is not None and (is_last or self.step % recipe.validation.every == 0):
                     numbers["valid_loss"] = self.validate(self.valid_rows)
-                metrics.write(numbers)
+                if metrics is not None:
+                    metrics.write(numbers)
                 note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
                 progress.advance(1, note)
-                if is_last or stop_signal() or self.step % recipe.checkpoint.every == 0:
+                number = int(all_max(stop_signal())[0])
+                if is_last or number or self.step % recipe.checkpoint.every == 0:
                     self._save()
-                if not is_last and (number := stop_signal()):
+                if not is_last and number:
                     raise Stopped(f"stopped at step {self.step}; run the same command to continue", number)
         if not numbers:
             say(f"{self.run_dir} has taken its {recipe.steps} steps already; raise steps to train further")
@@ -122,21 +135,23 @@ class _Run:
 
     def validate(self, rows: Sequence[Row]) -> float:
         """Mean loss over the targets of the first rows, in the order they lie."""
-        recipe = self.recipe
+        layout, per_pass = self.ranks.layout, self.recipe.micro_batch_rows
+        if layout.pp > 1:
+            per_pass *= layout.micro_batches  # a pipeline takes as many as in a step
+        last = min(len(rows), self.recipe.validation.rows)
         loss, n_targets = 0.0, 0
-        self.model.eval()
-        with torch.no_grad():
-            for start in range(0, min(len(rows), recipe.validation.rows), recipe.micro_batch_rows):
-                stop = min(start + recipe.micro_batch_rows, len(rows), recipe.validation.rows)
-                batch = stack(rows[i] for i in range(start, stop))
-                loss += batch_loss(self.model, batch).item()
-                n_targets += int((batch.targets != IGNORE).sum())
-        self.model.train()
+        for start in range(
+            self.ranks.dp_rank * per_pass, last + self.ranks.dp_rank * per_pass, layout.dp_size * per_pass
+        ):
+            batch = stack(rows[i] if i < last else _blank(rows[0]) for i in range(start, start + per_pass))
+            more_loss, more_targets = summed_loss(self.model, batch, micro_batch_rows=self.recipe.micro_batch_rows)
+            loss, n_targets = loss + more_loss, n_targets + more_targets
         return loss / max(1, n_targets)
 
     def _take_step(self) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
-        batch = self.loader.batch(self.step)
+        layout = self.ranks.layout
+        batch = self.loader.batch(self.step, rank=self.ranks.dp_rank, world_size=layout.dp_size)
         update = self.step + 1
         lr = learning_rate(update, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
         result = train_step(
@@ -144,7 +159,7 @@ class _Run:
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
         )  # fmt: skip
         seconds = time.perf_counter() - started
-        self.step, self.tokens = update, self.tokens + batch.tokens.size
+        self.step, self.tokens = update, self.tokens + recipe.batch_tokens
         if not result.is_applied:
             self.skipped += 1
             say(f"step {update}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were left alone")
@@ -154,8 +169,8 @@ class _Run:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": self.tokens,
-            "targets": int((batch.targets != IGNORE).sum()),
-            "tokens_per_second": batch.tokens.size / seconds,
+            "targets": result.n_targets,
+            "tokens_per_second": recipe.batch_tokens / seconds,
             "mfu": self._mfu(batch, seconds),
             "memory_gib": devices.memory_gib(self.device),
             "seconds": seconds,
@@ -166,27 +181,42 @@ class _Run:
         if self.peak_flops is None:
             return None
         flops = flops_per_token(self.config, attended_length(Documents.of(batch.documents).lengths))
-        return flops * batch.tokens.size / seconds / self.peak_flops
+        return flops * self.recipe.batch_tokens / seconds / self.peak_flops / self.ranks.layout.devices
 
-    def _make_model(self, *, draw: bool) -> Llama:
-        """The model, ready to train; without `draw` its weights are those of a checkpoint yet to be read."""
+    def _metrics(self) -> contextlib.AbstractContextManager[Metrics | None]:
+        """Where the first rank writes the numbers of each step; the others write none."""
+        if not is_first_rank():
+            return contextlib.nullcontext()
+        return Metrics(self.run_dir, step=self.step, tensorboard=self.recipe.log.tensorboard)
+
+    def _make_model(self) -> DistributedModel:
+        """What this rank holds of the model, ready to train once its weights are filled."""
         recipe = self.recipe
-        source = weights_folder(recipe)
-        dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
-        if source is not None and draw:
-            model = load_model(source, dtype=dtype, device=self.device)
-        else:
-            model = Llama(self.config).to(device=self.device, dtype=dtype)
-            if draw:
-                init_weights(model, seed=recipe.seed)
-        model.compute_dtype = None if recipe.precision == "fp32" else torch.bfloat16
-        apply_recompute(model, recipe.recompute)
-        if recipe.compile:
+        return DistributedModel.build(
+            self.config,
+            self.ranks,
+            recipe.parallel,
+            self.device,
+            dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
+            compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
+            prepare=self._prepare,
+        )
+
+    def _prepare(self, model: Llama) -> None:
+        apply_recompute(model, self.recipe.recompute)
+        if self.recipe.compile:
             compile_layers(model)
-        return model
+
+    def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+        """What a new run begins with, a weight at a time: those of a folder, or drawn ones."""
+        source = weights_folder(self.recipe)
+        if source is None:
+            return lambda name, shape: initial_weight(name, shape, self.config, seed=self.recipe.seed)
+        stored = fit(self.config, open_weights(source))
+        return lambda name, shape: stored[name].read()
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state}
+        return {"model": self.model.weights, "optimizer": self.optimizer.state}
 
     def _save(self) -> None:
         meta = {
@@ -209,7 +239,7 @@ class _Run:
         weights = list(recipe.data.weights.values())
         shares = [rows.useful_tokens_share for rows in self.loader.sources]  # type: ignore[attr-defined]
         useful = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
-        dtype = self.model.compute_dtype or torch.float32
+        dtype = self.model.dtype
         is_grouped = config.num_attention_heads != config.num_key_value_heads
         kernel = attention_kernel(self.device, dtype, is_grouped=is_grouped)
         say(
@@ -217,6 +247,8 @@ class _Run:
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
             f"useful tokens {useful:.1%}; attention: {kernel}"
         )
+        if self.ranks.layout.devices > 1:
+            say(f"{self.ranks.layout.devices} devices: {self.ranks.layout}")
 
     def _give_up(self, in_a_row: int) -> None:
         path = self.run_dir / "not-finite.json"
@@ -323,6 +355,9 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
 def _only_run_in(run_dir: Path) -> Iterator[None]:
     """Keeps a second process from training in the same folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not is_first_rank():
+        yield
+        return
     with open(run_dir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -351,6 +386,11 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _blank(row: Row) -> Row:
+    """A row that asks for nothing, to fill up a batch."""
+    return replace(row, targets=np.full_like(row.targets, IGNORE))
 
 
 def _note(numbers: dict[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from puna.data.loader import Batch
-from puna.model.attention import Documents
-from puna.model.llama import Llama
+from puna.parallel.collectives import all_sum
+from puna.parallel.model import DistributedModel
 from puna.train.loss import IGNORE, summed_cross_entropy
 from puna.train.optimizer import AdamW
 
@@ -21,57 +20,62 @@ class StepResult:
     Attributes:
         loss: mean over every target of the global batch.
         grad_norm: 2-norm of the gradient of that loss, before clipping.
+        n_targets: of the global batch.
         is_applied: False when loss or gradient were not finite and the weights were left alone.
     """
 
     loss: float
     grad_norm: float
+    n_targets: int
     is_applied: bool
 
 
 def train_step(
-    model: Llama, optimizer: AdamW, batch: Batch, *, update: int, lr: float, micro_batch_rows: int, max_grad_norm: float
+    model: DistributedModel,
+    optimizer: AdamW,
+    batch: Batch,
+    *,
+    update: int,
+    lr: float,
+    micro_batch_rows: int,
+    max_grad_norm: float,
 ) -> StepResult:
-    """One optimizer step over the global batch.
+    """One optimizer step over the global batch; every rank calls it with its rows.
 
-    The loss is the mean over every target of the batch, so it does not depend on how the batch is cut into
-    micro-batches. A loss or gradient that is not finite never reaches the weights.
+    The loss is the mean over every target of the global batch, so it depends neither on how the batch is cut into
+    micro-batches nor on how many ranks share it. A loss or gradient that is not finite never reaches the weights.
 
     Args:
         model: in training mode; gradients are None before and after.
-        optimizer: over the model's parameters.
-        batch: (B, T) tokens, targets, documents, positions.
+        optimizer: over the model's weights.
+        batch: (B, T) tokens, targets, documents, positions: this rank's rows, whole.
         update: number of this update, from 1.
         lr: learning rate.
         micro_batch_rows: rows that go through the model at once.
         max_grad_norm: gradients are scaled down to this norm.
     """
-    n_targets = max(1, int((batch.targets != IGNORE).sum()))
-    loss = 0.0
-    for start in range(0, len(batch.tokens), micro_batch_rows):
-        share = batch_loss(model, batch[start : start + micro_batch_rows]) / n_targets
-        share.backward()
-        loss += share.item()
-    norm = grad_norm(model)
+    layout = model.ranks.layout
+    (counted,) = all_sum(float((batch.targets != IGNORE).sum()))
+    n_targets = round(counted) // (layout.pp * layout.cp * layout.tp)  # ranks that hold the same rows count them too
+    loss_share = model.forward_backward(
+        batch, partial(_loss, model, n_targets=max(1, n_targets)), micro_batch_rows=micro_batch_rows
+    )
+    loss, squared_norm = all_sum(loss_share / layout.tp, model.squared_grad_norm())
+    norm = math.sqrt(squared_norm)
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
         optimizer.step(update, lr, grad_scale=min(1.0, max_grad_norm / (norm + 1e-6)))
-    model.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, is_finite)
+    model.zero_grad()
+    return StepResult(loss, norm, n_targets, is_finite)
 
 
-def batch_loss(model: Llama, batch: Batch) -> Tensor:
-    """The negative log-likelihood of a batch's targets, summed: a fp32 scalar."""
-    device = model.lm_head.weight.device
-    tokens, targets, positions = (
-        torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device)
-        for x in (batch.tokens, batch.targets, batch.positions)
-    )
-    hidden = model.hidden(tokens, positions=positions, documents=Documents.of(batch.documents, device))
-    return summed_cross_entropy(hidden, model.lm_head.weight, targets)
+def summed_loss(model: DistributedModel, batch: Batch, *, micro_batch_rows: int) -> tuple[float, int]:
+    """The summed loss over a batch's targets, and their number, over all ranks; no gradients."""
+    layout = model.ranks.layout
+    share = model.evaluate(batch, partial(_loss, model, n_targets=1), micro_batch_rows=micro_batch_rows)
+    loss, counted = all_sum(share / layout.tp, float((batch.targets != IGNORE).sum()))
+    return loss, round(counted) // (layout.pp * layout.cp * layout.tp)
 
 
-def grad_norm(model: Llama) -> float:
-    """2-norm of all gradients together, summed in fp32."""
-    norms = [p.grad.norm(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    return torch.stack(norms).norm().item() if norms else 0.0
+def _loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, n_targets: int) -> Tensor:
+    return summed_cross_entropy(hidden, head, targets, group=model.ranks.tp) / n_targets

@@ -15,6 +15,7 @@ from puna.config import Optimizer, Schedule
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.parallel.model import DistributedModel
 from puna.train.loss import IGNORE
 from puna.train.optimizer import AdamW
 from puna.train.schedule import learning_rate
@@ -64,9 +65,9 @@ def test_six_steps_of_mindformers(
     fixtures = shared / "fixtures/mindspore"
     expected = np.load(fixtures / f"reference/{reference}.npz")
     data = np.load(fixtures / f"preprocess/{rows}.npz")
-    model = _model(fixtures)
+    model = DistributedModel.alone(_model(fixtures))
     settings = Optimizer(peak_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, max_grad_norm=1.0)
-    optimizer = AdamW(model.named_parameters(), settings, seed=0, bias_correction=False)
+    optimizer = AdamW(model.weights.items(), settings, seed=0, bias_correction=False)
     schedule = Schedule(warmup_steps=3, final_fraction=0.0)
     for step in range(6):
         lr = learning_rate(step, schedule, peak_lr=1e-3, steps=10)
@@ -78,7 +79,7 @@ def test_six_steps_of_mindformers(
         assert result.loss == pytest.approx(expected["loss"][step], rel=2e-6, abs=1e-7)
         assert result.grad_norm == pytest.approx(expected["gnorm"][step], rel=2e-5, abs=1e-6)
     heads = {key.removeprefix("head/"): expected[key] for key in expected.files if key.startswith("head/")}
-    ours = dict(model.named_parameters())
+    ours = model.weights
     assert len(heads) == len(ours)
     for name, head in heads.items():
         for theirs, mine in RENAMED:

@@ -20,6 +20,7 @@ from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.model.config import preset
 from puna.model.llama import Llama
+from puna.parallel.model import DistributedModel
 from puna.train import run as run_module
 from puna.train.metrics import read_metrics
 from puna.train.step import StepResult
@@ -188,15 +189,15 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(
 ) -> None:
     real = run_module.train_step
 
-    def poisoned(model: Llama, *args: Any, update: int, **options: Any) -> Any:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    def poisoned(model: DistributedModel, *args: Any, update: int, **options: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in model.weights.items()}
         if update == 3:
-            handle = model.model.norm.register_forward_hook(lambda *call: call[-1] * math.inf)
+            handle = model.stages[0].llama.model.norm.register_forward_hook(lambda *call: call[-1] * math.inf)
         result = real(model, *args, update=update, **options)
         if update == 3:
             handle.remove()
             assert not result.is_applied
-            assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+            assert all(torch.equal(before[name], p) for name, p in model.weights.items())
         return result
 
     monkeypatch.setattr(run_module, "train_step", poisoned)
@@ -208,7 +209,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(
 def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "train_step", lambda *a, **k: StepResult(math.nan, math.nan, False))
+    monkeypatch.setattr(run_module, "train_step", lambda *a, **k: StepResult(math.nan, math.nan, 1, False))
     content = recipe()
     with pytest.raises(PunaError, match=r"not finite 4 steps in a row \(steps 1 to 4\)"):
         puna.train(content)

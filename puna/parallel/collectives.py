@@ -1,0 +1,89 @@
+"""Exchanges between ranks that gradients flow through."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's part along `dim`, in the order of ranks; each rank's gradient is the sum over all of them.
+
+    Args:
+        x: this rank's part, of the same shape everywhere.
+        dim: along which the parts are joined.
+        group: the ranks.
+    """
+    return _Gather.apply(x, dim, group)
+
+
+def exchange_dims(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGroup) -> Tensor:
+    """Gathers one dim of a tensor and scatters another: (…, T/n, …, N, …) becomes (…, T, …, N/n, …).
+
+    Args:
+        x: this rank's part.
+        gathered: the dim that becomes whole.
+        scattered: the dim that becomes this rank's part; the group's size divides it.
+        group: the ranks.
+    """
+    return _Exchange.apply(x, gathered, scattered, group)
+
+
+def all_sum(*numbers: float) -> list[float]:
+    """The sum of each number over all ranks there are; on the host, in fp64."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
+
+
+def all_max(*numbers: float) -> list[float]:
+    """The largest of each number over all ranks there are."""
+    return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+def _reduced(numbers: tuple[float, ...], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    if not dist.is_initialized():
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, operation)
+    return values.tolist()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gathered(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _summed_part(grad, ctx.dim, ctx.group), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gathered: int, scattered: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dims, ctx.group = (gathered, scattered), group
+        return _exchanged(x, gathered, scattered, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gathered, scattered = ctx.dims
+        return _exchanged(grad, scattered, gathered, ctx.group), None, None, None
+
+
+def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    parts = torch.empty(group.size(), *x.shape, dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _summed_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+    part = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(part, parts, group=group)
+    return part
+
+
+def _exchanged(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGroup) -> Tensor:
+    sent = x.unflatten(scattered, (group.size(), -1)).movedim(scattered, 0).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.movedim(0, gathered).flatten(gathered, gathered + 1)

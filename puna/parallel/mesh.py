@@ -1,0 +1,108 @@
+"""The ranks of a run: who they are, and which of them share what.
+
+Weights are sharded over dp_shard and cp alike, so their mesh folds the two into one axis:
+
+    pp x dp_replicate x shard (= dp_shard x cp) x tp
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from puna.errors import UsageError
+from puna.parallel.layout import Layout
+
+#: Axes of the mesh that weights live on.
+WEIGHT_AXES = ("pp", "dp_replicate", "shard", "tp")
+
+#: How long a rank waits for the others before it gives up with an error.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where a rank stands in a layout, and the groups that it exchanges with.
+
+    Attributes:
+        weights: the mesh of WEIGHT_AXES; None: one process, no groups.
+        cp: the ranks that share the tokens of its rows; None: it holds them whole.
+        tp: the ranks that share its matrices; None: it holds them whole.
+    """
+
+    layout: Layout
+    weights: DeviceMesh | None
+    cp: dist.ProcessGroup | None
+    tp: dist.ProcessGroup | None
+    pp_rank: int = 0
+    dp_rank: int = 0
+    cp_rank: int = 0
+    tp_rank: int = 0
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> "Ranks":
+        """Makes the groups of a layout; every rank must call it."""
+        if not dist.is_initialized():
+            return cls(layout, None, None, None)
+        _, replicate, shard, cp, tp = layout.sizes
+        sizes = (layout.pp, replicate, shard * cp, tp)
+        weights = init_device_mesh(device.type, sizes, mesh_dim_names=WEIGHT_AXES)
+        rest, tp_rank = divmod(dist.get_rank(), tp)
+        rest, cp_rank = divmod(rest, cp)
+        pp_rank, dp_rank = divmod(rest, layout.dp_size)
+        cp_group = None
+        if cp > 1:
+            rows = (layout.pp * layout.dp_size, cp, tp)
+            cp_group = init_device_mesh(device.type, rows, mesh_dim_names=("rows", "cp", "tp")).get_group("cp")
+        tp_group = weights.get_group("tp") if tp > 1 else None
+        return cls(layout, weights, cp_group, tp_group, pp_rank, dp_rank, cp_rank, tp_rank)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are sharded or copied over ranks that read other tokens."""
+        return self.layout.shard_size * self.layout.dp_replicate > 1
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """While open, this process is one of those that torchrun started; alone, there is nothing to open."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    backend = (
+        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    )
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_device(device: torch.device) -> torch.device:
+    """The device of this rank where several ranks of a machine have one each; makes it the current one."""
+    if device.type == "cpu" or "LOCAL_RANK" not in os.environ:
+        return device
+    index = int(os.environ["LOCAL_RANK"])
+    if index >= torch.accelerator.device_count():
+        raise UsageError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on a machine with "
+            f"{torch.accelerator.device_count()} devices; start one a device"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,8 +1,9 @@
-"""The shipped recipes: what their comments promise (commands, overrides, devices, memory) is so."""
+"""The shipped recipes: what their comments and the guide for newcomers promise is so."""
 
 import re
 import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,14 @@ def test_the_long_stage_is_the_papers(name: str, batch_tokens: int, steps: int) 
     assert recipe.optimizer.peak_lr == 2e-5
     assert PRESETS[recipe.model].rope_theta == 1e6
     assert PRESETS[recipe.model].max_position_embeddings == 16_384
+
+
+def test_the_fields_and_recipes_that_the_guide_for_newcomers_names_exist() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "coming_from_mindformers.md").read_text()
+    fields = re.findall(r"`((?:data|optimizer|parallel|schedule|validation|checkpoint|log)\.[a-z_]+)[`:]", guide)
+    assert len(fields) > 20
+    for field in fields:
+        group, name = field.split(".")
+        assert name in Recipe.model_fields[group].annotation.model_fields, field
+    named = set(re.findall(r"`(codellama-[a-z0-9-]+)`", guide)) - set(PRESETS)
+    assert named <= set(recipe_names())

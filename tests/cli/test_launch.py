@@ -124,6 +124,7 @@ def test_kubernetes_gets_a_pytorchjob() -> None:
     assert (job["apiVersion"], job["kind"], job["metadata"]) == ("kubeflow.org/v1", "PyTorchJob", {"name": "mine-2"})
     policy = job["spec"]["elasticPolicy"]
     assert (policy["minReplicas"], policy["maxReplicas"], policy["maxRestarts"]) == (1, 2, 3)
+    assert job["spec"]["runPolicy"]["backoffLimit"] == 3
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 2
     pod = worker["template"]["spec"]

@@ -1,7 +1,9 @@
 """A training checkpoint becomes a folder in Hugging Face layout, tensor by tensor, without a device.
 
 Only the weights are checked and read: optimizer states stay on the disk. What is written is what the run holds, to the
-last bit, unless another dtype is asked for.
+last bit, unless another dtype is asked for; and it is the same whether one process saved the run or many ranks did, in
+whatever layout. A tensor that one rank wrote is passed on from the mapped file, one that several wrote is put together
+first; the disk is the limit, not the processor, so that more workers would not help.
 """
 
 from pathlib import Path
@@ -10,7 +12,6 @@ import torch
 
 from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model
 from puna.checkpoint.runs import MODEL, checkpoints, damage, newest_checkpoint, read_meta
-from puna.checkpoint.sharded import open_sharded
 from puna.checkpoint.tensors import counted, dtype_of
 from puna.errors import PunaError
 from puna.model.config import ModelConfig
@@ -33,6 +34,8 @@ def export(
     Raises:
         PunaError: the run has no such checkpoint, it is damaged, or `output` exists.
     """
+    from puna.checkpoint.sharded import open_sharded  # loads torch.distributed.checkpoint, a second or two
+
     run_dir, output, dtype = Path(run_dir), Path(output), dtype_of(dtype)
     if output.exists():
         raise PunaError(f"{output} exists already; choose another place or remove it first")

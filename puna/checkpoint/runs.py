@@ -4,28 +4,35 @@
                                             .metadata       which tensor, or which part of one, lies where
                                       rest/                 likewise what else a run needs: optimizer, generators
                                       run.json              step, caller's notes, size and checksum of every file
-    run_dir/checkpoints/step-00000200.aside/                a save that was interrupted; the next save clears it away
+    run_dir/checkpoints/step-00000200.aside/                a save that is going on, or was interrupted: the next save
+                                                            clears it away
 
-`run.json` is written last, then the folder is synced and takes its name. On the way back every file is held against it:
-a damaged newest checkpoint is named, and the one before is taken. Under a process group every rank calls the same
-functions, and rank 0 does what is done once.
+`Checkpoints.save` copies the state and returns; a thread writes it. `run.json` is written last, then the folder is
+synced and takes its name. On the way back every file is held against it: a damaged newest checkpoint is named, and the
+one before is taken.
+
+Every rank writes and checks its own share, rank 0 does what is done once, and all of them must see the same folder.
+Which ranks hold what is not remembered: a checkpoint is whole tensors in pieces, and any layout may read it.
 """
 
-import contextlib
+import concurrent.futures
+import copy
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from puna import progress
+from puna.checkpoint.meetings import Meetings
 from puna.errors import PunaError
-from puna.files import ASIDE, checksum_of, read_json, sync_file, sync_folder, write_json
+from puna.files import ASIDE, checksum_of, read_json, sync_folder, write_json
 
 #: Version of `run.json`.
 FORMAT = 1
@@ -33,6 +40,139 @@ MANIFEST = "run.json"
 
 #: The top-level key of a state that is kept apart, so that export reads it alone; the others go together.
 MODEL, REST = "model", "rest"
+
+
+class Checkpoints:
+    """A run's checkpoints: saved in the background, found, checked and loaded by all its ranks together.
+
+    Every rank of the process group makes one, and calls the same methods in the same order; what goes wrong on one rank
+    is raised on all. Without a process group it serves one process. While a save is going on its state is held a second
+    time, in host memory.
+
+    Args:
+        run_dir: the run's folder, on a file system that all ranks share.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay for good; None: none do.
+
+    Raises:
+        PunaError: a rank does not see the folder that rank 0 sees.
+    """
+
+    def __init__(self, run_dir: Path | str, *, keep: int = 3, keep_every: int | None = None) -> None:
+        self.run_dir, self._keep, self._keep_every = Path(run_dir), keep, keep_every
+        self._meetings = Meetings.of_run()
+        self._copies: dict[str, Tensor] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        if self._meetings.size > 1:
+            _check_shared(_folder(self.run_dir), self._meetings)
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+        """Waits for the save before, copies the state, and writes it in the background.
+
+        Args:
+            step: optimizer steps taken.
+            state: nested dictionaries of tensors and plain values; the weights under "model". Of a sharded tensor every
+                rank has its part; a name may be on some ranks only; what is not sharded is alike wherever it is.
+            meta: goes into `run.json` and must be JSON: the resolved recipe, the place in the data. Rank 0's counts.
+
+        Returns:
+            The folder, which is there once `wait` has returned.
+
+        Raises:
+            Exception: as `wait` does, of the save before.
+        """
+        self.wait()
+        staged: Future[dict[str, dict[str, Any]]] = Future()
+        try:
+            staged.set_result(self._stage(state))
+        except Exception as error:
+            staged.set_exception(error)  # raised in the background, where the other ranks hear of it
+        self._saving = self._writer.submit(self._write, step, staged, copy.deepcopy(meta))
+        return _path(self.run_dir, step)
+
+    def wait(self) -> None:
+        """Returns when the last save is done.
+
+        Raises:
+            Exception: it failed, on any rank; the checkpoints before it are untouched. OSError for a full disk.
+        """
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving])
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def newest(self, say: Callable[[str], None] = progress.say) -> Path | None:
+        """As `newest_checkpoint`, with the files shared out among the ranks; all get the same answer, rank 0 `say`s."""
+        self.wait()
+        return _newest(self.run_dir, say if self._meetings.is_first else lambda _: None, None, self._meetings)
+
+    def load(self, path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
+        """Fills `state` in place from a checkpoint of any layout, to the last bit.
+
+        Args:
+            path: a checkpoint's folder, as `newest` gives it.
+            state: nested like the one that was saved, with tensors to be filled; top-level parts that no rank has stay
+                unread. Every rank reads only what it holds.
+
+        Returns:
+            The `meta` that was saved along.
+
+        Raises:
+            PunaError: a tensor is missing on either side, all ranks taken together, or has another shape or dtype than
+                the one that was saved.
+        """
+        self.wait()
+        return _load(Path(path), state, self._meetings)
+
+    def _stage(self, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Copies of this rank's pieces and values by part and name, in the memory of the last save's."""
+        from puna.checkpoint.sharded import Piece, flat, local_piece
+
+        copies: dict[str, Tensor] = {}
+        staged: dict[str, dict[str, Any]] = {}
+        is_far = False
+        for part, content in _parts(state).items():
+            values = staged[part] = {}
+            for name, value in flat(content).items():
+                if not isinstance(value, Tensor):
+                    values[name] = copy.deepcopy(value)
+                elif (piece := local_piece(value)) is not None:
+                    is_far |= piece.values.device.type != "cpu"
+                    copies[name] = _copied(piece.values, self._copies.get(name))
+                    values[name] = Piece(copies[name], piece.offsets, piece.shape)
+        if is_far:
+            torch.accelerator.synchronize()
+        self._copies = copies
+        return staged
+
+    def _write(self, step: int, staged: Future[dict[str, dict[str, Any]]], meta: dict[str, Any]) -> None:
+        """Writes a checkpoint, then removes those that need not be kept; in the background of every rank."""
+        from puna.checkpoint.sharded import write_sharded
+
+        meetings, path = self._meetings, _path(self.run_dir, step)
+        aside = path.with_name(path.name + ASIDE)
+
+        def make_room(parts: list[list[str]]) -> list[list[str]]:
+            _clear_leftovers(aside.parent)
+            aside.mkdir(parents=True)
+            return [sorted({part for of_rank in parts for part in of_rank})] * meetings.size
+
+        def finish(files: list[dict[str, Any]]) -> list[None]:
+            written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
+            write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "meta": meta, "files": written})
+            _put_in_place(aside, path)
+            _prune(aside.parent, step, self._keep, self._keep_every)
+            return [None] * meetings.size
+
+        try:
+            for part in meetings.hold(lambda: list(staged.result()), make_room):
+                write_sharded(aside / part, staged.result().get(part, {}), meetings)
+            meetings.hold(lambda: _fingerprints(aside, meetings.rank), finish)
+        except BaseException:
+            if meetings.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def save_checkpoint(
@@ -44,43 +184,10 @@ def save_checkpoint(
     keep: int = 3,
     keep_every: int | None = None,
 ) -> Path:
-    """Writes a checkpoint, then removes those that need not be kept.
-
-    Args:
-        run_dir: the run's folder.
-        step: optimizer steps taken.
-        state: nested dictionaries of tensors (also sharded ones) and plain values; the weights under "model".
-        meta: goes into `run.json` and must be JSON: the resolved recipe, the place in the data.
-        keep: how many of the newest stay.
-        keep_every: those whose step is a multiple of it stay for good; None: none do.
-
-    Returns:
-        The checkpoint's folder. If anything fails, those that were there before are untouched.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    folder = _folder(run_dir)
-    path = folder / f"step-{step:08d}"
-    aside = path.with_name(path.name + ASIDE)
-    if _is_first_rank():
-        _clear_leftovers(folder)
-        aside.mkdir(parents=True)
-    _wait_for_all()
-    try:
-        for part, content in _parts(state).items():
-            with _plain_errors(aside):
-                dcp.save(content, storage_writer=dcp.FileSystemWriter(aside / part), no_dist=not dist.is_initialized())
-        if _is_first_rank():
-            written = sorted(file for file in aside.rglob("*") if file.is_file())
-            files = {str(file.relative_to(aside)): _fingerprint(file) for file in written}
-            write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "meta": meta, "files": files})
-            _put_in_place(aside, path)
-            _prune(folder, step, keep, keep_every)
-    except BaseException:
-        if _is_first_rank():
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _wait_for_all()
+    """Saves once, and waits for it; see `Checkpoints.save`."""
+    checkpoints = Checkpoints(run_dir, keep=keep, keep_every=keep_every)
+    path = checkpoints.save(step, state, meta)
+    checkpoints.wait()
     return path
 
 
@@ -106,24 +213,50 @@ def newest_checkpoint(
     Raises:
         PunaError: there are checkpoints and all are damaged.
     """
-    paths = checkpoints(run_dir)
-    for path in reversed(paths.values()):
-        reason = damage(path, part)
-        if reason is None:
-            return path
-        say(f"{path} is damaged ({reason}); taking the checkpoint before it")
-    if paths:
-        raise PunaError(f"every checkpoint in {_folder(run_dir)} is damaged; remove the folder to start the run afresh")
-    return None
+    return _newest(run_dir, say, part, Meetings())
 
 
 def damage(path: Path, part: str | None = None) -> str | None:
     """What is wrong with the files of a checkpoint or of a part, in a few words; None if they are as written."""
+    return _damage(path, part, Meetings())
+
+
+def load_checkpoint(path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
+    """Fills `state` from a checkpoint in one process alone; see `Checkpoints.load`."""
+    return _load(Path(path), state, Meetings())
+
+
+def read_meta(path: Path | str) -> dict[str, Any]:
+    """The `meta` of a checkpoint."""
+    return read_json(Path(path) / MANIFEST)["meta"]
+
+
+def _newest(run_dir: Path | str, say: Callable[[str], None], part: str | None, meetings: Meetings) -> Path | None:
+    steps = meetings.first(lambda: list(checkpoints(run_dir)))
+    for step in reversed(steps):
+        path = _path(run_dir, step)
+        reason = _damage(path, part, meetings)
+        if reason is None:
+            return path
+        say(f"{path} is damaged ({reason}); taking the checkpoint before it")
+    if steps:
+        raise PunaError(f"every checkpoint in {_folder(run_dir)} is damaged; remove the folder to start the run afresh")
+    return None
+
+
+def _damage(path: Path, part: str | None, meetings: Meetings) -> str | None:
+    """What the ranks find, each of them in its share of the files."""
+    reasons: list[str | None] = meetings.hold(lambda: _damage_of_share(path, part, meetings))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _damage_of_share(path: Path, part: str | None, meetings: Meetings) -> str | None:
     try:
         files = read_json(path / MANIFEST)["files"]
-        for name, written in files.items():
-            if part is not None and not name.startswith(f"{part}/"):
-                continue
+        names = [name for name in files if part is None or name.startswith(f"{part}/")]
+        names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size
+        for name in names[meetings.rank :: meetings.size]:
+            written = files[name]
             if not (path / name).exists():
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != written["size"]:
@@ -139,37 +272,45 @@ def damage(path: Path, part: str | None = None) -> str | None:
     return None
 
 
-def load_checkpoint(path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
-    """Fills `state` in place from a checkpoint, to the last bit.
+def _load(path: Path, state: dict[str, Any], meetings: Meetings) -> dict[str, Any]:
+    from puna.checkpoint.sharded import forms, read_sharded
 
-    Args:
-        path: a checkpoint's folder, as `newest_checkpoint` gives it.
-        state: nested like the one that was saved, with tensors to be filled; top-level parts that it lacks stay unread.
+    parts = _parts(state)
 
-    Returns:
-        The `meta` that was saved along.
+    def check(asked: list[dict[str, dict[str, str]]]) -> list[dict[str, Any]]:
+        for part in sorted({part for of_rank in asked for part in of_rank}):
+            _check_fits(path, part, [of_rank.get(part, {}) for of_rank in asked])
+        return [read_meta(path)] * meetings.size
 
-    Raises:
-        PunaError: a tensor is missing on either side, or has another shape or dtype than the one that was saved.
-    """
-    import torch.distributed.checkpoint as dcp
+    def read() -> None:
+        for part, content in parts.items():
+            read_sharded(path / part, content)
+            state.update(content)
 
-    path = Path(path)
-    meta = read_meta(path)
-    for part, content in _parts(state).items():
-        if not (path / part).is_dir():
-            raise PunaError(f"{path} has no {' or '.join(content)}; it is a checkpoint of another model or optimizer")
-        reader = dcp.FileSystemReader(path / part)
-        _check_fits(path, reader.read_metadata().state_dict_metadata, content)
-        with _plain_errors(path):
-            dcp.load(content, storage_reader=reader, no_dist=not dist.is_initialized())
-        state.update(content)
+    meta = meetings.hold(lambda: {part: forms(content) for part, content in parts.items()}, check)
+    meetings.hold(read)
     return meta
 
 
-def read_meta(path: Path | str) -> dict[str, Any]:
-    """The `meta` of a checkpoint."""
-    return read_json(Path(path) / MANIFEST)["meta"]
+def _check_fits(path: Path, part: str, asked: list[dict[str, str]]) -> None:
+    """Compares what a part holds with what the ranks ask for, each by names and forms."""
+    from puna.checkpoint.sharded import PLAIN, stored_forms
+
+    wanted = {name: form for of_rank in asked for name, form in of_rank.items()}
+    if not (path / part).is_dir():
+        raise PunaError(f"{path} has no {next(iter(wanted), part)}; it is a checkpoint of another model or optimizer")
+    stored = stored_forms(path / part)
+    for name, form in wanted.items():
+        if name not in stored:
+            raise PunaError(f"{path} has no {name}; it is a checkpoint of another model or optimizer")
+        if stored[name] != form:
+            raise PunaError(
+                f"{path}: {name} was saved as {stored[name]}, but the run's is {form}; use the recipe it began with"
+            )
+    keys = {name.partition(".")[0] for name in wanted}
+    for name, form in stored.items():
+        if form != PLAIN and name.partition(".")[0] in keys and name not in wanted:
+            raise PunaError(f"{path} holds {name}, which the run does not have; use the recipe it began with")
 
 
 def _parts(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -183,13 +324,42 @@ def _folder(run_dir: Path | str) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _path(run_dir: Path | str, step: int) -> Path:
+    return _folder(run_dir) / f"step-{step:08d}"
 
 
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _copied(values: Tensor, kept: Tensor | None) -> Tensor:
+    """A copy in host memory, in `kept` if that fits."""
+    if kept is None or (kept.shape, kept.dtype) != (values.shape, values.dtype):
+        kept = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "cpu")
+    return kept.copy_(values, non_blocking=True)
+
+
+def _check_shared(folder: Path, meetings: Meetings) -> None:
+    """Lets every rank look for a folder that rank 0 makes."""
+
+    def make() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="meeting-", suffix=ASIDE, dir=folder)
+
+    def look() -> None:
+        if not (folder / name).is_dir():
+            raise PunaError(
+                f"a rank does not see what rank 0 keeps in {folder}; run_dir must be on a shared file system"
+            )
+
+    name = Path(meetings.first(make)).name
+    try:
+        meetings.hold(look)
+    finally:
+        if meetings.is_first:
+            os.rmdir(folder / name)
+
+
+def _fingerprints(folder: Path, rank: int) -> dict[str, Any]:
+    """Of the files that a rank wrote; rank 0 wrote `.metadata` too."""
+    files = [*folder.glob(f"*/__{rank}_*"), *(folder.glob("*/.metadata") if rank == 0 else ())]
+    return {str(file.relative_to(folder)): _fingerprint(file) for file in files}
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
@@ -202,10 +372,9 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
-    """Gives a finished folder its name; a damaged checkpoint of the same step makes room."""
-    for place in aside.rglob("*"):
-        sync_file(place)
-    sync_folder(aside)
+    """Gives a finished folder, whose files are synced, its name; a damaged checkpoint of the same step makes room."""
+    for folder in (*(place for place in aside.iterdir() if place.is_dir()), aside):
+        sync_folder(folder)
     if path.exists():
         _remove(path)
     os.rename(aside, path)
@@ -227,51 +396,3 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f"{path.name}.gone{ASIDE}")  # first the name, so that no half of it is ever taken for whole
     os.rename(path, gone)
     shutil.rmtree(gone)
-
-
-def _check_fits(path: Path, stored: dict[str, Any], state: dict[str, Any]) -> None:
-    tensors = dict(_tensors(state))
-    for name, tensor in tensors.items():
-        if name not in stored:
-            raise PunaError(f"{path} has no {name}; it is a checkpoint of another model or optimizer")
-        found, wanted = (_shape_and_dtype(x) for x in (stored[name], tensor))
-        if found != wanted:
-            raise PunaError(
-                f"{path}: {name} was saved as {found}, but the run's is {wanted}; use the recipe it began with"
-            )
-    for name, entry in stored.items():
-        if hasattr(entry, "properties") and name.partition(".")[0] in state and name not in tensors:
-            raise PunaError(f"{path} holds {name}, which the run does not have; use the recipe it began with")
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, inner in items:
-        yield from _tensors(inner, f"{name}.{key}" if name else str(key))
-    if isinstance(value, torch.Tensor):
-        yield name, value
-
-
-def _shape_and_dtype(tensor: Any) -> str:
-    if hasattr(tensor, "properties"):  # what is known of a stored tensor
-        return f"{tuple(tensor.size)} {tensor.properties.dtype}"
-    return f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else "a plain value"
-
-
-@contextlib.contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Lets out what went wrong rather than the wrappers that torch.distributed.checkpoint puts around it."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is (disabled, )?unavailable or uninitialized")
-            yield
-    except CheckpointException as wrapper:
-        error = next(iter(wrapper.failures.values()))[0]
-        origin: BaseException | None = error
-        while origin is not None:  # torch's zip writer hides a full disk behind an error of its own
-            if isinstance(origin, OSError) and origin.errno is not None:
-                raise OSError(origin.errno, origin.strerror, str(path)) from None
-            origin = origin.__context__
-        raise error from None

@@ -1,19 +1,148 @@
-"""The tensors of a training checkpoint, mapped: read one at a time, without the process that wrote them or its memory.
+"""The format of torch.distributed.checkpoint: every rank writes its pieces of the tensors, any layout reads them.
 
-torch.distributed.checkpoint keeps every tensor, or each rank's part of it, as a small zip archive inside the rank's
-file. The archive says where the values begin; those are mapped, so that a tensor which one rank wrote whole is read
-without a copy.
+    folder/__0_0.distcp, __1_0.distcp …     each rank's pieces, each a small zip archive as `torch.save` makes it
+           .metadata                        of each tensor its shape, dtype and pieces; of each piece its file and place
+
+Saving goes through pieces in host memory (`Piece`), which know where they belong in the whole tensor and nothing of
+meshes or devices. Reading maps the files: an archive says where its values begin, and only those that are asked for are
+touched, so that neither another layout nor an export ever holds more than one tensor.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from torch.serialization import skip_data
 
+from puna.checkpoint.meetings import Meetings
 from puna.checkpoint.tensors import StoredTensor, start_of_values
+
+#: The form of what is no tensor.
+PLAIN = "a plain value"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a tensor, in host memory.
+
+    Attributes:
+        values: the piece.
+        offsets: where it begins in the whole tensor, in every dim.
+        shape: of the whole tensor.
+    """
+
+    values: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        """What torch.distributed.checkpoint is to write; ranks that hold the same piece agree on who does."""
+        if self.values.numel() == 0 and torch.Size(self.shape).numel():
+            return []  # more ranks than rows
+        chunk = ChunkStorageMetadata(torch.Size(self.offsets), self.values.shape)
+        data = TensorWriteData(chunk, TensorProperties(dtype=self.values.dtype), torch.Size(self.shape))
+        return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+
+def flat(content: dict[str, Any]) -> dict[str, Any]:
+    """The values of nested dictionaries and lists under the names by which a checkpoint stores them, e.g. "model.x"."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(content)
+    return planner.state_dict
+
+
+def local_piece(tensor: Tensor) -> Piece | None:
+    """What this rank holds of a tensor, not copied; None: it is not among the tensor's ranks.
+
+    Raises:
+        ValueError: the part that it holds is not the one that its placements speak of.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+    if tensor.device_mesh.get_coordinate() is None:
+        return None
+    values = tensor.to_local()
+    (chunk,) = tensor.__create_chunk_list__()
+    if values.shape != chunk.sizes:
+        raise ValueError(
+            f"a tensor of {tuple(tensor.shape)} placed {tensor.placements} on {tensor.device_mesh} has "
+            f"{tuple(values.shape)} where {tuple(chunk.sizes)} belongs"
+        )
+    return Piece(values, tuple(chunk.offsets), tuple(tensor.shape))
+
+
+def write_sharded(path: Path, values: dict[str, Any], meetings: Meetings) -> None:
+    """Writes pieces and plain values by their names, synced; every rank calls it with its own.
+
+    Args:
+        path: the folder, on a file system that all ranks share.
+        values: what several ranks hold alike is written by one of them.
+        meetings: of the ranks that write together.
+    """
+    planner, writer = _PiecesPlanner(flatten_state_dict=False), FileSystemWriter(path, per_thread_copy_ahead=0)
+    metadata = Metadata({})
+
+    def plan() -> Any:
+        planner.set_up_planner(values, is_coordinator=meetings.is_first)
+        writer.set_up_storage_writer(meetings.is_first)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def share_out(plans: list[Any]) -> list[Any]:
+        nonlocal metadata
+        plans, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
+    def write() -> Any:
+        with _plain_errors(path):
+            return writer.write_data(planner.finish_plan(share), planner).wait()
+
+    def finish(results: list[Any]) -> list[None]:
+        writer.finish(metadata, results)
+        return [None] * meetings.size
+
+    share: Any = meetings.hold(plan, share_out)
+    meetings.hold(write, finish)
+
+
+def read_sharded(path: Path, content: dict[str, Any]) -> None:
+    """Fills the tensors of nested dictionaries in place, and puts stored plain values there.
+
+    Args:
+        path: the folder that holds `.metadata`.
+        content: names, shapes and dtypes must be those that were stored; of a sharded tensor only the local part is
+            read.
+    """
+    reader, planner = _MappingReader(path), DefaultLoadPlanner()
+    metadata = reader.read_metadata()
+    planner.set_up_planner(content, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    reader.read_data(planner.create_local_plan(), planner)
 
 
 def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
@@ -23,35 +152,78 @@ def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
         path: the folder that holds `.metadata`.
         key: e.g. "model": the tensors `model.NAME` are given as `NAME`.
     """
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
-    files = _Files(path, reader)
+    metadata = FileSystemReader(path).read_metadata()
+    files = _Files(path)
     return {
         name.removeprefix(f"{key}."): StoredTensor(
             tuple(entry.size),
             entry.properties.dtype,
             str(path),
-            partial(_read, files, metadata.storage_data, name, entry),
+            partial(_assemble, files, metadata.storage_data, name, entry),
         )
         for name, entry in metadata.state_dict_metadata.items()
         if name.startswith(f"{key}.") and isinstance(entry, TensorStorageMetadata)
     }
 
 
-class _Files:
-    """The files of a checkpoint, each mapped once."""
+def stored_forms(path: Path) -> dict[str, str]:
+    """Shape and dtype of every tensor in a folder, as a text to compare and to print."""
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: _form(entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else PLAIN
+        for name, entry in entries.items()
+    }
 
-    def __init__(self, folder: Path, reader: Any) -> None:
-        self._folder, self._reader = folder, reader
+
+def forms(content: dict[str, Any]) -> dict[str, str]:
+    """Likewise of nested dictionaries, of the whole tensors where they are sharded."""
+    return {
+        name: _form(value.shape, value.dtype) if isinstance(value, Tensor) else PLAIN
+        for name, value in flat(content).items()
+    }
+
+
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {dtype}"
+
+
+class _PiecesPlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.values if isinstance(value, Piece) else value
+
+
+class _MappingReader(FileSystemReader):
+    """Reads of every piece only what is asked for, where torch's own reads the whole piece twice."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files = _Files(Path(self.path))
+        pieces = [(self.storage_data[item.storage_index], item) for item in plan.items if _is_tensor(item)]
+        for info, item in sorted(pieces, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
+            stored = files.tensor(info)
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                stored = stored.narrow(dim, start, length)
+            planner.resolve_tensor(item).detach().copy_(stored)
+        return super().read_data(LoadPlan([item for item in plan.items if not _is_tensor(item)]), planner)
+
+
+def _is_tensor(item: ReadItem) -> bool:
+    return item.type == LoadItemType.TENSOR
+
+
+class _Files:
+    """The files of a checkpoint, each opened and mapped once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = FileSystemReader(folder)
         self._mapped: dict[str, Any] = {}
 
     def tensor(self, info: Any) -> Tensor:
         """What `torch.save` put at a place of a file, its values mapped."""
         path = self._folder / info.relative_path
         with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), info.offset, info.length, os.POSIX_FADV_WILLNEED)
             archive = self._reader._slice_file(file, info)
             with skip_data():
                 form = torch.load(archive, weights_only=True)  # all but the values
@@ -64,14 +236,26 @@ class _Files:
         return torch.empty(0, dtype=form.dtype).set_(values, form.storage_offset(), form.shape, form.stride())
 
 
-def _read(files: _Files, places: dict[Any, Any], name: str, entry: Any) -> Tensor:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    parts = [(chunk, files.tensor(places[MetadataIndex(name, chunk.offsets)])) for chunk in entry.chunks]
-    if len(parts) == 1:
-        return parts[0][1]
+def _assemble(files: _Files, places: dict[Any, Any], name: str, entry: Any) -> Tensor:
+    """A whole tensor: mapped where one rank wrote it, else copied together in the memory of this one tensor."""
+    if len(entry.chunks) == 1:
+        return files.tensor(places[MetadataIndex(name, entry.chunks[0].offsets)])
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-    for chunk, values in parts:
+    for chunk in entry.chunks:
         place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[place] = values
+        whole[place] = files.tensor(places[MetadataIndex(name, chunk.offsets)])
     return whole
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Lets out the full disk that torch's zip writer hides behind an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        origin: BaseException | None = error
+        while origin is not None:
+            if isinstance(origin, OSError) and origin.errno is not None:
+                raise OSError(origin.errno, origin.strerror, str(path)) from None
+            origin = origin.__context__
+        raise

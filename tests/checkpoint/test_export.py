@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.checkpoint import export, load, load_model, save_checkpoint
+from puna.checkpoint import export, load, load_model
+from puna.checkpoint.runs import Checkpoints
 from puna.checkpoint.sharded import open_sharded
 from puna.cli import run
 from puna.errors import PunaError
@@ -63,7 +64,7 @@ def test_transposed_and_partial_tensors_are_read_as_they_were(tmp_path):
         "scalar": torch.tensor(5),
         "none": whole[:0],
     }
-    path = save_checkpoint(tmp_path, 1, {"model": state}, {})
+    path = save(tmp_path, 1, {"model": state}, {})
     stored = open_sharded(path / "model", "model")
     assert stored.keys() == state.keys()
     for name, values in state.items():
@@ -71,35 +72,51 @@ def test_transposed_and_partial_tensors_are_read_as_they_were(tmp_path):
         assert torch.equal(stored[name].read(), values)
 
 
-def test_tensors_that_several_ranks_wrote_are_put_together(tmp_path, processes):
-    ranks = [processes.Process(target=save_slices, args=(rank, str(tmp_path))) for rank in range(2)]
+def test_what_many_ranks_saved_is_exported_as_if_one_had_file_by_file_and_in_little_memory(
+    tmp_path, processes, peak_anonymous_bytes
+):
+    model = wide_model()
+    keep_model(tmp_path / "one", model)
+    export(tmp_path / "one", tmp_path / "of-one")
+    ranks = [processes.Process(target=keep_sharded, args=(rank, str(tmp_path))) for rank in range(4)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
-    path = tmp_path / "checkpoints" / "step-00000001"
-    assert len(list((path / "model").glob("*.distcp"))) == 2
-    stored = open_sharded(path / "model", "model")
-    assert torch.equal(stored["rows"].read(), torch.arange(35.0).view(7, 5))
-    assert torch.equal(stored["columns"].read(), torch.arange(35.0).view(7, 5))
-    assert torch.equal(stored["whole"].read(), torch.arange(3.0))
+    assert len(list((tmp_path / "four" / "checkpoints").rglob("model/*.distcp"))) == 4
+    peak = peak_anonymous_bytes(export, tmp_path / "four", tmp_path / "of-four")
+    assert_same_files(tmp_path / "of-one", tmp_path / "of-four")
+    largest = model.lm_head.weight.nbytes
+    assert peak < largest + 8_000_000 < sum(values.nbytes for values in model.parameters())
 
 
-def save_slices(rank: int, folder: str) -> None:
-    """Saves a tensor split by rows, one by columns, and one that every rank holds, from two processes."""
+def keep_sharded(rank: int, folder: str) -> None:
+    """Saves a model from four processes: rows and columns over two, and of each part rows over two."""
     import torch.distributed as dist
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    mesh = dist.init_device_mesh("cpu", (2,))
-    table = torch.arange(35.0).view(7, 5)
-    state = {
-        "rows": distribute_tensor(table, mesh, [Shard(0)]),
-        "columns": distribute_tensor(table, mesh, [Shard(1)]),
-        "whole": distribute_tensor(torch.arange(3.0), mesh, [Replicate()]),
-    }
-    save_checkpoint(folder, 1, {"model": state}, {})
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = wide_model()
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+    plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    parallelize_module(model, mesh["tp"], {**plan, "lm_head": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    keep_model(f"{folder}/four", model)
     dist.destroy_process_group()
+
+
+def wide_model():
+    return tiny_model(vocab_size=16_000, hidden_size=256)
+
+
+def assert_same_files(one, other):
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_what_exists_is_not_touched(run_dir, tmp_path):
@@ -138,7 +155,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_dir, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_export_takes_the_memory_of_less_than_one_copy(tmp_path, peak_anonymous_bytes, dtype):
-    model = tiny_model(vocab_size=16_000, hidden_size=256)
+    model = wide_model()
     weights = sum(values.nbytes for values in model.parameters())
     keep_model(tmp_path / "run", model, optimizer_copies=2)
     peak = peak_anonymous_bytes(partial(export, dtype=dtype), tmp_path / "run", tmp_path / "out")
@@ -156,9 +173,16 @@ def test_the_command_prints_the_folder(run_dir, tmp_path, capsys):
     assert "there are fp32, bf16, fp16" in capsys.readouterr().err
 
 
+def save(folder, step, state, meta):
+    run = Checkpoints(folder)
+    path = run.save(step, state, meta)
+    run.wait()
+    return path
+
+
 def keep_model(folder, model, step=1, optimizer_copies=1):
     """Saves a checkpoint as training does."""
     state = {"model": model.state_dict(), "optimizer": {}}
     for number in range(optimizer_copies):
         state["optimizer"][f"moment{number}"] = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    save_checkpoint(folder, step, state, {"model_config": model.config.to_json()})
+    save(folder, step, state, {"model_config": model.config.to_json()})

@@ -4,42 +4,42 @@ import errno
 import itertools
 import json
 import os
+import pydoc
 import re
+import signal
 import subprocess
+import threading
 import time
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from puna.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from puna.checkpoint.runs import checkpoints, damage
+from puna.checkpoint import load_checkpoint, newest_checkpoint, runs
+from puna.checkpoint.runs import Checkpoints, checkpoints, damage
 from puna.errors import PunaError
 
 
 def test_state_and_meta_come_back_to_the_last_bit(tmp_path):
     saved = some_state(seed=1)
-    path = save_checkpoint(tmp_path, 7, saved, {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]})
+    path = save(tmp_path, 7, saved, {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]})
     loaded = some_state(seed=2)
     targets = [id(tensor) for _, tensor in flat(loaded)]
     assert load_checkpoint(path, loaded) == {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]}
     assert [id(tensor) for _, tensor in flat(loaded)] == targets
-    for (name, one), (_, two) in zip(flat(saved), flat(loaded), strict=True):
-        assert one.dtype == two.dtype
-        assert torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8)), name
-    assert loaded["optimizer"]["param_groups"] == saved["optimizer"]["param_groups"]
-    assert loaded["skipped"] == 1
+    assert_same(loaded, saved)
 
 
 def test_a_part_of_the_state_can_be_loaded_alone(tmp_path):
-    path = save_checkpoint(tmp_path, 1, some_state(seed=1), {})
+    path = save(tmp_path, 1, some_state(seed=1), {})
     part = {"model": some_state(seed=2)["model"]}
     load_checkpoint(path, part)
     assert torch.equal(part["model"]["weight"], some_state(seed=1)["model"]["weight"])
 
 
 def test_the_folder_is_named_by_its_step_and_holds_its_manifest(tmp_path):
-    path = save_checkpoint(tmp_path, 100, some_state(), {"a": 1})
+    path = save(tmp_path, 100, some_state(), {"a": 1})
     assert path == tmp_path / "checkpoints" / "step-00000100"
     manifest = json.loads((path / "run.json").read_text())
     assert manifest["step"] == 100
@@ -52,7 +52,7 @@ def test_the_folder_is_named_by_its_step_and_holds_its_manifest(tmp_path):
 
 def test_the_newest_k_and_every_nth_are_kept(tmp_path):
     for step in range(10, 90, 10):
-        save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2, keep_every=30)
+        save(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2, keep_every=30)
     assert list(checkpoints(tmp_path)) == [30, 60, 70, 80]
     assert newest_checkpoint(tmp_path).name == "step-00000080"
 
@@ -65,8 +65,8 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
 @pytest.mark.parametrize("part", ["model", "rest"])
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "no manifest", "half a manifest"])
 def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, harm, part):
-    save_checkpoint(tmp_path, 1, some_state(), {"step": 1})
-    newest = save_checkpoint(tmp_path, 2, some_state(), {"step": 2})
+    save(tmp_path, 1, some_state(), {"step": 1})
+    newest = save(tmp_path, 2, some_state(), {"step": 2})
     file = newest / ("run.json" if "manifest" in harm else f"{part}/__0_0.distcp")
     content = file.read_bytes()
     if harm in ("missing", "no manifest"):
@@ -82,7 +82,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, har
 
 
 def test_nothing_but_damaged_ones_is_an_error(tmp_path):
-    path = save_checkpoint(tmp_path, 1, some_state(), {})
+    path = save(tmp_path, 1, some_state(), {})
     (path / "model" / ".metadata").write_bytes(b"")
     with pytest.raises(PunaError, match=r"every checkpoint in .*checkpoints is damaged"):
         newest_checkpoint(tmp_path, say=lambda _: None)
@@ -90,27 +90,27 @@ def test_nothing_but_damaged_ones_is_an_error(tmp_path):
 
 def test_a_damaged_one_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, some_state(), {"life": 1})
+        save(tmp_path, step, some_state(), {"life": 1})
     for step in (2, 3):
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "rest" / ".metadata").write_bytes(b"")
-    save_checkpoint(tmp_path, 2, some_state(), {"life": 2}, keep=1)
+    save(tmp_path, 2, some_state(), {"life": 2}, keep=1)
     assert list(checkpoints(tmp_path)) == [2]  # the damaged third one no longer stands in the way
     assert load_checkpoint(newest_checkpoint(tmp_path), some_state()) == {"life": 2}
 
 
 def test_a_sound_later_one_is_left_alone(tmp_path):
     for step in (9, 5, 6):
-        save_checkpoint(tmp_path, step, some_state(), {}, keep=1)
+        save(tmp_path, step, some_state(), {}, keep=1)
     assert list(checkpoints(tmp_path)) == [6, 9]
 
 
 def test_a_save_that_was_killed_is_ignored_and_cleared_away_by_the_next(tmp_path):
-    save_checkpoint(tmp_path, 1, some_state(), {})
+    save(tmp_path, 1, some_state(), {})
     left = tmp_path / "checkpoints" / "step-00000002.aside"
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")
     assert newest_checkpoint(tmp_path).name == "step-00000001"
-    save_checkpoint(tmp_path, 2, some_state(), {})
+    save(tmp_path, 2, some_state(), {})
     assert sorted(path.name for path in left.parent.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -131,9 +131,96 @@ def test_a_process_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_pat
 
 
 def save_for_ever(folder: str, sent: Connection) -> None:
+    run = Checkpoints(folder, keep=2)
     for step in itertools.count(1):
-        save_checkpoint(folder, step, {"x": torch.full((3_000_000,), float(step))}, {"step": step}, keep=2)
+        run.save(step, {"x": torch.full((3_000_000,), float(step))}, {"step": step})
+        run.wait()
         sent.send(step)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "runs._clear_leftovers",
+        "sharded.FileSystemWriter.write_data",
+        "sharded.FileSystemWriter.finish",
+        "runs._fingerprints",
+        "runs.write_json",
+        "runs._put_in_place",
+        "runs._prune",
+        "runs._remove",
+        "runs.shutil.rmtree",
+    ],
+)
+def test_a_process_killed_at_any_stage_of_a_save_leaves_a_sound_newest_checkpoint(tmp_path, processes, work, moment):
+    process = processes.Process(target=die_in_the_second_save, args=(str(tmp_path), work, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    state = some_state(seed=9)
+    step = load_checkpoint(newest_checkpoint(tmp_path, say=pytest.fail), state)["step"]
+    assert step in (1, 2)
+    assert torch.equal(state["model"]["weight"], some_state(seed=step)["model"]["weight"])
+    save(tmp_path, 3, state, {"step": 3}, keep=1)  # the next save finds its way
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def die_in_the_second_save(folder: str, work: str, moment: str) -> None:
+    run = Checkpoints(folder, keep=1)
+    run.save(1, some_state(seed=1), {"step": 1})
+    run.wait()
+    original = pydoc.locate(f"puna.checkpoint.{work}")
+
+    def dying(*arguments: object, **options: object) -> object:
+        if moment == "after":
+            original(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch(f"puna.checkpoint.{work}", dying):
+        run.save(2, some_state(seed=2), {"step": 2})
+        run.wait()
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
+    may_write, state, meta = threading.Event(), some_state(seed=1), {"step": 1}
+    monkeypatch.setattr(runs, "_clear_leftovers", lambda _: may_write.wait())
+    run = Checkpoints(tmp_path)
+    path = run.save(1, state, meta)
+    assert newest_checkpoint(tmp_path) is None  # the caller goes on, nothing is written yet
+    for values in (state["model"]["weight"], state["optimizer"]["state"][0]["exp_avg"], state["generator"]):
+        values.zero_()
+    state["optimizer"]["param_groups"][0]["lr"] = meta["step"] = 99
+    may_write.set()
+    run.wait()
+    assert newest_checkpoint(tmp_path) == path
+    assert_same(load(path), some_state(seed=1))
+    assert runs.read_meta(path) == {"step": 1}
+
+
+def test_one_save_waits_for_the_other_and_uses_its_memory_again(tmp_path):
+    run = Checkpoints(tmp_path)
+    places = set()
+    for seed in (1, 2, 3):
+        run.save(seed, some_state(seed), {})
+        places.add(run._copies["model.weight"].data_ptr())
+    assert len(places) == 1
+    assert run.newest().name == "step-00000003"  # waits too
+    for step, path in checkpoints(tmp_path).items():
+        assert_same(load(path), some_state(seed=step))
+
+
+def test_what_fails_in_the_background_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
+    run = Checkpoints(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(runs, "write_json", full)
+        run.save(1, some_state(), {})
+        with pytest.raises(OSError, match="No space left"):
+            run.save(2, some_state(), {})
+    run.wait()
+    run.save(3, some_state(), {})
+    run.wait()
+    assert list(checkpoints(tmp_path)) == [3]
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_the_ones_before(tmp_path):
@@ -143,9 +230,9 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_ones_before(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        save_checkpoint(place, 1, {"x": torch.ones(1000)}, {})
+        save(place, 1, {"x": torch.ones(1000)}, {})
         with pytest.raises(OSError, match="No space left on device") as caught:
-            save_checkpoint(place, 2, {"x": torch.ones(1_000_000)}, {})
+            save(place, 2, {"x": torch.ones(1_000_000)}, {})
         assert caught.value.errno == errno.ENOSPC
         assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-00000001"]
         assert newest_checkpoint(place, say=pytest.fail).name == "step-00000001"
@@ -154,14 +241,10 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_ones_before(tmp_path):
 
 
 def test_a_failure_while_writing_leaves_the_ones_before(tmp_path, monkeypatch):
-    before = save_checkpoint(tmp_path, 1, some_state(), {})
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    before = save(tmp_path, 1, some_state(), {})
     monkeypatch.setattr("puna.checkpoint.runs.write_json", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, some_state(), {}, keep=1)
+        save(tmp_path, 2, some_state(), {}, keep=1)
     assert list(before.parent.iterdir()) == [before]
     assert damage(before) is None
 
@@ -182,11 +265,37 @@ def test_a_failure_while_writing_leaves_the_ones_before(tmp_path, monkeypatch):
     ],
 )
 def test_a_state_that_does_not_fit_is_named(tmp_path, edit, message):
-    path = save_checkpoint(tmp_path, 1, some_state(), {})
+    path = save(tmp_path, 1, some_state(), {})
     state = some_state()
     edit(state["model"])
     with pytest.raises(PunaError, match=message):
         load_checkpoint(path, state)
+
+
+def save(folder, step, state, meta, **keep):
+    """Saves as a run does, and waits for it."""
+    run = Checkpoints(folder, **keep)
+    path = run.save(step, state, meta)
+    run.wait()
+    return path
+
+
+def load(path):
+    state = some_state(seed=9)
+    load_checkpoint(path, state)
+    return state
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def assert_same(one, two):
+    for (name, left), (_, right) in zip(flat(one), flat(two), strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)), name
+    assert one["optimizer"]["param_groups"] == two["optimizer"]["param_groups"]
+    assert one["skipped"] == two["skipped"]
 
 
 def some_state(seed: int = 0) -> dict[str, object]:

@@ -1,0 +1,120 @@
+"""Meetings of the ranks that keep checkpoints together: what one of them cannot do, none of them did.
+
+A rank that fails alone leaves the others in a collective that never ends. Here all work is done in meetings: every rank
+does its share and then says how it went; what went wrong anywhere is raised everywhere, with the same words. Meetings
+have a gloo group of their own, so that they may be held in the background of training and its collectives.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from puna.errors import PunaError, UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: How long a rank may write or read while the others wait. One that dies is noticed at once.
+PATIENCE = timedelta(hours=2)
+
+
+class Meetings:
+    """Meetings of the ranks of a run, or of one process with itself.
+
+    Args:
+        group: joins the ranks, with a backend for the CPU; None: this process needs nobody.
+
+    Attributes:
+        rank, size: of this process in the group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def of_run(cls) -> "Meetings":
+        """Of all ranks, over a new group; without a process group of this process alone. Every rank must call it."""
+        return cls(dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which does what is done once."""
+        return self.rank == 0
+
+    def hold(self, work: Callable[[], T], decide: Callable[[list[T]], list[R]] | None = None) -> R:
+        """Every rank works, rank 0 decides on what came out, and each gets its part of the decision.
+
+        Args:
+            work: this rank's share.
+            decide: from every rank's result to what each is told; None: each is told all results.
+
+        Raises:
+            Exception: `work` failed somewhere, or `decide` did; every rank raises it.
+        """
+        choose: Callable[[list[T]], list[Any]] = decide or (lambda results: [results] * self.size)
+        if self.size == 1:
+            return choose([work()])[0]
+        own, result = _attempt(work, self.rank)
+        results = self._gather(result)
+        replies: list[Any] | None = None
+        if results is not None:
+            failures: list[Any] = [result for result in results if isinstance(result, _Failure)]
+            if not failures:
+                own, replies = _attempt(lambda: choose(results), self.rank)
+                failures = [replies] if isinstance(replies, _Failure) else []
+            if failures:
+                replies = failures[:1] * self.size
+        reply = self._scatter(replies)
+        if isinstance(reply, _Failure):
+            raise reply.error from own
+        return reply
+
+    def first(self, work: Callable[[], R]) -> R:
+        """Rank 0 works and tells all."""
+        return self.hold(lambda: None, lambda _: [work()] * self.size)
+
+    def _gather(self, value: Any) -> list[Any] | None:
+        values = [None] * self.size if self.is_first else None
+        with _plain_errors():
+            dist.gather_object(value, values, dst=0, group=self._group)
+        return values
+
+    def _scatter(self, values: list[Any] | None) -> Any:
+        mine = [None]
+        with _plain_errors():
+            dist.scatter_object_list(mine, values, src=0, group=self._group)
+        return mine[0]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank could not do; travels in the place of its result."""
+
+    error: Exception
+
+
+def _attempt(work: Callable[[], Any], rank: int) -> tuple[Exception | None, Any]:
+    """What went wrong, and the result or the failure that stands for it."""
+    try:
+        return None, work()
+    except Exception as error:
+        is_plain = type(error) in (PunaError, UsageError) or isinstance(error, OSError)
+        told = error if is_plain else RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
+        return error, _Failure(told)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PunaError(
+            f"another rank left, or did not answer for {PATIENCE} hours, while all kept a checkpoint; its own output "
+            "says why"
+        ) from error

@@ -293,7 +293,7 @@ def _kubernetes(job: Job) -> str:
 
 _KUBERNETES = f"""\
 # For Kubeflow's training operator: kubectl apply -f FILE. The claim is mounted at {WORK}, where the recipe's relative
-# paths begin; every pod must be able to write to it. Deleted and applied again, it continues from the newest checkpoint.
+# paths begin; every pod must be able to write to it. Deleted and applied again, it goes on from the newest checkpoint.
 """
 
 #: Format -> the function that writes it.

@@ -1,34 +1,48 @@
-"""AdamW on parameters by name: fp32, or bf16 with stochastic rounding.
+"""AdamW on parameters by name, sharded or not, with its state in fp32, bf16, 8 or 4 bits.
 
-The update walks over the weights in pieces that fit the cache, so the dozen element-wise operations of a step read and
-write memory once. State is two tensors a parameter under the parameter's own name, so checkpoints need no map.
+The update walks over the rows of the weights in pieces that fit the cache, so the dozen element-wise operations of a
+step read and write memory once. State is a few tensors a parameter under the parameter's own name, sharded as it is, so
+checkpoints need no map. Where a number is rounded by chance, the chance is a function of seed, update, name and the
+number's place in the whole weight: a step gives the same bits on one device and on many.
 """
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from puna.config import Optimizer
+from puna.errors import PunaError
+from puna.model.optimizer_state import MOMENTS, block_of, is_blockwise, misfit, state_shapes
+from puna.train.low_bit import Blocks, signed_levels, unsigned_levels
 
 #: Elements updated at a time: on a CPU the pieces of weight, gradient and state stay in its cache.
 PIECE = {"cpu": 1 << 16}
-PIECE_ELSEWHERE = 1 << 26
+PIECE_ELSEWHERE = 1 << 24
+
+#: Gives random bits, (rows, columns) of int32 from 0 to 2^16 - 1.
+Chance = Callable[[], Tensor]
 
 
 class AdamW:
     """AdamW (arXiv:1711.05101) with the learning rate given at each step.
 
-    Parameters in bf16 have their state in bf16 too, and all three are rounded stochastically: a small update then
-    moves a weight with a probability instead of never.
+    Parameters in bf16 are rounded stochastically, and so is state in bf16: a small update then moves a weight with a
+    probability instead of never.
 
     Args:
-        parameters: (name, parameter) pairs; those of one dimension do not decay.
-        settings: betas, eps, weight decay.
+        parameters: (name, parameter) pairs; those of one dimension do not decay. Sharded ones are DTensors.
+        settings: betas, eps, weight decay, bits of the state; with 32 bits the state has the parameter's dtype.
         seed: of the stochastic rounding.
         bias_correction: divides the running means by what they lack in early steps; False only to repeat systems
             that leave it out.
+
+    Raises:
+        PunaError: the columns of a weight are split where its blocks of 8 or 4 bits cannot be.
     """
 
     def __init__(
@@ -38,71 +52,250 @@ class AdamW:
         self.settings = settings
         self.seed = seed
         self.bias_correction = bias_correction
-        #: "exp_avg" and "exp_avg_sq" -> parameter's name -> running mean of the gradient, and of its square.
-        self.state: dict[str, dict[str, Tensor]] = {
-            kind: {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
+        #: Kind -> parameter's name -> tensor: "exp_avg" and "exp_avg_sq", running mean of the gradient and of its
+        #: square, as numbers or as codes; for codes "exp_avg_scales" and "exp_avg_sq_scales" too.
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self._formats: dict[str, dict[str, _Format]] = {}
+        self._codes: dict[tuple[str, int, torch.device], _Codes] = {}
+        for name, parameter in self.parameters.items():
+            if reason := misfit(tuple(parameter.shape), settings.state_bits, column_parts=_column_parts(parameter)):
+                raise PunaError(f"{name} cannot have optimizer state of {settings.state_bits} bits: {reason}")
+            for kind, tensor in _state_of(parameter, settings.state_bits).items():
+                self.state.setdefault(kind, {})[name] = tensor
+            self._formats[name] = self._formats_of(parameter)
 
     @torch.no_grad()
-    def step(self, update: int, lr: float, *, grad_scale: float = 1.0) -> None:
+    def step(
+        self,
+        update: int,
+        lr: float,
+        *,
+        grad_scale: float = 1.0,
+        take: Callable[[str], Tensor | None] | None = None,
+    ) -> None:
         """Moves the weights once.
 
         Args:
             update: counted from 1; sets the bias correction and the random bits of the rounding.
             lr: learning rate of this update.
             grad_scale: multiplies every gradient first (clipping).
+            take: gives a parameter's gradient by name, where it is not in `.grad`; parameters without one stay.
         """
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            tensors = (parameter, parameter.grad, self.state["exp_avg"][name], self.state["exp_avg_sq"][name])
-            size = PIECE.get(parameter.device.type, PIECE_ELSEWHERE)
-            pieces = [tensor.detach().view(-1).split(size) for tensor in tensors]
-            decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
-            bits = self._random_bits(name, update, parameter) if parameter.dtype == torch.bfloat16 else None
-            for p, g, m, v in zip(*pieces, strict=True):
-                self._move(p, g, m, v, update, lr, decay, grad_scale, bits)
+            grad = parameter.grad if take is None else take(name)
+            if grad is not None:
+                self.move(name, grad, update, lr, grad_scale=grad_scale)
+
+    @torch.no_grad()
+    def move(self, name: str, grad: Tensor, update: int, lr: float, *, grad_scale: float = 1.0) -> None:
+        """Moves one weight; arguments as for `step`."""
+        parameter = self.parameters[name]
+        weight = local_part(parameter.detach())
+        if not weight.numel():
+            return
+        state = {kind: local_part(tensors[name]) for kind, tensors in self.state.items() if name in tensors}
+        tensors = {"weight": weight, "grad": local_part(placed_like(grad, parameter).detach()), **state}
+        rows = {kind: tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1) for kind, tensor in tensors.items()}
+        decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
+        place = Place.of(parameter)
+        n_rows, n_columns = rows["weight"].shape
+        size = max(1, PIECE.get(weight.device.type, PIECE_ELSEWHERE) // n_columns)
+        for start in range(0, n_rows, size):
+            piece = {kind: tensor[start : start + size] for kind, tensor in rows.items()}
+            chances = {
+                kind: _chance(f"{self.seed}:{update}:{name}:{kind}", place, start, piece["weight"])
+                for kind in ("weight", *MOMENTS)
+            }
+            self._move(name, piece, chances, update, lr, decay, grad_scale)
 
     def _move(
         self,
-        p: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor,
+        name: str,
+        piece: dict[str, Tensor],
+        chances: dict[str, Chance],
         update: int,
         lr: float,
         decay: float,
         grad_scale: float,
-        bits: torch.Generator | None,
     ) -> None:
         beta1, beta2 = self.settings.betas
-        g32 = g.float() * grad_scale
-        if bits is None:
-            p32, m32, v32 = p, m, v
-        else:
-            p32, m32, v32 = p.float(), m.float(), v.float()
-        m32.lerp_(g32, 1 - beta1)
-        v32.mul_(beta2).addcmul_(g32, g32, value=1 - beta2)
+        formats = self._formats[name]
+        g = piece["grad"].float() * grad_scale
+        p, m, v = (formats[kind].read(piece, kind) for kind in ("weight", *MOMENTS))
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         lacks1, lacks2 = (1 - beta1**update, 1 - beta2**update) if self.bias_correction else (1.0, 1.0)
-        root = (v32 / lacks2).sqrt_().add_(self.settings.eps)
-        p32.mul_(1 - lr * decay).addcdiv_(m32, root, value=-lr / lacks1)
-        if bits is not None:
-            for kept, exact in ((p, p32), (m, m32), (v, v32)):
-                kept.copy_(round_stochastically(exact, bits))
+        root = (v / lacks2).sqrt_().add_(self.settings.eps)
+        p.mul_(1 - lr * decay).addcdiv_(m, root, value=-lr / lacks1)
+        for kind, exact in zip(("weight", *MOMENTS), (p, m, v), strict=True):
+            formats[kind].write(exact, piece, kind, chances[kind])
 
-    def _random_bits(self, name: str, update: int, parameter: Tensor) -> torch.Generator:
-        """Random bits that are a function of (seed, update, name): continuing a run repeats them."""
-        digest = hashlib.sha256(f"{self.seed}:{update}:{name}".encode()).digest()
-        return torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    def _formats_of(self, parameter: Tensor) -> dict[str, "_Format"]:
+        formats: dict[str, _Format] = dict.fromkeys(("weight", *MOMENTS), _Numbers())
+        bits = self.settings.state_bits
+        if is_blockwise(tuple(parameter.shape), bits):
+            device, block = local_part(parameter).device, block_of(parameter.shape[1])
+            for kind, levels in zip(MOMENTS, (signed_levels, unsigned_levels), strict=True):
+                key = (kind, block, device)
+                if key not in self._codes:  # their tables are larger than many a weight
+                    by_chance = bits == 4 and kind == "exp_avg"
+                    self._codes[key] = _Codes(Blocks(levels(bits), block, device, by_chance=by_chance))
+                formats[kind] = self._codes[key]
+        return formats
 
 
-def round_stochastically(x: Tensor, bits: torch.Generator) -> Tensor:
+class _Format(Protocol):
+    """How one of weight, exp_avg and exp_avg_sq lies in memory, in the tensors of a piece."""
+
+    def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
+        """The numbers in fp32; they may be changed in place."""
+
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
+        """Keeps what `read` gave and the step has changed."""
+
+
+class _Numbers:
+    """fp32, changed in place, or bf16, rounded by chance."""
+
+    def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
+        return piece[kind].float() if piece[kind].dtype == torch.bfloat16 else piece[kind]
+
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
+        if piece[kind].dtype == torch.bfloat16:
+            piece[kind].copy_(round_stochastically(exact, chance()))
+
+
+class _Codes:
+    """8 or 4 bits a number, and scales."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+
+    def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
+        return self._blocks.read(piece[kind], piece[f"{kind}_scales"])
+
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
+        self._blocks.write(exact, piece[kind], piece[f"{kind}_scales"], chance)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the part of a weight that lies here begins in the whole, and how many columns the whole has."""
+
+    row: int
+    column: int
+    columns: int
+
+    @classmethod
+    def of(cls, parameter: Any) -> "Place":
+        """The place of a tensor's part on this rank; a tensor of one dimension is one column."""
+        offset: tuple[int, ...] = (0, 0)
+        if is_sharded(parameter):
+            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        return cls(offset[0], offset[1] if len(offset) > 1 else 0, math.prod(parameter.shape[1:]))
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor; asked without importing what defines them, which takes most of a second."""
+    return hasattr(tensor, "placements")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What a rank holds of a tensor: of a DTensor its part, else all."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def placed_like(grad: Any, parameter: Any) -> Tensor:
+    """A gradient with its parameter's placements; where it has others, e.g. a sum that is due, ranks communicate."""
+    if is_sharded(parameter) and grad.placements != parameter.placements:
+        return grad.redistribute(parameter.device_mesh, parameter.placements)
+    return grad
+
+
+def round_stochastically(x: Tensor, chance: Tensor) -> Tensor:
     """Rounds fp32 to bf16, up or down with the probability that makes the mean right.
 
     bf16 is the upper half of fp32: adding 16 random bits and dropping the lower half does it. Values that are not
     finite stay what they are.
+
+    Args:
+        x: fp32.
+        chance: int32 of the same shape, evenly from 0 to 2^16 - 1.
     """
-    noise = torch.randint(0, 1 << 16, x.shape, generator=bits, device=x.device, dtype=torch.int32)
-    rounded = ((x.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32)
+    rounded = ((x.contiguous().view(torch.int32) + chance) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def random_bits(key: str, place: Place, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """16 random bits for each element of a part of a weight: a function of key and place in the whole.
+
+    The number of an element, row times columns plus column, goes through the two multiplications of a 32-bit hash,
+    with a half of the key before each; the upper half comes out well mixed. Places 2^32 apart have the same bits.
+
+    Args:
+        key: says what the bits are for.
+        place: where the part begins.
+        shape: (rows, columns) of the part.
+        device: that makes them.
+
+    Returns:
+        int32 of the shape given, evenly from 0 to 2^16 - 1.
+
+    Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018); shifts here keep the sign, which folds
+    the 32 bits to 30.
+    """
+    first, second = (int.from_bytes(hashlib.sha256(key.encode()).digest()[i : i + 4], "little") for i in (0, 4))
+    rows = torch.arange(place.row, place.row + shape[0], device=device) * place.columns + (place.column + first)
+    columns = torch.arange(shape[1], device=device, dtype=torch.int32)
+    x = _low_half(rows)[:, None] + columns
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_(second - (1 << 31))
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32))
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+
+def _low_half(x: Tensor) -> Tensor:
+    """int64 as int32, modulo 2^32."""
+    return ((x + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
+
+
+def _chance(key: str, place: Place, start: int, piece: Tensor) -> Chance:
+    here = Place(place.row + start, place.column, place.columns)
+    shape = (piece.shape[0], piece.shape[1])
+    return lambda: random_bits(key, here, shape, piece.device)
+
+
+def _column_parts(parameter: Any) -> int:
+    """Ranks that the columns of a matrix are split over."""
+    if not is_sharded(parameter):
+        return 1
+    splits = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    parts = 1
+    for size, placement in splits:
+        parts *= size if getattr(placement, "dim", None) == 1 else 1
+    return parts
+
+
+def _state_of(parameter: Any, bits: int) -> dict[str, Tensor]:
+    """Zeros for the state of a parameter, sharded as it is."""
+    part = local_part(parameter.detach())
+    dtype = str(part.dtype).removeprefix("torch.")
+    kept = {
+        kind: torch.zeros(shape, dtype=getattr(torch, name), device=part.device)
+        for kind, (shape, name) in state_shapes(tuple(part.shape), bits, weight_dtype=dtype).items()
+    }
+    if not is_sharded(parameter):
+        return kept
+    from torch.distributed.tensor import DTensor
+
+    whole = state_shapes(tuple(parameter.shape), bits, weight_dtype=dtype)
+    return {
+        kind: DTensor.from_local(
+            tensor, parameter.device_mesh, parameter.placements, run_check=False,
+            shape=torch.Size(whole[kind][0]), stride=(*whole[kind][0][1:], 1),
+        )
+        for kind, tensor in kept.items()
+    }  # fmt: skip

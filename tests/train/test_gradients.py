@@ -1,0 +1,319 @@
+"""Gradients on the host and in the backward pass against those that stay on the device."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from puna.config import Optimizer
+from puna.errors import PunaError
+from puna.model.llama import Llama
+from puna.testing import tiny_model
+from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, gradients_of
+from puna.train.optimizer import AdamW
+
+Kind = Callable[[AdamW], Gradients]
+
+
+def _train(
+    kind: Kind, *, micro_batches: int, max_grad_norm: float | None = None, dtype: torch.dtype = torch.float32,
+    steps: int = 2, model: Llama | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
+    """The weights and squared norms after some steps of a tiny model."""
+    model = (model or tiny_model()).to(dtype)
+    adamw = AdamW(model.named_parameters(), Optimizer(), seed=0)
+    gradients = kind(adamw)
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for update in range(1, steps + 1):
+        gradients.begin(update, 1e-2)
+        for _ in range(micro_batches):
+            tokens = torch.randint(3, 512, (2, 12), generator=generator)
+            logits = model(tokens[:, :-1]).float()
+            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        squares.append(gradients.squared_norm())
+        scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / squares[-1] ** 0.5)
+        adamw.step(update, 1e-2, grad_scale=scale, take=gradients.pop)
+        gradients.clear()
+        assert all(p.grad is None for p in model.parameters())
+    return dict(model.named_parameters()), squares
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_sums_on_the_host_with_clipping_equal_the_plain_way_to_the_last_bit(micro_batches: int) -> None:
+    plain, expected = _train(Gradients, micro_batches=micro_batches, max_grad_norm=0.1)
+    weights, squares = _train(HostGradients, micro_batches=micro_batches, max_grad_norm=0.1)
+    assert squares == expected
+    assert expected[0] > 0.1**2  # it was clipped
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_in_the_backward_pass_equal_the_plain_way_to_the_last_bit(dtype: torch.dtype) -> None:
+    plain, expected = _train(Gradients, micro_batches=1, dtype=dtype)
+    weights, squares = _train(UpdatesInBackward, micro_batches=1, dtype=dtype)
+    assert squares == expected
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kind", [HostGradients, UpdatesInBackward])
+def test_a_weight_that_is_embedding_and_head_is_moved_by_the_sum_of_both(kind: Kind) -> None:
+    plain, _ = _train(Gradients, micro_batches=1, model=tiny_model(tie_word_embeddings=True))
+    weights, _ = _train(kind, micro_batches=1, model=tiny_model(tie_word_embeddings=True))
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kind", [Gradients, HostGradients, UpdatesInBackward])
+def test_grad_holds_every_gradient_or_never_more_than_one(kind: Kind) -> None:
+    model = tiny_model()
+    parameters = list(model.parameters())
+    largest = max(p.nbytes for p in parameters)
+    total = sum(p.nbytes for p in parameters)
+    adamw = AdamW(model.named_parameters(), Optimizer(), seed=0)
+    live = []
+    for parameter in parameters:  # before the hooks of `kind`: when a gradient is there and has not been taken
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: live.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
+        )
+    gradients = kind(adamw)
+    gradients.begin(1, 1e-3)
+    model(torch.arange(3, 13)[None]).sum().backward()
+    assert len(live) == len(parameters)
+    assert max(live) == (total if kind is Gradients else largest)
+
+
+def test_bf16_sums_are_right_on_average_where_torchs_lose_small_gradients() -> None:
+    sums = {}
+    for kind in (Gradients, HostGradients):
+        weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        gradients = kind(AdamW([("w", weight)], Optimizer(), seed=0))
+        gradients.begin(1, 1e-3)
+        for size in (1.0, *[2.0**-10] * 100):
+            (weight * size).sum().backward()
+        total = gradients.pop("w") if kind is Gradients else (gradients.squared_norm(), gradients.pop("w"))[1]
+        assert total is not None
+        assert total.dtype == torch.bfloat16
+        sums[kind] = total.float().mean().item()
+    assert sums[Gradients] == 1.0
+    assert sums[HostGradients] == pytest.approx(1 + 100 * 2**-10, abs=0.002)
+
+
+def test_bf16_sums_are_a_function_of_seed_and_update() -> None:
+    one, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
+    other, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", [Gradients, HostGradients])
+def test_sums_that_are_not_finite_are_dropped_and_the_next_update_begins_anew(kind: Kind) -> None:
+    weight = nn.Parameter(torch.ones(3, 4))
+    adamw = AdamW([("w", weight)], Optimizer(), seed=0)
+    gradients = kind(adamw)
+    gradients.begin(1, 1e-3)
+    (weight * float("inf")).sum().backward()
+    assert gradients.squared_norm() == float("inf")
+    gradients.clear()
+    assert gradients.squared_norm() == 0
+    adamw.step(1, 1e-3, take=gradients.pop)
+    assert torch.equal(weight, torch.ones(3, 4))
+    gradients.begin(2, 1e-3)
+    (weight * 2).sum().backward()
+    assert gradients.squared_norm() == 48
+    assert torch.equal(gradients.pop("w"), torch.full((3, 4), 2.0))
+
+
+def test_in_the_backward_pass_a_gradient_that_is_not_finite_leaves_its_own_weight_alone() -> None:
+    good, bad = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    adamw = AdamW([("good", good), ("bad", bad)], Optimizer(), seed=0)
+    gradients = UpdatesInBackward(adamw)
+    gradients.begin(1, 1e-3)
+    (good + bad * float("nan")).sum().backward()
+    assert gradients.squared_norm() != gradients.squared_norm()
+    assert torch.equal(bad, torch.ones(3, 4))
+    assert not adamw.state["exp_avg"]["bad"].any()
+    assert (good < 1).all()
+
+
+def test_a_second_gradient_in_one_update_is_refused_where_the_first_has_been_used() -> None:
+    weight = nn.Parameter(torch.ones(3, 4))
+    gradients = UpdatesInBackward(AdamW([("w", weight)], Optimizer(), seed=0))
+    gradients.begin(1, 1e-3)
+    weight.sum().backward()
+    with pytest.raises(PunaError, match=r"w got a second gradient in update 1.*set optimizer\.max_grad_norm"):
+        weight.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("in_backward", "is_clipped", "micro_batches", "expected"),
+    [
+        (False, False, 1, Gradients),
+        (True, True, 1, HostGradients),
+        (True, False, 2, HostGradients),
+        (True, False, 1, UpdatesInBackward),
+    ],
+)
+def test_gradients_wait_on_the_host_only_if_something_must_be_known_first(
+    in_backward: bool, is_clipped: bool, micro_batches: int, expected: type
+) -> None:
+    adamw = AdamW(tiny_model().named_parameters(), Optimizer(), seed=0)
+    made = gradients_of(adamw, in_backward=in_backward, is_clipped=is_clipped, micro_batches=micro_batches)
+    assert type(made) is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_sums_in_page_locked_memory_equal_the_plain_way_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puna.train.gradients.IN_FLIGHT_BYTES", 1 << 16)  # the backward pass must wait
+    results = []
+    for kind in (Gradients, HostGradients):
+        weights = [nn.Parameter(torch.randn(256, 64, generator=torch.Generator().manual_seed(i)).to(
+            torch.accelerator.current_accelerator())) for i in range(8)]  # fmt: skip
+        adamw = AdamW([(str(i), weight) for i, weight in enumerate(weights)], Optimizer(), seed=0)
+        gradients = kind(adamw)
+        for update in range(1, 4):
+            gradients.begin(update, 1e-2)
+            for size in (1.0, 0.3, 0.7):
+                sum((weight * weight * size).sum() for weight in weights).backward()  # type: ignore[union-attr]
+            squares = gradients.squared_norm()
+            adamw.step(update, 1e-2, grad_scale=min(1.0, 1 / squares**0.5), take=gradients.pop)
+            gradients.clear()
+        results.append(weights)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two ranks
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw."""
+    place = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_as_rank, args=(rank, place)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    return [torch.load(place / f"{rank}.pt") for rank in range(2)]
+
+
+def _as_rank(rank: int, place: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+    seen = {kind.__name__: _sharded_steps(kind) for kind in (Gradients, HostGradients, UpdatesInBackward)}
+    seen["partial"] = _partial_gradient(rank)
+    seen["one rank not finite"] = _one_rank_not_finite(rank)
+    torch.save(seen, place / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 3, bias=False), nn.LayerNorm(3), nn.Linear(3, 5, bias=False))
+
+
+def _sharded_steps(kind: type[Gradients]) -> dict[str, Any]:
+    """Weights after two steps under FSDP, the same rows on both ranks, and what `.grad` held after a backward pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = _layers()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    adamw = AdamW(model.named_parameters(), Optimizer(state_bits=8), seed=0)
+    gradients = kind(adamw)
+    squares, held = [], 0
+    for update in (1, 2):
+        gradients.begin(update, 1e-2)
+        for micro_batch in range(1 if kind is UpdatesInBackward else 2):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(update + 10 * micro_batch))
+            model(x).square().sum().backward()
+            held += sum(p.grad is not None for p in model.parameters())
+        squares.append(gradients.squared_norm())
+        adamw.step(update, 1e-2, take=gradients.pop)
+        gradients.clear()
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    return {"weights": whole, "squares": squares, "held": held}
+
+
+def _partial_gradient(rank: int) -> dict[str, Any]:
+    """A weight of which both ranks have a copy, and of its gradient a summand each."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()]))
+    adamw = AdamW([("w", weight)], Optimizer(), seed=0)
+    gradients = Gradients(adamw)
+    weight.grad = DTensor.from_local(torch.full((2, 2), rank + 1.0), mesh, [Partial()])
+    square = gradients.squared_norm()
+    grad = gradients.pop("w")
+    assert grad is not None
+    return {"square": square, "grad": grad.to_local()}  # type: ignore[attr-defined]
+
+
+def _one_rank_not_finite(rank: int) -> Tensor:
+    """A rank's part of a weight, sharded by rows, after a gradient that is infinite in the other's part."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)]))
+    gradients = UpdatesInBackward(AdamW([("w", weight)], Optimizer(), seed=0))
+    gradients.begin(1, 1e-2)
+    weight.grad = DTensor.from_local(torch.full((2, 2), float("inf") if rank else 1.0), mesh, [Shard(0)])
+    gradients.collect()
+    return weight.detach().to_local()  # type: ignore[attr-defined]
+
+
+def _whole_steps(micro_batches: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The same as `_sharded_steps`, on one rank without FSDP."""
+    model = _layers()
+    adamw = AdamW(model.named_parameters(), Optimizer(state_bits=8), seed=0)
+    gradients = Gradients(adamw)
+    squares = []
+    for update in (1, 2):
+        for micro_batch in range(micro_batches):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(update + 10 * micro_batch))
+            model(x).square().sum().backward()
+        squares.append(gradients.squared_norm())
+        adamw.step(update, 1e-2, take=gradients.pop)
+        gradients.clear()
+    return {name: p.detach() for name, p in model.named_parameters()}, squares
+
+
+@pytest.mark.parametrize(("kind", "micro_batches"), [("Gradients", 2), ("HostGradients", 2), ("UpdatesInBackward", 1)])
+def test_under_fsdp_all_ways_take_the_steps_of_one_rank(
+    kind: str, micro_batches: int, of_two_ranks: list[dict[str, Any]]
+) -> None:
+    weights, squares = _whole_steps(micro_batches)
+    for name, weight in weights.items():
+        torch.testing.assert_close(of_two_ranks[0][kind]["weights"][name], weight)
+    shares = [seen[kind]["squares"] for seen in of_two_ranks]
+    assert [sum(share) for share in zip(*shares, strict=True)] == pytest.approx(squares)
+
+
+def test_under_fsdp_no_gradient_stays_in_grad(of_two_ranks: list[dict[str, Any]]) -> None:
+    for seen in of_two_ranks:
+        assert seen["Gradients"]["held"] == 16
+        assert seen["HostGradients"]["held"] == seen["UpdatesInBackward"]["held"] == 0
+
+
+def test_a_gradient_that_is_a_sum_over_ranks_is_summed_before_it_is_measured(
+    of_two_ranks: list[dict[str, Any]],
+) -> None:
+    for seen in of_two_ranks:
+        assert torch.equal(seen["partial"]["grad"], torch.full((2, 2), 3.0))
+    assert sum(seen["partial"]["square"] for seen in of_two_ranks) == pytest.approx(4 * 9)
+
+
+def test_a_weight_is_left_alone_on_all_ranks_if_its_gradient_is_infinite_on_one(
+    of_two_ranks: list[dict[str, Any]],
+) -> None:
+    for seen in of_two_ranks:
+        assert torch.equal(seen["one rank not finite"], torch.ones(2, 2))

@@ -50,11 +50,13 @@ class Optimizer(_Strict):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm, over all weights; null: they are used as they are."""
     state_bits: Literal[32, 8, 4] = 32
     """Bits of each number of the optimizer's state; 8 and 4 are block-wise. 32 means bf16 under bf16-pure."""
     in_backward: bool = False
-    """Gradients leave the device as they are formed, so that only a few are there at a time."""
+    """Gradients leave the device as they are formed, so that only a few are there at a time; they wait in host memory,
+    or, with one micro-batch and no `max_grad_norm`, are used at once."""
 
 
 class Parallel(_Strict):

@@ -4,6 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 gave both new names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Every rank's part along `dim`, in the order of ranks; each rank's gradient is the sum over all of them.
@@ -70,15 +74,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    parts = torch.empty(group.size(), *x.shape, dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts.movedim(0, dim).flatten(dim, dim + 1)
+    parts = torch.empty(group.size() * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+    _all_gather(parts, x.contiguous(), group=group)
+    return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _summed_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts, group=group)
+    _reduce_scatter(part, parts.flatten(0, 1), group=group)
     return part
 
 

@@ -45,7 +45,8 @@ class Stage(nn.Module):
             (B, T, D).
         """
         documents = Documents.of(numbers.numpy(), x.device)
-        return self.llama.model(x, positions, documents, None, self.llama.compute_dtype)
+        out = self.llama.model(x, positions, documents, None, self.llama.compute_dtype)
+        return out.clone() if out._is_view() else out  # what shards the weights hangs on the output, which no view keeps
 
     def weights(self) -> dict[str, Tensor]:
         """Name in the whole model -> weight, a tied head left out."""

@@ -93,8 +93,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_head = ctx.saved_tensors  # scaled in place: torch refuses a second backward
-        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None, None
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None, None, None
 
 
 def _joined_(logits: Tensor, of_target: Tensor, log_norm: Tensor, group: dist.ProcessGroup) -> Tensor:

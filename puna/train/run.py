@@ -43,7 +43,7 @@ from puna.progress import Progress, say
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
-from puna.train.recompute import apply_recompute
+from puna.model.recompute import apply_recompute
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 

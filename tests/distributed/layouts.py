@@ -1,0 +1,103 @@
+"""Takes the same ten steps under several layouts; started by torchrun, once for all layouts of so many processes.
+
+    python -m torch.distributed.run --nproc-per-node 4 layouts.py recipe.json layouts.json results.json
+
+`recipe.json` is a recipe's content, `layouts.json` maps a name to overrides. Rank 0 writes, for each name, the losses,
+gradient norms, the loss of a batch that is only measured, and a fingerprint of the rows that all ranks read.
+"""
+
+import hashlib
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from puna.config import load_recipe
+from puna.model.config import preset
+from puna.model.llama import compile_layers, initial_weight
+from puna.model.recompute import apply_recompute
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from puna.train.optimizer import AdamW
+from puna.train.run import open_loader
+from puna.train.schedule import learning_rate
+from puna.train.step import summed_loss, train_step
+
+STEPS = 10
+
+#: Grouped-query attention, and layers enough for four stages.
+CONFIG = replace(preset("tiny-64"), num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+
+
+def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of ten steps, on as many ranks as there are."""
+    recipe = load_recipe(content, overrides)
+    config, device = CONFIG, torch.device("cpu")
+    layout = Layout.of(recipe, config, dist.get_world_size() if dist.is_initialized() else 1)
+    ranks = Ranks.of(layout, device)
+
+    def prepare(model: Any) -> None:
+        apply_recompute(model, recipe.recompute)
+        if recipe.compile:
+            compile_layers(model)
+
+    model = DistributedModel.build(
+        config, ranks, recipe.parallel, device,
+        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
+        compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
+        prepare=prepare,
+    )  # fmt: skip
+    model.fill(lambda name, shape: initial_weight(name, shape, config, seed=recipe.seed))
+    optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=recipe.seed)
+    loader = open_loader(recipe)
+    numbers: dict[str, Any] = {"loss": [], "grad_norm": [], "n_targets": []}
+    read = []
+    for step in range(STEPS):
+        batch = loader.batch(step, rank=ranks.dp_rank, world_size=layout.dp_size)
+        lr = learning_rate(step + 1, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=STEPS)
+        result = train_step(
+            model, optimizer, batch, update=step + 1, lr=lr,
+            micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
+        )  # fmt: skip
+        for name in numbers:
+            numbers[name].append(getattr(result, name))
+        read.append([hashlib.sha256(row.tobytes()).hexdigest() for row in batch.tokens])
+    batch = loader.batch(STEPS, rank=ranks.dp_rank, world_size=layout.dp_size)
+    loss, n_targets = summed_loss(model, batch, micro_batch_rows=recipe.micro_batch_rows)
+    numbers["measured"] = loss / n_targets
+    numbers["rows"] = _rows_of_all(ranks, read)
+    return numbers
+
+
+def _rows_of_all(ranks: Ranks, read: list[list[str]]) -> list[list[str]]:
+    """The rows of each step's global batch, in order, as the ranks read them."""
+    if not dist.is_initialized():
+        return read
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (ranks.dp_rank, read))
+    by_share = dict(sorted(gathered))
+    assert all(rows == by_share[share] for share, rows in gathered)
+    return [[row for share in by_share.values() for row in share[step]] for step in range(len(read))]
+
+
+def main() -> None:
+    """Runs every layout and writes what came out."""
+    recipe, layouts, results = sys.argv[1:]
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    content = json.loads(Path(recipe).read_text())
+    numbers = {name: steps_of(content, change) for name, change in json.loads(Path(layouts).read_text()).items()}
+    if dist.get_rank() == 0:
+        Path(results).write_text(json.dumps(numbers))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

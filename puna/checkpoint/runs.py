@@ -300,7 +300,7 @@ def _check_fits(path: Path, part: str, asked: list[dict[str, str]]) -> None:
     if not (path / part).is_dir():
         raise PunaError(f"{path} has no {next(iter(wanted), part)}; it is a checkpoint of another model or optimizer")
     stored = stored_forms(path / part)
-    for name, form in wanted.items():
+    for name, form in (pair for of_rank in asked for pair in of_rank.items()):
         if name not in stored:
             raise PunaError(f"{path} has no {name}; it is a checkpoint of another model or optimizer")
         if stored[name] != form:

@@ -10,7 +10,7 @@ touched, so that neither another layout nor an export ever holds more than one t
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -200,10 +200,8 @@ class _MappingReader(FileSystemReader):
         files = _Files(Path(self.path))
         pieces = [(self.storage_data[item.storage_index], item) for item in plan.items if _is_tensor(item)]
         for info, item in sorted(pieces, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
-            stored = files.tensor(info)
-            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                stored = stored.narrow(dim, start, length)
-            planner.resolve_tensor(item).detach().copy_(stored)
+            asked = _slices(item.storage_offsets, item.lengths)
+            planner.resolve_tensor(item).detach().copy_(files.tensor(info, asked))
         return super().read_data(LoadPlan([item for item in plan.items if not _is_tensor(item)]), planner)
 
 
@@ -219,21 +217,35 @@ class _Files:
         self._reader = FileSystemReader(folder)
         self._mapped: dict[str, Any] = {}
 
-    def tensor(self, info: Any) -> Tensor:
-        """What `torch.save` put at a place of a file, its values mapped."""
+    def tensor(self, info: Any, part: tuple[slice, ...] = ()) -> Tensor:
+        """What `torch.save` put at a place of a file, or a part of it, its values mapped."""
         path = self._folder / info.relative_path
         with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), info.offset, info.length, os.POSIX_FADV_WILLNEED)
             archive = self._reader._slice_file(file, info)
             with skip_data():
                 form = torch.load(archive, weights_only=True)  # all but the values
             archive.seek(0)
             begin = info.offset + start_of_values(archive)
-        if info.relative_path not in self._mapped:
-            size = path.stat().st_size
-            self._mapped[info.relative_path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        values = self._mapped[info.relative_path][begin : begin + form.untyped_storage().nbytes()]
-        return torch.empty(0, dtype=form.dtype).set_(values, form.storage_offset(), form.shape, form.stride())
+            if info.relative_path not in self._mapped:
+                size = path.stat().st_size
+                self._mapped[info.relative_path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            mapped = self._mapped[info.relative_path]
+            values = mapped[begin : begin + form.untyped_storage().nbytes()]
+            tensor = torch.empty(0, dtype=form.dtype).set_(values, form.storage_offset(), form.shape, form.stride())
+            tensor = tensor[part]
+            _read_ahead(file.fileno(), tensor.data_ptr() - mapped.data_ptr(), tensor)
+        return tensor
+
+
+def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def _read_ahead(file: int, begin: int, tensor: Tensor) -> None:
+    """Lets the system fetch the values of a mapped tensor in one go, rather than page by page as they are touched."""
+    if tensor.numel() and hasattr(os, "posix_fadvise"):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        os.posix_fadvise(file, begin, (last + 1) * tensor.itemsize, os.POSIX_FADV_WILLNEED)
 
 
 def _assemble(files: _Files, places: dict[Any, Any], name: str, entry: Any) -> Tensor:
@@ -242,8 +254,7 @@ def _assemble(files: _Files, places: dict[Any, Any], name: str, entry: Any) -> T
         return files.tensor(places[MetadataIndex(name, entry.chunks[0].offsets)])
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
-        place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[place] = files.tensor(places[MetadataIndex(name, chunk.offsets)])
+        whole[_slices(chunk.offsets, chunk.sizes)] = files.tensor(places[MetadataIndex(name, chunk.offsets)])
     return whole
 
 

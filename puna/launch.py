@@ -29,6 +29,11 @@ make_callable(__name__)
 #: A worker that hangs because another has died is waited for as long.
 GRACE_SECONDS = 300
 
+#: What torchrun is told by its environment. Processes meet in a store of their own: in the agents' store, which is the
+#: default, those that start again find the addresses of those that died (pytorch/pytorch#135712), and a node that comes
+#: anew finds none.
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS)}
+
 #: How long a node waits for the one that holds the rendezvous: images are pulled, machines boot.
 JOIN_SECONDS = 600
 
@@ -151,12 +156,15 @@ def _torchrun(job: Job, nnodes: str, endpoint: str, run_id: str, is_host: str, *
     ]
 
 
+def _settings() -> str:
+    return " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+
+
 def _shell(job: Job) -> str:
     """A line for each node."""
-    grace = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={GRACE_SECONDS}"
     if job.nodes == 1:
         alone = ["torchrun", "--standalone", f"--nproc-per-node={job.gpus}", f"--max-restarts={job.max_restarts}"]
-        return f"{grace} {shlex.join([*alone, *job.train])}\n"
+        return f"{_settings()} {shlex.join([*alone, *job.train])}\n"
     if job.master_addr is None:
         raise UsageError(
             f"--master-addr is missing: the name or address of the first of the {job.nodes} nodes, as the others see it"
@@ -173,7 +181,7 @@ def _shell(job: Job) -> str:
         command = _torchrun(job, nnodes, endpoint, job.name, "01"[node == 0], *own)
         lines += [
             f"# node {node}{f' ({address})' if node == 0 else ''}",
-            f"{grace} {shlex.join([*command, *job.train])}",
+            f"{_settings()} {shlex.join([*command, *job.train])}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -194,7 +202,7 @@ def _slurm(job: Job) -> str:
         spare=spare,
         kill_on_bad_exit=int(not job.is_elastic),
         stop_seconds=2 * GRACE_SECONDS,
-        grace_seconds=GRACE_SECONDS,
+        settings=_settings(),
         words=words,
         train=shlex.join(job.train),
     )
@@ -217,7 +225,7 @@ _SBATCH = """\
 #SBATCH --signal=B:USR1@{stop_seconds}
 {spare}
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace_seconds}
+export MASTER {settings}
 
 # The signal comes {stop_seconds} seconds before the time limit: save, then back into the queue.
 is_time_up=
@@ -255,7 +263,7 @@ def _kubernetes(job: Job) -> str:
         "workingDir": WORK,
         "command": ["torchrun", f"--nproc-per-node={job.gpus}"],
         "args": [word.replace("$", "$$") for word in job.train],  # Kubernetes expands $(NAME)
-        "env": [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(GRACE_SECONDS)}],
+        "env": [{"name": name, "value": value} for name, value in ENVIRONMENT.items()],
         "ports": [{"name": "pytorchjob-port", "containerPort": job.port}],
         "resources": {"limits": {"nvidia.com/gpu": job.gpus}},
         "volumeMounts": [{"name": "work", "mountPath": WORK}, {"name": "shared-memory", "mountPath": "/dev/shm"}],

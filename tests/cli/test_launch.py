@@ -31,10 +31,11 @@ def torchrun_arguments(words: list[str]) -> Any:
 
 
 def lines_of(text: str) -> list[list[str]]:
-    """The words of each command that a shell would run, without the assignment before it."""
+    """The words of each command that a shell would run, without the assignments before it."""
     lines = [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
-    assert all(words[0] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300" for words in lines)
-    return [words[1:] for words in lines]
+    settings = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300"]
+    assert all(words[:2] == settings for words in lines)
+    return [words[2:] for words in lines]
 
 
 def test_a_shell_gets_a_line_a_node_that_torchrun_understands() -> None:

@@ -219,15 +219,15 @@ def placed_like(grad: Any, parameter: Any) -> Tensor:
 def round_stochastically(x: Tensor, chance: Tensor) -> Tensor:
     """Rounds fp32 to bf16, up or down with the probability that makes the mean right.
 
-    bf16 is the upper half of fp32: adding 16 random bits and dropping the lower half does it. Values that are not
-    finite stay what they are.
+    bf16 is the upper half of fp32: adding 16 random bits and dropping the lower half does it, and leaves infinities
+    what they are, whose lower half is 0. What is not a number stays so.
 
     Args:
         x: fp32.
         chance: int32 of the same shape, evenly from 0 to 2^16 - 1.
     """
-    rounded = ((x.contiguous().view(torch.int32) + chance) & -65536).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    rounded = (x.contiguous().view(torch.int32) + chance).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(x == x, rounded, x).to(torch.bfloat16)  # the bits of some NaNs would become those of a number
 
 
 def random_bits(key: str, place: Place, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -64,6 +64,8 @@ def test_stochastic_rounding_keeps_what_is_exact_or_not_finite() -> None:
     rounded = round_stochastically(x, _bits(1, 6)).float()
     assert torch.equal(rounded[0, :5], x[0, :5])
     assert rounded[0, 5].isnan()
+    all_ones = torch.tensor([[0x7FFFFFFF, -1]], dtype=torch.int32).view(torch.float32)
+    assert round_stochastically(all_ones, torch.full((1, 2), 0xFFFF, dtype=torch.int32)).isnan().all()
 
 
 def test_random_bits_are_even_and_know_nothing_of_their_neighbours() -> None:

@@ -14,6 +14,7 @@ from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.model.llama import Llama
 from puna.testing import tiny_model
+from puna.train import gradients as gradients_module
 from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, gradients_of
 from puna.train.optimizer import AdamW
 
@@ -184,6 +185,54 @@ def test_sums_in_page_locked_memory_equal_the_plain_way_to_the_last_bit(monkeypa
             gradients.clear()
         results.append(weights)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+class _FakeStream:
+    """A stream that does everything at once, and counts the events that were waited for."""
+
+    waits = 0
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        pass
+
+    def __enter__(self) -> "_FakeStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        assert isinstance(other, _FakeStream)
+
+    def record_event(self) -> "_FakeStream":
+        return self
+
+    def synchronize(self) -> None:
+        type(self).waits += 1
+
+
+@pytest.mark.parametrize("in_flight_bytes", [1 << 20, 300])
+def test_the_backward_pass_waits_for_the_host_once_too_much_is_on_its_way(
+    in_flight_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, *, device, pin_memory: empty_like(x, device=device))
+    monkeypatch.setattr(torch, "Stream", _FakeStream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", _FakeStream)
+    monkeypatch.setattr(gradients_module, "IN_FLIGHT_BYTES", in_flight_bytes)
+    weights = {str(i): nn.Parameter(torch.ones(8, 8)) for i in range(3)}  # 256 bytes each
+    gradients = HostGradients(AdamW(weights.items(), Optimizer(), seed=0))
+    gradients._sums = gradients_module._PageLocked(weights, torch.device("cpu"))
+    waited = []
+    for size in (1.0, 2.0):
+        _FakeStream.waits = 0
+        sum((weight * size).sum() for weight in weights.values()).backward()  # type: ignore[union-attr]
+        waited.append(_FakeStream.waits)
+    # one fits; with the sum before, which is on its way too, none does
+    assert waited == ([0, 0] if in_flight_bytes > 300 else [2, 1 + 3])
+    assert gradients.squared_norm() == 3 * 64 * 9
+    assert all(torch.equal(gradients.pop(name), torch.full((8, 8), 3.0)) for name in weights)  # type: ignore[arg-type]
+    assert gradients.pop("0") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

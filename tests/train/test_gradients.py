@@ -257,6 +257,7 @@ def _as_rank(rank: int, place: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
     seen = {kind.__name__: _sharded_steps(kind) for kind in (Gradients, HostGradients, UpdatesInBackward)}
+    seen["state"] = _saved_state(place / "state")
     seen["partial"] = _partial_gradient(rank)
     seen["one rank not finite"] = _one_rank_not_finite(rank)
     torch.save(seen, place / f"{rank}.pt")
@@ -290,6 +291,20 @@ def _sharded_steps(kind: type[Gradients]) -> dict[str, Any]:
         gradients.clear()
     whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     return {"weights": whole, "squares": squares, "held": held}
+
+
+def _saved_state(path: Path) -> dict[str, Any]:
+    """State in 4 bits of a weight sharded by rows, unevenly, gathered, and saved in parts."""
+    from torch.distributed.checkpoint import save
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(5, 128), mesh, [Shard(0)]))
+    adamw = AdamW([("w", weight)], Optimizer(state_bits=4), seed=0)
+    grad = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    adamw.step(1, 1e-2, take=lambda _: distribute_tensor(grad, mesh, [Shard(0)]))
+    save(adamw.state, checkpoint_id=path)
+    return {kind: tensors["w"].full_tensor() for kind, tensors in adamw.state.items()}  # type: ignore[attr-defined]
 
 
 def _partial_gradient(rank: int) -> dict[str, Any]:
@@ -366,3 +381,18 @@ def test_a_weight_is_left_alone_on_all_ranks_if_its_gradient_is_infinite_on_one(
 ) -> None:
     for seen in of_two_ranks:
         assert torch.equal(seen["one rank not finite"], torch.ones(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_state_saved_in_parts_is_loaded_whole(of_two_ranks: list[dict[str, Any]], tmp_path_factory: Any) -> None:
+    from torch.distributed.checkpoint import load
+
+    path = next(tmp_path_factory.getbasetemp().glob("ranks*/state"))
+    adamw = AdamW([("w", nn.Parameter(torch.ones(5, 128)))], Optimizer(state_bits=4), seed=0)
+    load(adamw.state, checkpoint_id=path, no_dist=True)
+    expected = of_two_ranks[0]["state"]
+    assert expected["exp_avg"].any()
+    assert {kind: tuple(tensors["w"].shape) for kind, tensors in adamw.state.items()} == {
+        "exp_avg": (5, 64), "exp_avg_scales": (5, 2), "exp_avg_sq": (5, 64), "exp_avg_sq_scales": (5, 2),
+    }  # fmt: skip
+    assert all(torch.equal(adamw.state[kind]["w"], expected[kind]) for kind in expected)

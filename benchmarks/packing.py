@@ -26,6 +26,7 @@ from puna.data.shards import Dataset
 from puna.model.config import preset
 from puna.model.llama import Llama, init_weights
 from puna.parallel.model import DistributedModel
+from puna.train.gradients import Gradients
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
 
@@ -53,13 +54,19 @@ def main() -> None:
         init_weights(model, seed=0)
         model.compute_dtype = torch.bfloat16 if devices.has_fast_bf16(device) else None
         alone = DistributedModel.alone(model)
-        optimizer = AdamW(alone.weights.items(), Optimizer(), seed=0)
+        gradients = Gradients(AdamW(alone.weights.items(), Optimizer(), seed=0))
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for step in range(args.steps):
             for side, batches in sides.items():
                 started = time.perf_counter()
                 train_step(
-                    alone, optimizer, batches[step], update=step + 1, lr=1e-5, micro_batch_rows=1, max_grad_norm=1.0
+                    alone,
+                    gradients,
+                    batches[step],
+                    update=step + 1,
+                    lr=1e-5,
+                    micro_batch_rows=1,
+                    max_grad_norm=1.0,
                 )
                 seconds[side].append(time.perf_counter() - started)
         # The padded side's share of targets is that of the whole set, not of the few dialogs that were timed.

@@ -24,6 +24,7 @@ from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
 from puna.model.llama import Llama, compile_layers, init_weights
 from puna.parallel.model import DistributedModel
+from puna.train.gradients import Gradients
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
 
@@ -94,7 +95,7 @@ def puna_step(
     def step(update: int) -> float:
         rows = len(batch.tokens)
         return train_step(
-            alone, optimizer, batch, update=update, lr=LR, micro_batch_rows=rows, max_grad_norm=1.0
+            alone, Gradients(optimizer), batch, update=update, lr=LR, micro_batch_rows=rows, max_grad_norm=1.0
         ).loss  # fmt: skip
 
     return step

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from puna import __version__
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.progress import complain, say
 
 app = typer.Typer(
@@ -75,7 +75,8 @@ _INTERRUPTED = 130
 
 def _explained(error: Exception) -> int:
     if isinstance(error, PunaError):
-        complain(f"puna: {error}")
+        speak = say if isinstance(error, UsageError) else complain  # all ranks make the same of a wrong request
+        speak(f"puna: {error}")
         return error.exit_code
     if hasattr(error, "format_message"):  # click's own: a wrong option or argument
         complain(f"puna: {error.format_message()} (see --help)")

@@ -1,6 +1,7 @@
 """`puna train`: runs a recipe, or continues the run that is in its folder."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -12,12 +13,22 @@ from puna.cli import app
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted fields, e.g. optimizer.peak_lr=1e-5.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Processes to start on this machine, one a device; alone without it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last numbers as JSON.")] = False,
 ) -> None:
     """Train as RECIPE says; on an existing run folder, continue."""
+    if nproc is not None:
+        from puna.parallel.start import start_processes
+
+        words = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
+        raise typer.Exit(start_processes(words, nproc))
     from puna.train import train as train_recipe
 
     result = train_recipe(recipe, overrides)
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process speaks for all
     if as_json:
         print(json.dumps(result))
     else:

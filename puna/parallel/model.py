@@ -49,6 +49,8 @@ class DistributedModel:
         self.config = stages[0].llama.config
         self.weights = {name: weight for stage in stages for name, weight in stage.weights().items()}
         self.dtype = stages[0].llama.compute_dtype or next(iter(self.weights.values())).dtype
+        #: Whether copies of the weights sum their gradients in the last micro-batch alone, or in each.
+        self.sums_copies_once = True
         self._schedules: dict[tuple[int, int], Any] = {}
 
     @classmethod
@@ -137,23 +139,6 @@ class DistributedModel:
             starts = range(0, len(batch.tokens), micro_batch_rows)
             return sum(self._loss_of(batch[i : i + micro_batch_rows], loss).item() for i in starts)
 
-    @torch.no_grad()
-    def squared_grad_norm(self) -> float:
-        """One rank's share of the squared 2-norm of the whole gradient: the shares of all ranks add up to it."""
-        squares = torch.zeros((), device=self.device)
-        for weight in self.weights.values():
-            if weight.grad is None:
-                continue
-            if isinstance(weight.grad, DTensor) and weight.grad.placements != weight.placements:  # type: ignore[attr-defined]
-                weight.grad = weight.grad.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
-            squares += _local(weight.grad).norm(dtype=torch.float32).square() / self._copies(weight)
-        return squares.item()
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        for weight in self.weights.values():
-            weight.grad = None
-
     def _loss_of(self, batch: Batch, loss: Loss) -> Tensor:
         tokens, targets, positions, numbers = self._tensors(batch)
         return self._head_loss(self.stages[-1](tokens, positions, numbers), targets, loss)
@@ -213,16 +198,9 @@ class DistributedModel:
 
     def _sync_copies(self, *, when: bool) -> None:
         """Gradients are summed over dp_replicate in the last micro-batch alone."""
-        if self.ranks.layout.dp_replicate > 1:
+        if self.ranks.layout.dp_replicate > 1 and self.sums_copies_once:
             for stage in self.stages:
                 stage.set_requires_all_reduce(when)  # type: ignore[operator]
-
-    def _copies(self, weight: Tensor) -> int:
-        """How many ranks hold the same values of a weight's gradient as this one."""
-        copies = self.ranks.layout.dp_replicate
-        if self.ranks.tp is not None and isinstance(weight, DTensor) and weight.placements[-1].is_replicate():
-            copies *= self.ranks.layout.tp
-        return copies
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -272,7 +250,3 @@ def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     return weight.to_local().detach(), index
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

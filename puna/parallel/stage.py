@@ -46,7 +46,9 @@ class Stage(nn.Module):
         """
         documents = Documents.of(numbers.numpy(), x.device)
         out = self.llama.model(x, positions, documents, None, self.llama.compute_dtype)
-        return out.clone() if out._is_view() else out  # what shards the weights hangs on the output, which no view keeps
+        return (
+            out.clone() if out._is_view() else out
+        )  # what shards the weights hangs on the output, which no view keeps
 
     def weights(self) -> dict[str, Tensor]:
         """Name in the whole model -> weight, a tied head left out."""

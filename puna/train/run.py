@@ -11,6 +11,7 @@ stopped: everything that happens at a step is a function of the recipe, the step
 
 import contextlib
 import fcntl
+import re
 import shutil
 import signal
 import time
@@ -35,15 +36,16 @@ from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import Llama, compile_layers, initial_weight
+from puna.model.recompute import apply_recompute
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
 from puna.parallel.model import DistributedModel
 from puna.progress import Progress, say
+from puna.train.gradients import gradients_of
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
-from puna.model.recompute import apply_recompute
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 
@@ -88,6 +90,13 @@ class _Run:
         checkpoint = newest_checkpoint(run_dir)
         self.model = self._make_model()
         self.optimizer = AdamW(self.model.weights.items(), recipe.optimizer, seed=recipe.seed)
+        self.gradients = gradients_of(
+            self.optimizer,
+            in_backward=recipe.optimizer.in_backward,
+            is_clipped=recipe.optimizer.max_grad_norm is not None,
+            micro_batches=ranks.layout.micro_batches,
+        )
+        self.model.sums_copies_once = not recipe.optimizer.in_backward
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -155,7 +164,7 @@ class _Run:
         update = self.step + 1
         lr = learning_rate(update, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
         result = train_step(
-            self.model, self.optimizer, batch, update=update, lr=lr,
+            self.model, self.gradients, batch, update=update, lr=lr,
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
         )  # fmt: skip
         seconds = time.perf_counter() - started
@@ -339,9 +348,9 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
     stored = run_dir / "recipe.yaml"
     if not stored.is_file():
         return
-    before, now = load_recipe(stored).model_dump(), recipe.model_dump()
-    changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-    forbidden = [change for change in changed if change.partition(":")[0] not in MAY_CHANGE | {"run_dir"}]
+    before, now = _flat(load_recipe(stored).model_dump()), _flat(recipe.model_dump())
+    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    forbidden = [change for change in changed if re.split("[.:]", change)[0] not in MAY_CHANGE | {"run_dir"}]
     if forbidden:
         raise UsageError(
             f"{run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir to start a new "
@@ -349,6 +358,14 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")
+
+
+def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted names of the innermost fields, and their values."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
 
 
 @contextlib.contextmanager

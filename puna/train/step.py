@@ -9,8 +9,8 @@ from torch import Tensor
 from puna.data.loader import Batch
 from puna.parallel.collectives import all_sum
 from puna.parallel.model import DistributedModel
+from puna.train.gradients import Gradients
 from puna.train.loss import IGNORE, summed_cross_entropy
-from puna.train.optimizer import AdamW
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class StepResult:
 
 def train_step(
     model: DistributedModel,
-    optimizer: AdamW,
+    gradients: Gradients,
     batch: Batch,
     *,
     update: int,
     lr: float,
     micro_batch_rows: int,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
 ) -> StepResult:
     """One optimizer step over the global batch; every rank calls it with its rows.
 
@@ -46,26 +46,28 @@ def train_step(
     micro-batches nor on how many ranks share it. A loss or gradient that is not finite never reaches the weights.
 
     Args:
-        model: in training mode; gradients are None before and after.
-        optimizer: over the model's weights.
+        model: in training mode.
+        gradients: where they are kept, and the optimizer that uses them; empty before and after.
         batch: (B, T) tokens, targets, documents, positions: this rank's rows, whole.
         update: number of this update, from 1.
         lr: learning rate.
         micro_batch_rows: rows that go through the model at once.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; None: they are used as they are.
     """
     layout = model.ranks.layout
     (counted,) = all_sum(float((batch.targets != IGNORE).sum()))
     n_targets = round(counted) // (layout.pp * layout.cp * layout.tp)  # ranks that hold the same rows count them too
+    gradients.begin(update, lr)
     loss_share = model.forward_backward(
         batch, partial(_loss, model, n_targets=max(1, n_targets)), micro_batch_rows=micro_batch_rows
     )
-    loss, squared_norm = all_sum(loss_share / layout.tp, model.squared_grad_norm())
+    loss, squared_norm = all_sum(loss_share / layout.tp, gradients.squared_norm())
     norm = math.sqrt(squared_norm)
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
-        optimizer.step(update, lr, grad_scale=min(1.0, max_grad_norm / (norm + 1e-6)))
-    model.zero_grad()
+        scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+        gradients.optimizer.step(update, lr, grad_scale=scale, take=gradients.pop)
+    gradients.clear()
     return StepResult(loss, norm, n_targets, is_finite)
 
 

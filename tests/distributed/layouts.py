@@ -24,6 +24,7 @@ from puna.model.recompute import apply_recompute
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.model import DistributedModel
+from puna.train.gradients import gradients_of
 from puna.train.optimizer import AdamW
 from puna.train.run import open_loader
 from puna.train.schedule import learning_rate
@@ -55,6 +56,13 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     )  # fmt: skip
     model.fill(lambda name, shape: initial_weight(name, shape, config, seed=recipe.seed))
     optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=recipe.seed)
+    gradients = gradients_of(
+        optimizer,
+        in_backward=recipe.optimizer.in_backward,
+        is_clipped=recipe.optimizer.max_grad_norm is not None,
+        micro_batches=layout.micro_batches,
+    )
+    model.sums_copies_once = not recipe.optimizer.in_backward
     loader = open_loader(recipe)
     numbers: dict[str, Any] = {"loss": [], "grad_norm": [], "n_targets": []}
     read = []
@@ -62,7 +70,7 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
         batch = loader.batch(step, rank=ranks.dp_rank, world_size=layout.dp_size)
         lr = learning_rate(step + 1, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=STEPS)
         result = train_step(
-            model, optimizer, batch, update=step + 1, lr=lr,
+            model, gradients, batch, update=step + 1, lr=lr,
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
         )  # fmt: skip
         for name in numbers:

@@ -16,6 +16,7 @@ from puna.data.loader import Batch
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
+from puna.train.gradients import Gradients
 from puna.train.loss import IGNORE
 from puna.train.optimizer import AdamW
 from puna.train.schedule import learning_rate
@@ -73,7 +74,7 @@ def test_six_steps_of_mindformers(
         lr = learning_rate(step, schedule, peak_lr=1e-3, steps=10)
         assert lr == pytest.approx(expected["lr"][step], rel=1e-6)
         result = train_step(
-            model, optimizer, _batch(data, step), update=step + 1, lr=lr,
+            model, Gradients(optimizer), _batch(data, step), update=step + 1, lr=lr,
             micro_batch_rows=micro_batch_rows, max_grad_norm=1.0,
         )  # fmt: skip
         assert result.loss == pytest.approx(expected["loss"][step], rel=2e-6, abs=1e-7)

@@ -1,0 +1,100 @@
+"""Starting the processes of one machine, as torchrun does, without its restarts: `puna train RECIPE --nproc 4`.
+
+Each process is the same command with its rank in the environment. Ctrl-C and SIGTERM reach all of them; when one fails,
+the others are stopped, and its exit code is the command's.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from puna.devices import cpu_cores
+from puna.errors import UsageError
+from puna.progress import complain
+
+#: How long the others may take to leave once one has failed.
+GRACE_SECONDS = 20.0
+
+
+def start_processes(command: list[str], n_processes: int) -> int:
+    """Runs `puna COMMAND` in several processes that form one group, and waits for them.
+
+    Args:
+        command: what follows `puna`.
+        n_processes: how many; each takes one device, or its share of the cores.
+
+    Returns:
+        The exit code: 0, or that of the process that failed first.
+
+    Raises:
+        UsageError: `n_processes` is below 1, or this process is one of several already.
+    """
+    if n_processes < 1:
+        raise UsageError(f"--nproc is {n_processes}; start 1 process or more")
+    if "RANK" in os.environ:
+        raise UsageError("--nproc is for one machine alone; under torchrun, leave it out")
+    shared = {
+        "WORLD_SIZE": str(n_processes),
+        "LOCAL_WORLD_SIZE": str(n_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_cores() // n_processes))),
+    }
+    processes: list[subprocess.Popen[bytes]] = []
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to all of them
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(processes, number)),
+    }
+    try:
+        for rank in range(n_processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "puna", *command],
+                    env={**os.environ, **shared, **own},
+                    preexec_fn=_heed_interrupts,
+                )
+            )
+        return _wait(processes)
+    finally:
+        _send(processes, signal.SIGKILL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Waits until all have ended; once one has failed, the others are told to, and then made to."""
+    deadline = None
+    code = 0
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+        if failed and deadline is None:
+            code = processes[failed[0]].returncode
+            if code < 0:
+                complain(f"puna: the process of rank {failed[0]} was ended by {signal.Signals(-code).name}")
+            deadline = time.monotonic() + GRACE_SECONDS
+            _send(processes, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            _send(processes, signal.SIGKILL)
+        time.sleep(0.05)
+    code = code or next((process.returncode for process in processes if process.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def _send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

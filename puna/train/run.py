@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from puna import devices
-from puna.checkpoint import load_checkpoint, load_config, newest_checkpoint, resolve, save_checkpoint
+from puna.checkpoint import load_config, resolve
 from puna.checkpoint.huggingface import fit, open_weights
+from puna.checkpoint.runs import Checkpoints
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, Loader, stack
 from puna.data.rows import Row, open_rows
@@ -87,7 +88,9 @@ class _Run:
         self.step = self.tokens = self.skipped = 0
         valid = recipe.data.valid
         self.valid_rows = open_rows(Dataset.open(valid), recipe.sequence_length, _fill(recipe)) if valid else None
-        checkpoint = newest_checkpoint(run_dir)
+        keep = recipe.checkpoint
+        self.checkpoints = Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every)
+        checkpoint = self.checkpoints.newest()
         self.model = self._make_model()
         self.optimizer = AdamW(self.model.weights.items(), recipe.optimizer, seed=recipe.seed)
         self.gradients = gradients_of(
@@ -135,6 +138,8 @@ class _Run:
                 number = int(all_max(stop_signal())[0])
                 if is_last or number or self.step % recipe.checkpoint.every == 0:
                     self._save()
+                if is_last or number:
+                    self.checkpoints.wait()  # the others are written while training goes on
                 if not is_last and number:
                     raise Stopped(f"stopped at step {self.step}; run the same command to continue", number)
         if not numbers:
@@ -235,11 +240,10 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "model_config": self.config.to_json(),
         }
-        keep = self.recipe.checkpoint
-        save_checkpoint(self.run_dir, self.step, self._state(), meta, keep=keep.keep, keep_every=keep.keep_every)
+        self.checkpoints.save(self.step, self._state(), meta)
 
     def _restore(self, checkpoint: Path) -> None:
-        meta = load_checkpoint(checkpoint, self._state())
+        meta = self.checkpoints.load(checkpoint, self._state())
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
 

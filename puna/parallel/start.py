@@ -18,6 +18,9 @@ from puna.progress import complain
 #: How long the others may take to leave once one has failed.
 GRACE_SECONDS = 20.0
 
+#: What Python runs in each process.
+PUNA = ["-m", "puna"]
+
 
 def start_processes(command: list[str], n_processes: int) -> int:
     """Runs `puna COMMAND` in several processes that form one group, and waits for them.
@@ -53,7 +56,7 @@ def start_processes(command: list[str], n_processes: int) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "puna", *command],
+                    [sys.executable, *PUNA, *command],
                     env={**os.environ, **shared, **own},
                     preexec_fn=_heed_interrupts,
                 )

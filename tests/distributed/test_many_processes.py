@@ -1,0 +1,138 @@
+"""`puna train --nproc`: one run under several layouts in turn; a process that fails, and one that is told to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import puna
+from puna.checkpoint import load
+from puna.checkpoint.runs import checkpoints
+from puna.train.metrics import read_metrics
+from tests.train.conftest import write_random_folder
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of nine steps over packed documents."""
+    folder = str(write_random_folder(tmp_path_factory.mktemp("prepared"), seed=0))
+    return {
+        "model": "tiny-64",
+        "data": {"train": folder, "valid": folder},
+        "sequence_length": 64,
+        "steps": 9,
+        "batch_tokens": 512,
+        "micro_batch_rows": 2,
+        "precision": "fp32",
+        "optimizer": {"peak_lr": 1e-3, "eps": 1e-5},  # rounding does not decide where gradients are next to nothing
+        "schedule": {"name": "constant", "warmup_steps": 2},
+        "validation": {"every": 3, "rows": 7},
+        "checkpoint": {"every": 3, "keep": 9},
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    puna.train({**content, "run_dir": str(run_dir)})
+    return run_dir
+
+
+def _command(content: dict[str, Any], run_dir: Path, *more: str) -> list[str]:
+    recipe = run_dir.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**content, "run_dir": str(run_dir)}))
+    return [sys.executable, "-m", "puna", "train", str(recipe), *more]
+
+
+def _train(content: dict[str, Any], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(content, run_dir, *more), capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_run_goes_on_under_other_layouts_and_exports_the_same_weights(
+    content: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    for steps, layout in [(3, ["parallel.tp=2", "parallel.pp=2"]), (6, ["parallel.dp_shard=4"])]:
+        done = _train(content, run_dir, "--nproc", "4", f"steps={steps}", *layout)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        assert done.stderr.count("useful tokens") == 1  # one process speaks for all
+    done = _train(content, run_dir)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = read_metrics(run_dir), read_metrics(alone)
+    assert [line["step"] for line in ours] == list(range(1, 10))
+    for field in ("loss", "grad_norm", "targets", "lr", "tokens", "valid_loss"):
+        measured, expected = ([line[field] for line in lines if field in line] for lines in (ours, theirs))
+        assert measured == pytest.approx(expected, rel=1e-5)
+    for step in checkpoints(run_dir):
+        puna.export(run_dir, tmp_path / f"merged-{step}", step=step)
+        puna.export(alone, tmp_path / f"whole-{step}", step=step)
+        merged, whole = (load(tmp_path / f"{kind}-{step}")[0].state_dict() for kind in ("merged", "whole"))
+        for name, weight in whole.items():
+            torch.testing.assert_close(merged[name], weight, rtol=0, atol=2e-6)
+
+
+def test_the_error_of_one_rank_reaches_the_terminal_and_the_exit_code(content: dict[str, Any], tmp_path: Path) -> None:
+    script = (
+        "import os, sys, puna.cli, puna.train.run as run\n"
+        "from puna.errors import PunaError\n"
+        "step = run.train_step\n"
+        "def failing(*args, update, **options):\n"
+        "    if os.environ['RANK'] == '1' and update == 3: raise PunaError('the device fell off the bus')\n"
+        "    return step(*args, update=update, **options)\n"
+        "run.train_step = failing\n"
+        "sys.exit(puna.cli.run(sys.argv[1:]))\n"
+    )
+    starter = (
+        "import sys, puna.parallel.start as start\n"
+        "start.PUNA = ['-c', sys.argv[1]]\n"
+        "sys.exit(start.start_processes(sys.argv[2:], 2))\n"
+    )
+    words = _command(content, tmp_path / "run")[3:]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", starter, script, *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    assert "[rank 1] puna: the device fell off the bus" in done.stderr
+    assert time.monotonic() - started < 120  # the others do not wait for it for ever
+
+
+def test_an_impossible_layout_is_refused_once_with_what_would_do(content: dict[str, Any], tmp_path: Path) -> None:
+    done = _train(content, tmp_path / "run", "--nproc", "4", "parallel.tp=4")
+    assert done.returncode == 2
+    assert done.stderr.count("parallel.tp=4 must divide the 2 key/value heads; use one of [1, 2]") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_to_the_starter_saves_the_state_of_all_and_the_run_continues(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    long = {**content, "steps": 4000, "checkpoint": {"every": 4000}, "validation": {"every": 4000, "rows": 1}}
+    command = _command(long, run_dir, "--nproc", "2")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run_dir)) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run the same command to continue" in said
+    assert "Traceback" not in said
+    steps = len(read_metrics(run_dir))
+    assert list(checkpoints(run_dir)) == [steps]
+    done = _train(long, run_dir, f"steps={steps + 1}")
+    assert done.returncode == 0, done.stderr
+    assert f"from step {steps}" in done.stderr

@@ -17,6 +17,8 @@ _HOMES = {
     "load": "puna.checkpoint",
     "load_tokenizer": "puna.tokenizer",
     "prepare": "puna.data.prepare",
+    "plan": "puna.plan",
+    "launch": "puna.launch",
     "train": "puna.train",
     "export": "puna.checkpoint",
     "convert": "puna.checkpoint",

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,54 @@ PEAK_FLOPS: list[tuple[tuple[str, ...], float | None]] = [
     (("3090",), 71e12),
     (("MI300X",), 1307e12),
 ]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device as plans see it; rates in 1e9 bytes a second.
+
+    Attributes:
+        name: what its maker calls it, by which its peak is found in PEAK_FLOPS.
+        memory_gib: what torch can allocate of.
+        memory_rate: of its own memory.
+        link_rate: one direction, to the other devices of its node, all together.
+        node_link_rate: one direction, its share of what leaves the node.
+        host_rate: one direction, to the host's memory.
+        matmul_share: of the peak that long bf16 products reach in a training run.
+        attention_share: of the peak that flash attention reaches, forward and backward together.
+        assumed_flops: its peak where PEAK_FLOPS has none.
+    """
+
+    name: str
+    memory_gib: float
+    memory_rate: float
+    link_rate: float
+    node_link_rate: float
+    host_rate: float
+    matmul_share: float
+    attention_share: float
+    assumed_flops: float = 0.0
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of bf16 products at most."""
+        return published_peak_flops(self.name) or self.assumed_flops
+
+
+#: Short name -> profile. Memory and rates: the makers' data sheets (NVLink and PCIe: half of "bidirectional"; between
+#: nodes: one 400 Gbit/s port a device, 200 for A100 and 910B). Shares: fitted once, over all rows of the published
+#: runs in benchmarks/plan.py; an H100 draws more power for its products than it may have, an A100 does not. Ascend
+#: 910B: the lower of the peaks that sources give (256e12 and 320e12), and an untested share. The CPU: two cores of
+#: AVX2, fp32, as `puna doctor` measured them.
+PROFILES: dict[str, Profile] = {
+    "h200": Profile("NVIDIA H200", 139.8, 4800, 450, 50, 55, 0.76, 0.45),
+    "h100": Profile("NVIDIA H100 80GB HBM3", 79.1, 3350, 450, 50, 55, 0.70, 0.40),
+    "h100-pcie": Profile("NVIDIA H100 PCIe", 79.1, 2000, 55, 25, 55, 0.60, 0.40),
+    "a100-80": Profile("NVIDIA A100-SXM4-80GB", 79.1, 2039, 300, 25, 25, 0.84, 0.55),
+    "a100-40": Profile("NVIDIA A100-SXM4-40GB", 39.4, 1555, 300, 25, 25, 0.84, 0.55),
+    "ascend-910b": Profile("Ascend 910B", 61.0, 1600, 196, 25, 25, 0.70, 0.45, assumed_flops=256e12),
+    "cpu": Profile("CPU", 16.0, 20, 5, 1, 10, 0.80, 0.30, assumed_flops=0.2e12),
+}
 
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}

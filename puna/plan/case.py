@@ -1,0 +1,74 @@
+"""One case to judge: a recipe under a layout, in the numbers that memory and time depend on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from puna.config import Recipe
+from puna.model.config import ModelConfig
+from puna.parallel.layout import Layout
+from puna.plan.weights import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A recipe under a layout.
+
+    Attributes:
+        recipe: its precision is settled, not "auto".
+        is_cpu: whether a CPU computes: smaller pieces, gradients that have nowhere to go, packed attention joined.
+    """
+
+    recipe: Recipe
+    config: ModelConfig
+    layout: Layout
+    weights: Weights
+    is_cpu: bool = False
+
+    @cached_property
+    def compute_bytes(self) -> int:
+        """Of a number of the activations."""
+        return 4 if self.recipe.precision == "fp32" else 2
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on a rank, before tensor parallel ranks share them."""
+        return self.recipe.micro_batch_rows * self.recipe.sequence_length // self.layout.cp
+
+    @cached_property
+    def widths(self) -> tuple[int, int, int]:
+        """Widths of queries, of keys, and of the MLP on a rank."""
+        c, tp = self.config, self.layout.tp
+        return (
+            c.num_attention_heads * c.head_dim // tp,
+            c.num_key_value_heads * c.head_dim // tp,
+            c.intermediate_size // tp,
+        )
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether weights are gathered before use, in the compute dtype."""
+        return self.layout.shard_size * self.layout.dp_replicate > 1
+
+    @cached_property
+    def exchanges_heads(self) -> bool:
+        """Whether context parallel ranks exchange tokens for heads rather than gather keys and values."""
+        c, layout = self.config, self.layout
+        return c.num_key_value_heads // layout.tp % layout.cp == 0
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The number of layers of each stage that a pipeline rank holds."""
+        sizes = [len(layers) for layers in self.layout.stage_layers(self.config.num_hidden_layers)]
+        return sizes[rank :: self.layout.pp]
+
+    def in_flight(self, rank: int) -> int:
+        """Micro-batches times stages whose activations a pipeline rank holds at most.
+
+        Source: torch's Schedule1F1B, ScheduleInterleaved1F1B and ScheduleInterleavedZeroBubble (their warm-up).
+        """
+        layout, schedule = self.layout, self.recipe.parallel.schedule
+        if layout.pp == 1:
+            return 1
+        left = layout.pp - 1 - rank
+        before = (layout.stages_per_rank - 1) * layout.pp
+        ahead = {"1f1b": left, "interleaved": 2 * left + before, "zero-bubble": left + rank + before}[schedule]
+        return min(layout.micro_batches * layout.stages_per_rank, ahead + 1)

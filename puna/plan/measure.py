@@ -1,0 +1,37 @@
+"""What a plan's memory is held against: the most bytes of tensors that live at a time while something runs.
+
+On an accelerator the allocator knows; on a CPU torch's profiler notes every allocation, and their running sum is the
+answer, to the byte and without the interpreter, libraries and freed pages that a process's size has in it.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def peak_bytes(work: Callable[[], object], device: "torch.device") -> int:
+    """The most bytes allocated on `device` at a time during `work`, beyond what is allocated before.
+
+    Args:
+        work: called once; all that it takes beyond the call should be allocated before.
+        device: "cpu" or an accelerator.
+    """
+    import torch
+
+    if device.type != "cpu":
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        work()
+        return torch.accelerator.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -1,0 +1,298 @@
+"""Memory of the fullest rank, counted operation by operation, at the moments when it can be greatest.
+
+    forward, backward …  | the loss            | the head | a layer's backward pass | the update
+    activations pile up  | + a chunk of logits | + it, twice | + what it computes anew | gradients, pieces of state
+
+Each moment is a table of rows; the moment whose sum is greatest is the answer, so rows always add up to the total. What
+autograd keeps of each operation is read off `puna.model.llama`, and held against real steps in tests/plan.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from puna.plan.case import Case
+
+#: Rows of the table, in its order, and what each of them is.
+ROWS = {
+    "weights": "this rank's share",
+    "gradients": "this rank's share, or what is on its way to the host",
+    "optimizer state": "two moments a weight, with their scales",
+    "gathered weights": "sharded weights made whole, of the units in use and the next",
+    "cast weights": "bf16 copies of fp32 weights that wait for the backward pass",
+    "activations": "kept for the backward pass, of all micro-batches in flight",
+    "working memory": "what one layer computes again, and its gradients; pieces of the update",
+    "logits and head": "a chunk of logits, and the gradients of head and hidden states",
+    "communication buffers": "sums of gradients between ranks, and what pipeline stages send",
+    "runtime": "the device's context, its libraries, and what its allocator cannot use",
+}
+
+#: puna.train.loss: logits computed at a time, and those that go through softmax at a time.
+CHUNK_LOGITS = 1 << 25
+SOFTMAX_PIECE = {True: 1 << 19, False: 1 << 26}  # on a CPU, elsewhere
+
+#: puna.train.optimizer: numbers updated at a time, and fp32 temporaries of each: fp32 state, bf16, codes.
+UPDATE_PIECE = {True: 1 << 16, False: 1 << 24}
+UPDATE_TEMPORARIES = {"fp32": 2, "bf16": 8, "codes": 10}
+
+#: puna.train.gradients: bytes of gradients on their way to the host.
+IN_FLIGHT_BYTES = 1 << 30
+
+#: An accelerator's context and libraries, an axis's communicators, and the share of all that changes in size which
+#: the allocator loses. Assumed.
+CONTEXT_BYTES, COMMUNICATOR_BYTES, ALLOCATOR_SHARE = 0.6 * 2**30, 0.2 * 2**30, 0.02
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the fullest rank takes, in bytes.
+
+    Attributes:
+        rows: row of ROWS -> bytes, at the fullest moment.
+        moment: which it is.
+        pp_rank: the fullest pipeline rank.
+    """
+
+    rows: dict[str, float]
+    moment: str
+    pp_rank: int = 0
+
+    @property
+    def total(self) -> float:
+        """Sum of the rows."""
+        return sum(self.rows.values())
+
+    @property
+    def gib(self) -> float:
+        """Sum of the rows in GiB."""
+        return self.total / 2**30
+
+
+def memory(case: Case, *, with_runtime: bool = True) -> Memory:
+    """The memory of the fullest rank at its fullest moment.
+
+    Args:
+        case: recipe and layout.
+        with_runtime: count what is no tensor, too.
+    """
+    ranks = sorted({0, min(1, case.layout.pp - 1), case.layout.pp - 1})
+    found = [Memory(rows, moment, rank) for rank in ranks for moment, rows in _Rank(case, rank).moments()]
+    fullest = max(found, key=lambda each: each.total)
+    if with_runtime and not case.is_cpu:
+        fullest.rows["runtime"] = _runtime(case, fullest.rows)
+    return Memory({name: fullest.rows.get(name, 0) for name in ROWS}, fullest.moment, fullest.pp_rank)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that a layer's activations take for one micro-batch.
+
+    Attributes:
+        kept: from the forward to the backward pass.
+        formed: by the backward pass before it begins, and dropped after.
+        cast: bf16 copies of weights, kept with `kept` or formed with `formed`.
+    """
+
+    kept: float
+    formed: float
+    cast: float
+
+
+def layer_bytes(case: Case) -> LayerBytes:
+    """What autograd keeps of a layer, by operation, for the recipe's `recompute`."""
+    R, c, tp = case.tokens, case.compute_bytes, case.layout.tp
+    D, (Q, K, F) = case.config.hidden_size, case.widths
+    stream = c * D / tp  # the layer's input, the output of a norm before tokens are gathered
+    keys = c * K * (1 if case.exchanges_heads else case.layout.cp)
+    norm = 4 * D / tp + stream + c * D  # input in fp32, normed, times its weight: gathered where tokens are shared
+    out, lse = c * Q, 4 * case.config.num_attention_heads / tp
+    again = out if case.is_cpu or case.layout.cp > 1 else 0  # documents joined, or exchanged back
+    attention = c * Q + 2 * keys + out + lse + again
+    mlp = 4 * c * F  # gate, its silu, up, their product
+    everything = 2 * norm + attention + mlp
+    cast = 0 if c == case.weights.weight_bytes or case.is_sharded else c * case.weights.part("layer", tp, 1).gathered
+    is_input_kept = stream if c == 4 else 0  # in bf16 the norm keeps its input in fp32, beside the layer's
+    if case.recipe.recompute == "none":
+        return LayerBytes(everything * R, 0, cast)
+    if case.recipe.recompute == "block":
+        return LayerBytes(stream * R, (everything - is_input_kept) * R, cast)
+    products = c * (Q + 2 * K) + 2 * c * D + 2 * c * F  # q, k, v; o and down, not yet summed over ranks; gate, up
+    same = c * K + out + lse + 2 * c * F  # v, attention, gate and up are what is kept already
+    dropped = c * (Q + K) + c * D  # q, k and o have served when their products are there
+    formed = everything - is_input_kept - same - dropped
+    return LayerBytes((stream + products + out + lse) * R, max(0, formed) * R, cast)
+
+
+class _Rank:
+    """The rows of one pipeline rank."""
+
+    def __init__(self, case: Case, rank: int) -> None:
+        self.case, self.rank = case, rank
+        layout = case.layout
+        self.stages = case.stages_of(rank)
+        self.n_layers = sum(self.stages)
+        self.has_embedding, self.has_head = rank == 0, rank == layout.pp - 1
+        self.layer = layer_bytes(case)
+        self.hidden = case.compute_bytes * case.tokens * case.config.hidden_size
+        self.accumulates = layout.micro_batches > 1
+        self.kinds = {"layer": self.n_layers, "embedding": int(self.has_embedding), "norm": int(self.has_head),
+                      "head": int(self.has_head)}  # fmt: skip
+        self.parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size) for kind in self.kinds}
+        self.gradient_bytes = case.weights.weight_bytes
+        if layout.dp_replicate > 1 and self.accumulates and not case.recipe.optimizer.in_backward:
+            self.gradient_bytes = 4  # sums over shards wait in fp32 for the sum over copies
+
+    def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Name of a moment -> bytes a row."""
+        always = self._always()
+        kept, cast = self._kept()
+        base = {**always, "activations": kept + self._ends()}
+        if self.has_head:
+            base["cast weights"] = cast
+            yield "the loss", {**base, **self._gathered(0), "logits and head": self._logits(),
+                               "gradients": self._gradients(0)}  # fmt: skip
+            both = 2 * (self._head_gradient() + self.hidden)
+            yield "the gradient of the head", {**base, **self._gathered(0), "logits and head": both,
+                                               "gradients": self._gradients(0)}  # fmt: skip
+        for done in {0, self.n_layers - 1}:
+            yield "the backward pass of a layer", self._backward(always, done)
+        yield "the last sums of gradients", self._last_sums(always)
+        yield "the update", {**always, "gradients": self._gradients_at_update(), "working memory": self._update()}
+
+    def _always(self) -> dict[str, float]:
+        w = self.case.weights.weight_bytes
+        return {
+            "weights": sum(n * self.parts[kind].own * w for kind, n in self.kinds.items()),
+            "optimizer state": sum(n * self.parts[kind].state for kind, n in self.kinds.items()),
+            "communication buffers": self._pipeline_buffers(),
+        }
+
+    def _kept(self) -> tuple[float, float]:
+        """Activations of all micro-batches in flight, and the casts that wait with them, when the last is forward."""
+        stage = max(self.stages)
+        n = self.case.in_flight(self.rank)
+        output = self.hidden / self.case.layout.tp if self.case.layout.pp > 1 else 0
+        cast = self.layer.cast * stage * n if self.case.recipe.recompute == "none" else 0
+        return n * (self.layer.kept * stage + output), cast
+
+    def _ends(self) -> float:
+        """Rotations and ids, and the final norm."""
+        case = self.case
+        rotations = 2 * 4 * case.config.head_dim * case.tokens + 24 * case.tokens
+        if not self.has_head:
+            return rotations
+        D, tp = case.config.hidden_size, case.layout.tp
+        return rotations + case.tokens * (4 * D / tp + case.compute_bytes * D / tp) + self.hidden
+
+    def _head_gradient(self) -> float:
+        case = self.case
+        size = case.compute_bytes if case.is_sharded else case.weights.weight_bytes
+        return size * case.config.vocab_size * case.config.hidden_size / case.layout.tp
+
+    def _logits(self) -> float:
+        case, c = self.case, self.case.compute_bytes
+        V = case.config.vocab_size // case.layout.tp
+        n = min(case.tokens, max(1, CHUNK_LOGITS // V)) * V
+        is_cast = not case.is_sharded and c != case.weights.weight_bytes
+        cast = c * V * case.config.hidden_size if is_cast else 0
+        softmax = product = 0
+        if c == 2:
+            softmax = 4 * min(n, 2 * SOFTMAX_PIECE[case.is_cpu])
+            product = cast + (4 * V * case.config.hidden_size if case.is_cpu else 0)  # a CPU adds bf16 up in fp32
+        return c * n + max(softmax, product) + cast + self._head_gradient() + 2 * self.hidden
+
+    def _gathered(self, layers: float) -> dict[str, float]:
+        """Whole weights: those outside layers, and of so many layers."""
+        case = self.case
+        if not case.is_sharded:
+            return {}
+        if not case.recipe.parallel.reshard:
+            layers = max(layers, self.n_layers)
+        return {"gathered weights": case.compute_bytes * (self._root() + layers * self.parts["layer"].gathered)}
+
+    def _root(self) -> int:
+        return sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
+
+    def _unit(self) -> int:
+        return min(self.case.recipe.parallel.layers_per_unit, max(self.stages))
+
+    def _backward(self, always: dict[str, float], done: int) -> dict[str, float]:
+        """While a layer is in its backward pass, after `done` others."""
+        case, layer = self.case, self.layer
+        kept, cast = self._kept()
+        rows = dict(always)
+        left = 1 - done / max(1, self.n_layers) if case.layout.pp == 1 else 1
+        if case.recipe.recompute == "none":
+            rows["cast weights"] = cast * left
+        else:
+            rows["cast weights"] = layer.cast
+        rows["activations"] = kept * left + self._ends() - (self.hidden if self.has_head else 0)
+        c, (_, _, F) = case.compute_bytes, case.widths
+        exchanged = self.hidden if case.layout.tp > 1 else 0
+        down = c * case.config.hidden_size * F
+        rows["working memory"] = (
+            layer.formed + 2 * c * F * case.tokens + down + exchanged + self.hidden / case.layout.tp
+        )
+        rows["gradients"] = self._gradients(done)
+        if case.is_sharded:
+            unit = self._unit() * self.parts["layer"].gathered
+            rows |= self._gathered(min(self.n_layers, 2 * self._unit()) + self._unit())
+            rows["communication buffers"] += (c + 4) * unit
+            rows["logits and head"] = self._head_gradient() if self.has_head else 0
+        return rows
+
+    def _last_sums(self, always: dict[str, float]) -> dict[str, float]:
+        """What lies outside layers is summed over the shards last."""
+        rows = {**always, "gradients": self._gradients(self.n_layers)}
+        if self.case.is_sharded:
+            rows |= self._gathered(0)
+            rows["communication buffers"] += (self.case.compute_bytes + 4) * self._root()
+        return rows
+
+    def _gradients(self, done: int) -> float:
+        """Gradients there are when so many layers have been through the (first) backward pass."""
+        leaving = self._leaving()
+        if leaving is not None:
+            return leaving if self.accumulates or done else 0
+        if self.accumulates or done >= self.n_layers:
+            return self._all_gradients()
+        head = 0 if self.case.is_sharded else sum(self.kinds[k] * self.parts[k].own for k in ("norm", "head"))
+        is_past_the_loss = done > 0
+        return self.gradient_bytes * (done * self.parts["layer"].own + head * is_past_the_loss)
+
+    def _all_gradients(self) -> float:
+        return self.gradient_bytes * sum(n * self.parts[kind].own for kind, n in self.kinds.items())
+
+    def _leaving(self) -> float | None:
+        """Gradients on the device where they do not stay; None: they stay."""
+        optimizer = self.case.recipe.optimizer
+        if not optimizer.in_backward:
+            return None
+        largest = self.gradient_bytes * max(part.largest for part in self.parts.values())
+        if optimizer.max_grad_norm is None and not self.accumulates:
+            return largest
+        return None if self.case.is_cpu else min(self._all_gradients(), IN_FLIGHT_BYTES + largest)
+
+    def _gradients_at_update(self) -> float:
+        if self._leaving() is None:
+            return self._all_gradients()
+        return self.gradient_bytes * max(part.largest for part in self.parts.values())
+
+    def _update(self) -> float:
+        bits, weights = self.case.recipe.optimizer.state_bits, self.case.weights
+        kind = "codes" if bits < 32 else "fp32" if weights.weight_bytes == 4 else "bf16"
+        largest = max(part.largest for part in self.parts.values())
+        return UPDATE_TEMPORARIES[kind] * 4 * min(largest, UPDATE_PIECE[self.case.is_cpu])
+
+    def _pipeline_buffers(self) -> float:
+        """Torch's pipeline stages have a buffer a micro-batch for what comes from either side."""
+        layout = self.case.layout
+        if layout.pp == 1:
+            return 0
+        sides = 2 * layout.stages_per_rank - self.has_embedding - self.has_head
+        return sides * layout.micro_batches * self.hidden / layout.tp
+
+
+def _runtime(case: Case, rows: dict[str, float]) -> float:
+    axes = sum(size > 1 for size in case.layout.sizes)
+    moving = sum(size for name, size in rows.items() if name not in ("weights", "optimizer state"))
+    return CONTEXT_BYTES + COMMUNICATOR_BYTES * axes + ALLOCATOR_SHARE * moving

@@ -1,0 +1,248 @@
+"""Time of an optimizer step from a few physical constants: rates of products, memory and links, and what overlaps.
+
+    micro-batch of a rank = layers x (forward + backward + what is exchanged and cannot hide behind them) + head
+    step                  = micro-batches x the slowest stage x (1 + idle share of the pipeline) + update
+
+Recomputation takes time and never counts as work: MFU is that of `puna.model.flops`, in both conventions. Rows are
+taken as one document each, so packed short documents run somewhat faster than said here.
+"""
+
+from dataclasses import dataclass
+
+from puna.devices import Profile
+from puna.model.flops import flops_per_token
+from puna.plan.case import Case
+
+#: Rows of the table, in its order, and what each of them is.
+ROWS = {
+    "products": "matrix products of layers and head",
+    "attention": "scores and their gradients, the causal half",
+    "memory-bound": "norms, rotations, gates, logits",
+    "recomputation": "of activations in the backward pass",
+    "tensor parallel": "gathers and sums of tokens; nothing hides them",
+    "context parallel": "exchange of keys and values",
+    "sharding": "gathers of weights and sums of gradients that products do not hide",
+    "copies": "sums of gradients over dp_replicate",
+    "pipeline": "idle time, and what stages wait for each other",
+    "host": "gradients on their way to host memory and back",
+    "update": "the optimizer",
+}
+
+#: Share of a link's, and of the memory's, rate that long transfers reach.
+LINK_SHARE, MEMORY_SHARE = 0.8, 0.8
+#: Share of a transfer that hides behind products; the rest waits, or slows them down.
+OVERLAP = 0.85
+#: Tokens of a micro-batch at which products run at half their rate.
+HALF_RATE_TOKENS = 256
+#: Seconds before a collective's first byte, and between two kernels of a host that cannot keep up.
+COLLECTIVE_SECONDS, KERNEL_SECONDS = 20e-6, 5e-6
+#: Kernels of a layer's forward pass, eager and compiled.
+KERNELS = {False: 45, True: 20}
+#: Share of eager element-wise traffic that is left when layers are compiled.
+FUSED = 0.3
+#: Bytes that the update reads and writes a weight: fp32, bf16 with random bits, codes.
+UPDATE_BYTES = {"fp32": 100, "bf16": 200, "codes": 350}
+#: Idle time of a zero-bubble pipeline, of that of an interleaved one (arXiv:2401.10241, table 2: ZB-H1).
+ZERO_BUBBLE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the ranks run on.
+
+    Attributes:
+        device: all are alike.
+        per_node: devices of a node.
+    """
+
+    device: Profile
+    per_node: int = 8
+
+    def seconds(self, sent: float, size: int, stride: int) -> float:
+        """Seconds of a gather or scatter among `size` ranks, `stride` apart.
+
+        Args:
+            sent: bytes of the whole; each rank lacks all but its part.
+            size: ranks of the group.
+            stride: between neighbours, in ranks.
+        """
+        if size == 1:
+            return 0.0
+        here = min(size, max(1, self.per_node // stride))
+        rate = self.device.link_rate
+        if here < size:  # each node's members of the group drive their own ports together
+            rate = min(rate, here * self.device.node_link_rate)
+        return sent * (size - 1) / size / (rate * 1e9 * LINK_SHARE) + COLLECTIVE_SECONDS
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a layout trains.
+
+    Attributes:
+        rows: row of ROWS -> seconds of a step; they add up to it.
+        tokens: of a step.
+        devices: that take it.
+        mfu: convention of `puna.model.flops` -> share of the devices' peak.
+    """
+
+    rows: dict[str, float]
+    tokens: int
+    devices: int
+    mfu: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Sum of the rows."""
+        return sum(self.rows.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices."""
+        return self.tokens / self.step_seconds
+
+
+def speed(case: Case, cluster: Cluster) -> Speed:
+    """The time of a step, row by row."""
+    layout, recipe, device = case.layout, case.recipe, cluster.device
+    layer, head = _layer(case, cluster), _head(case, cluster)
+    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
+    micro = {name: layers * layer.get(name, 0) + head.get(name, 0) for name in ROWS}
+    rows = {name: layout.micro_batches * seconds for name, seconds in micro.items()}
+    if layout.pp > 1:
+        rows["pipeline"] = sum(micro.values()) * _idle(case) + layout.micro_batches * _sending(case, cluster)
+    rows["host"], rows["update"] = _host(case, device, sum(micro.values())), _update(case, device)
+    rows["copies"] = _copies(case, cluster)
+    rows["sharding"] += _ends(case, cluster)
+    seconds = sum(rows.values())
+    work = {c: flops_per_token(case.config, recipe.sequence_length, convention=c) for c in ("full", "causal")}
+    peak = device.peak_flops * layout.devices
+    return Speed(rows, recipe.batch_tokens, layout.devices,
+                 {c: flops * recipe.batch_tokens / seconds / peak for c, flops in work.items()})  # fmt: skip
+
+
+def _layer(case: Case, cluster: Cluster) -> dict[str, float]:
+    """Seconds of a layer's forward and backward pass of a micro-batch."""
+    device, config, tp = cluster.device, case.config, case.layout.tp
+    R, D, (Q, K, F), c = case.tokens, config.hidden_size, case.widths, case.compute_bytes
+    products = 2 * (2 * D * Q + 2 * D * K + 3 * D * F) * R / _product_rate(case, device)
+    attention = 2 * Q * case.recipe.sequence_length * R / (device.peak_flops * device.attention_share)
+    numbers = 46 * D / tp + 18 * (Q + K) + 5 * F  # read and written in eager mode, in the compute dtype
+    elements = c * numbers * R * (FUSED if case.recipe.compile else 1) / _memory_rate(device)
+    forward = products + attention + elements
+    waits = max(0.0, KERNELS[case.recipe.compile] * KERNEL_SECONDS - forward)
+    again = {"none": 0.0, "selective": elements, "block": forward + waits}[case.recipe.recompute]
+    rows = {"products": 3 * products, "attention": 3.5 * attention, "memory-bound": 3 * (elements + waits),
+            "recomputation": again}  # fmt: skip
+    times = 1 if case.recipe.recompute == "none" else 2
+    if tp > 1:  # two gathers and two sums forward, as many backward, and forward again
+        rows["tensor parallel"] = 4 * (1 + times) * cluster.seconds(c * D * R, tp, 1)
+    if case.layout.cp > 1:
+        rows["context parallel"] = (1 + times) * _context(case, cluster)
+    backward = 2 * (products + elements + waits) + 2.5 * attention + again
+    rows["sharding"] = _sharding(case, cluster, forward + waits, backward)
+    return rows
+
+
+def _head(case: Case, cluster: Cluster) -> dict[str, float]:
+    """Seconds of the head on the last stage."""
+    V, D, R = case.config.vocab_size / case.layout.tp, case.config.hidden_size, case.tokens
+    return {
+        "products": 6 * V * D * R / _product_rate(case, cluster.device),
+        "memory-bound": 30 * V * R / _memory_rate(cluster.device),
+        "tensor parallel": 2 * cluster.seconds(case.compute_bytes * D * R, case.layout.tp, 1),
+    }
+
+
+def _context(case: Case, cluster: Cluster) -> float:
+    """Seconds of one pass's exchange of a layer."""
+    cp, tp, R, c = case.layout.cp, case.layout.tp, case.tokens, case.compute_bytes
+    Q, K, _ = case.widths
+    if case.exchanges_heads:
+        return 4 * cluster.seconds(c * (2 * Q + 2 * K) * R / 4, cp, tp)
+    return 2 * cluster.seconds(c * K * R * cp, cp, tp)
+
+
+def _sharding(case: Case, cluster: Cluster, forward: float, backward: float) -> float:
+    """Seconds of a layer's gathers and sums that its passes do not hide."""
+    layout = case.layout
+    weights = case.weights.part("layer", layout.tp, 1).gathered
+    gather = cluster.seconds(case.compute_bytes * weights, layout.shard_size, layout.tp)
+    scatter = cluster.seconds(4 * weights, layout.shard_size, layout.tp)
+    back = scatter + (gather if case.recipe.parallel.reshard else 0)
+    return _exposed(gather, forward) + _exposed(back, backward)
+
+
+def _exposed(transfer: float, behind: float) -> float:
+    return transfer - min(OVERLAP * transfer, behind)
+
+
+def _ends(case: Case, cluster: Cluster) -> float:
+    """Seconds of the step's first gather and last sum, which nothing hides."""
+    layout = case.layout
+    outside = sum(case.weights.part(kind, layout.tp, 1).gathered for kind in ("embedding", "head"))
+    size = (case.compute_bytes + 4) * outside / min(2, layout.pp)
+    return layout.micro_batches * cluster.seconds(size, layout.shard_size, layout.tp)
+
+
+def _copies(case: Case, cluster: Cluster) -> float:
+    """Seconds of the sums over dp_replicate, once a step unless gradients leave at once; half hides."""
+    layout = case.layout
+    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
+    own = layers * case.weights.part("layer", layout.tp, layout.shard_size).own
+    times = layout.micro_batches if case.recipe.optimizer.in_backward else 1
+    return times * cluster.seconds(2 * 4 * own, layout.dp_replicate, layout.tp * layout.shard_size) / 2
+
+
+def _idle(case: Case) -> float:
+    """Idle time of the pipeline, in micro-batches."""
+    layout = case.layout
+    share = ZERO_BUBBLE if case.recipe.parallel.schedule == "zero-bubble" else 1.0
+    return share * (layout.pp - 1) / layout.stages_per_rank
+
+
+def _sending(case: Case, cluster: Cluster) -> float:
+    """Seconds that a micro-batch waits for what stages send, forward and backward; half hides."""
+    layout = case.layout
+    size = case.compute_bytes * case.tokens * case.config.hidden_size / layout.tp
+    stride = layout.devices // layout.pp
+    return layout.stages_per_rank * cluster.seconds(2 * size, 2, stride)
+
+
+def _host(case: Case, device: Profile, micro: float) -> float:
+    """Seconds that gradients take to the host and back beyond what the passes hide."""
+    optimizer, layout = case.recipe.optimizer, case.layout
+    m = layout.micro_batches
+    if not optimizer.in_backward or (optimizer.max_grad_norm is None and m == 1):
+        return 0.0
+    own = case.weights.weight_bytes * _own(case)
+    pass_ = own / (device.host_rate * 1e9 * LINK_SHARE)
+    hidden = 0.6 * micro  # the backward pass
+    return (
+        sum(max(0.15 * passes * pass_, passes * pass_ - hidden) * times for passes, times in ((1, 1), (2, m - 1)))
+        + pass_
+    )
+
+
+def _update(case: Case, device: Profile) -> float:
+    bits = case.recipe.optimizer.state_bits
+    kind = "codes" if bits < 32 else "fp32" if case.weights.weight_bytes == 4 else "bf16"
+    return UPDATE_BYTES[kind] * _own(case) / _memory_rate(device)
+
+
+def _own(case: Case) -> float:
+    """Weights of the rank that holds most layers."""
+    layout = case.layout
+    parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size).own for kind in ("layer", "embedding", "head")}
+    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
+    return layers * parts["layer"] + (parts["embedding"] if layout.pp > 1 else parts["embedding"] + parts["head"])
+
+
+def _product_rate(case: Case, device: Profile) -> float:
+    share = device.matmul_share * case.tokens / (case.tokens + HALF_RATE_TOKENS)
+    slower = 1 if case.compute_bytes == 2 or case.is_cpu else 1 / 2  # fp32 as TF32, at half the rate of bf16
+    return device.peak_flops * share * slower
+
+
+def _memory_rate(device: Profile) -> float:
+    return device.memory_rate * 1e9 * MEMORY_SHARE

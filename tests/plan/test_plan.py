@@ -1,0 +1,66 @@
+"""What a plan counts is what is there; layouts that it proposes are possible; rows add up."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import puna
+from puna.checkpoint.huggingface import parameter_shapes
+from puna.config import load_recipe
+from puna.errors import UsageError
+from puna.model.config import PRESETS, preset
+from puna.parallel.layout import Layout
+from puna.plan.weights import weight_shapes
+
+
+@pytest.mark.parametrize("name", ["tiny-64", "codellama-7b", "codellama-34b", "codellama-70b"])
+def test_the_weights_that_are_counted_are_those_of_the_model(name: str) -> None:
+    kinds = weight_shapes(preset(name))
+    layers = preset(name).num_hidden_layers
+    counted = sum(
+        (layers if kind == "layer" else 1) * sum(map(math.prod, shapes.values())) for kind, shapes in kinds.items()
+    )
+    assert counted == sum(map(math.prod, parameter_shapes(preset(name)).values()))
+
+
+def test_layouts_that_are_proposed_are_accepted_and_fit_and_their_rows_add_up() -> None:
+    result = puna.plan("codellama-34b-pretrain", devices=16, device="ascend-910b")
+    assert result["best"]
+    for each in result["best"]:
+        recipe = load_recipe("codellama-34b-pretrain", each["overrides"])
+        Layout.of(recipe, PRESETS["codellama-34b"], 16)
+        assert each["memory_gib"] <= result["memory_gib"]
+        assert sum(each["memory"].values()) == pytest.approx(each["memory_gib"])
+    speeds = [each["tokens_per_second"] for each in result["best"]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_34b_is_fine_tuned_on_one_device_of_139_gib_only_with_a_small_state() -> None:
+    small = puna.plan("codellama-34b-finetune-1gpu", memory_gib=139, layout=True)
+    assert small["own"]["fits"]
+    full = puna.plan("codellama-34b-finetune-1gpu", {"optimizer.state_bits": 32}, memory_gib=139, layout=True)
+    assert not full["own"]["fits"]
+    assert full["own"]["memory_gib"] > 139
+
+
+def test_longer_rows_never_take_less_and_more_shards_never_more() -> None:
+    def gib(length: int, devices: int) -> float:
+        changes = {"sequence_length": length, "batch_tokens": 128 * 4096, "model": "codellama-7b"}
+        return puna.plan("codellama-7b-pretrain", changes, devices=devices, memory_gib=80, layout=True)["own"][
+            "memory_gib"
+        ]
+
+    assert gib(1024, 8) <= gib(2048, 8) <= gib(4096, 8)
+    assert gib(4096, 32) <= gib(4096, 16) <= gib(4096, 8)
+
+
+def test_wrong_usage_and_what_does_not_fit_have_exit_codes_of_their_own() -> None:
+    with pytest.raises(UsageError, match="there is no device 'abacus'"):
+        puna.plan("codellama-7b-pretrain", device="abacus")
+    command = [sys.executable, "-m", "puna", "plan", "codellama-70b-pretrain", "--memory-gib", "8", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert not json.loads(done.stdout)["fits"]

@@ -75,7 +75,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
     layout = Layout.of(recipe, config, world_size())
     with process_group(device), _only_run_in(run_dir):
         _check_continues(recipe, run_dir)
-        return _Run(recipe, config, run_dir, Ranks.of(layout, device), device).go()
+        run_ = _Run(recipe, config, run_dir, Ranks.of(layout, device), device)
+        try:
+            return run_.go()
+        finally:
+            run_.checkpoints.wait()  # a save in the background needs the process group
 
 
 class _Run:

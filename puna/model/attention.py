@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.model.attention_in_blocks import attend_in_blocks
+
+#: Tokens of a document from which `attend_in_blocks` serves bf16 training on a CPU. fp32 gains nothing by it.
+IN_BLOCKS_FROM = 256
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -59,15 +64,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
         (B, T, N, H).
     """
     is_grouped = q.shape[2] != k.shape[2]
-    if documents is None or set(documents.lengths) == {q.shape[1]}:
-        return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    if documents is None or set(documents.lengths) == {q.shape[1]}:
+        if _is_for_blocks(q_, k_, v_, q.shape[1]):
+            return attend_in_blocks(q_, k_, v_, [q.shape[1]] * len(q)).view_as(q)
+        return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
     if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
         starts, longest = documents.starts, documents.longest
         return varlen(q_, k_, v_, starts, starts, longest, longest, window_size=(-1, 0)).view_as(q)
     parts = zip(*(x.split(documents.lengths) for x in (q_, k_, v_)), strict=True)
-    out = [_sdpa(*(x[None] for x in part), is_causal=True, enable_gqa=is_grouped)[0] for part in parts]
-    return torch.cat(out).view_as(q)
+    return torch.cat([_attend_document(*part) for part in parts]).view_as(q)
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if _is_for_blocks(q, k, v, len(q)):
+        return attend_in_blocks(q, k, v, [len(q)])
+    return _sdpa(q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[0]
+
+
+def _is_for_blocks(q: Tensor, k: Tensor, v: Tensor, length: int) -> bool:
+    """Whether gradients of a long document in bf16 will be asked for on a CPU."""
+    is_training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return is_training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and length >= IN_BLOCKS_FROM
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,8 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, *, is_grouped: bo
     """What computes packed documents there, in words: a run prints it at its start."""
     if _varlen_attention(device.type, dtype, is_grouped) is not None:
         return "variable-length flash attention"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return f"blocks of products per document, scaled_dot_product_attention below {IN_BLOCKS_FROM} tokens"
     return "scaled_dot_product_attention per document"
 
 

@@ -21,6 +21,7 @@ KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",
+    "puna::attend_in_blocks",
 }
 
 

@@ -82,7 +82,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += (log_norm - of_target).sum()
             if grad_hidden is not None and grad_head is not None:
                 minus_one = (of_target - log_norm).expm1_().to(x.dtype)
-                slope = logits.scatter_(1, wanted, torch.where(is_here, minus_one, logits.gather(1, wanted)))
+                value = torch.where(is_here, minus_one, logits.gather(1, wanted))
+                # scatter_ would copy all logits of a CPU
+                slope = logits.index_put_((torch.arange(len(x), device=x.device), wanted[:, 0]), value[:, 0])
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
                 if grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
@@ -109,9 +111,8 @@ def _softmax_(logits: Tensor) -> Tensor:
     """Turns (n, V) logits into their softmax, in place; returns the (n, 1) logarithms of its norms, in fp32."""
     log_norm = []
     for piece in logits.split(max(1, PIECE.get(logits.device.type, PIECE_ELSEWHERE) // logits.shape[1])):
-        x = piece.float()
-        top = x.amax(-1, keepdim=True)
-        norm = x.sub_(top).exp_().sum(-1, keepdim=True)
-        log_norm.append(top + norm.log())
-        torch.div(x, norm, out=piece)
+        top = piece.amax(-1, keepdim=True).float()
+        chances = piece.softmax(-1, dtype=torch.float32)
+        log_norm.append(top - chances.amax(-1, keepdim=True).log())  # the largest is exp(0) / norm
+        piece.copy_(chances)
     return torch.cat(log_norm)

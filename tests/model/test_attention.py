@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from puna.model import attention, attention_in_blocks
 from puna.model.attention import Documents, attend, attend_cached, attend_reference
+from puna.model.recompute import apply_recompute
+from puna.testing import tiny_model
 
 T, H = 16, 4
 
@@ -67,6 +70,84 @@ def test_attend_is_the_reference_forward_and_backward(
         assert mine.grad is not None
         assert mine.grad.abs().max() > 0
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    heads=HEADS,
+    width=st.sampled_from([2, 4, 16]),
+    queries=st.sampled_from([1, 5, 16]),
+    scores=st.sampled_from([1, 200, 1 << 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention_in_blocks_is_the_reference_forward_and_backward(
+    lengths: list[int], heads: tuple[int, int], width: int, queries: int, scores: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = [(1, sum(lengths), n, width) for n in (heads[0], heads[1], heads[1])]
+    ours = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    expected = [x.detach().float().requires_grad_() for x in ours]
+    slope = torch.randn(shapes[0], generator=generator).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_in_blocks, "QUERIES", queries)
+        patch.setattr(attention_in_blocks, "SCORES", scores)
+        out = attention_in_blocks.attend_in_blocks(*(x[0] for x in ours), lengths)[None]
+        grads = torch.autograd.grad(out, ours, slope)
+    numbers = np.repeat(np.arange(len(lengths)), lengths)[None]
+    reference = attend_reference(*expected, numbers)
+    expected_grads = torch.autograd.grad(reference, expected, slope.float())
+    assert {x.dtype for x in (out, *grads)} == {dtype}
+    for mine, theirs in zip((out, *grads), (reference, *expected_grads), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+        assert (mine.float() - theirs).norm() <= tolerance * theirs.norm() + tolerance / 10
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_long_documents_in_bf16_go_in_blocks_beside_short_ones(
+    heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "IN_BLOCKS_FROM", 6)
+    monkeypatch.setattr(attention_in_blocks, "QUERIES", 4)
+    seen: list[list[int]] = []
+    in_blocks = attention_in_blocks.attend_in_blocks
+    monkeypatch.setattr(attention, "attend_in_blocks", lambda q, k, v, n: seen.append(n) or in_blocks(q, k, v, n))
+    for lengths, expected in (([[5, 6, 5], [16]], [[6], [16]]), ([[16], [16]], [[16, 16]])):
+        numbers = numbers_of(lengths)
+        qkv = [x.detach().bfloat16().requires_grad_() for x in random_qkv(0, 2, *heads)]
+        out = attend(*qkv, Documents.of(numbers))
+        assert seen == expected
+        torch.testing.assert_close(out, attend_reference(*qkv, numbers), atol=3e-2, rtol=3e-2)
+        with torch.no_grad():
+            attend(*qkv, Documents.of(numbers))
+        assert seen == expected, "without gradients torch's kernel serves"
+        changed = [x.detach().clone() for x in qkv]
+        for x in changed:
+            x[0, :5] += 1
+        again = attend(changed[0].requires_grad_(), *changed[1:], Documents.of(numbers))
+        assert torch.equal(out[1], again[1]), "a neighbour's bits"
+        seen.clear()
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_attention_in_blocks_can_be_computed_again(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "IN_BLOCKS_FROM", 6)
+    grads = []
+    for recompute in ("none", mode):
+        model = tiny_model()
+        model.compute_dtype = torch.bfloat16
+        apply_recompute(model, recompute)
+        model(torch.arange(16)[None] + 5).float().square().mean().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for plain_grad, grad in zip(*grads, strict=True):
+        assert torch.equal(plain_grad, grad)
+
+
+def test_attention_in_blocks_is_known_to_the_meta_device() -> None:
+    q, k = torch.empty(9, 4, 8, device="meta", requires_grad=True), torch.empty(9, 2, 8, device="meta")
+    out = attention_in_blocks.attend_in_blocks(q, k, k, [4, 5])
+    assert out.shape == q.shape
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])

@@ -1,0 +1,125 @@
+"""Causal attention for training on a CPU: matrix products over blocks of queries.
+
+torch's CPU kernel spends more time around its small products than in them, above all backward and in bf16. Here one
+block of queries meets every key that its last query sees, for as many heads as fit the cache at once:
+
+    document of 300 tokens     queries 0-127 x keys 0-127, queries 128-255 x keys 0-255, queries 256-299 x keys 0-299
+
+All that a query sees is in its block, so softmax and its gradient are one call each, and nothing is kept but queries,
+keys and values: the backward pass forms the weights again. Above the diagonal only a block's last square is computed.
+Products are in the dtype of the input, softmax in fp32 inside; `attend_reference` is the plain formula.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Queries of a block, and scores of a block over all its heads: these stay in a cache.
+QUERIES = 128
+SCORES = 1 << 20
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Causal attention within documents that lie end to end, differentiable once.
+
+    Args:
+        q: (T, N, H) queries.
+        k, v: (T, K, H) keys and values; N is a multiple of K.
+        lengths: tokens of each document; their sum is T.
+
+    Returns:
+        (T, N, H).
+    """
+    out: Tensor = _AttendInBlocks.apply(q, k, v, list(lengths))
+    return out
+
+
+class _AttendInBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.lengths = lengths
+        out: Tensor = torch.ops.puna.attend_in_blocks(q, k, v, lengths)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v = ctx.saved_tensors
+        groups, scale, mask = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _mask(q, k)
+        grad_q = torch.empty_like(q)
+        # (K, H, T) in fp32: products of small transposed matrices with whole weights are faster than the reverse.
+        grad_k, grad_v = (torch.zeros(k.shape[1], k.shape[2], k.shape[0], device=k.device) for _ in range(2))
+        for queries, keys, heads in _blocks(q, k, ctx.lengths):
+            q_, k_, v_ = _heads_first(q, queries, heads, groups) * scale, k[keys, heads], v[keys, heads]
+            grad_ = _heads_first(grad, queries, heads, groups)
+            weights = _weights(q_, k_, mask)
+            _add_product_(grad_v[heads, :, keys], grad_.mT, weights)
+            slope = torch._softmax_backward_data(grad_ @ v_.permute(1, 2, 0), weights, -1, weights.dtype)
+            _add_product_(grad_k[heads, :, keys], q_.mT, slope)
+            _put(grad_q, queries, heads, groups, (slope @ k_.transpose(0, 1)).mul_(scale))
+        grad_k, grad_v = (x.permute(2, 0, 1).to(k.dtype).contiguous() for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    groups, scale, mask = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _mask(q, k)
+    out = torch.empty_like(q)
+    for queries, keys, heads in _blocks(q, k, lengths):
+        weights = _weights(_heads_first(q, queries, heads, groups) * scale, k[keys, heads], mask)
+        _put(out, queries, heads, groups, weights @ v[keys, heads].transpose(0, 1))
+    return out
+
+
+def _blocks(q: Tensor, k: Tensor, lengths: list[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """The queries of each block, the keys they see, and the key/value heads that are done at once."""
+    groups = q.shape[1] // k.shape[1]
+    first = 0
+    for length in lengths:
+        for start in range(first, first + length, QUERIES):
+            stop = min(start + QUERIES, first + length)
+            n_heads = max(1, SCORES // (groups * (stop - start) * (stop - first)))
+            for head in range(0, k.shape[1], n_heads):
+                yield slice(start, stop), slice(first, stop), slice(head, min(head + n_heads, k.shape[1]))
+        first += length
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """(heads, queries, H) and (keys, heads, H) to (heads, queries, keys): softmax over what each query sees."""
+    scores = q @ k.permute(1, 2, 0)
+    n_queries = q.shape[1] // (len(mask) // mask.shape[1])
+    scores[..., -n_queries:] += mask[: q.shape[1], :n_queries]
+    return scores.softmax(-1)
+
+
+def _mask(q: Tensor, k: Tensor) -> Tensor:
+    """(queries x groups, queries): what is added to the last square of a block."""
+    square = torch.full((QUERIES, QUERIES), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    return square.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+
+
+def _heads_first(x: Tensor, rows: slice, heads: slice, groups: int) -> Tensor:
+    """(T, K x groups, H) to (heads, rows x groups, H): the queries that share keys become one matrix."""
+    return x[rows].unflatten(1, (-1, groups))[:, heads].transpose(0, 1).flatten(1, 2)
+
+
+def _put(x: Tensor, rows: slice, heads: slice, groups: int, values: Tensor) -> None:
+    """Writes (heads, rows x groups, H) to where `_heads_first` takes it from."""
+    x[rows].unflatten(1, (-1, groups))[:, heads] = values.unflatten(1, (-1, groups)).transpose(0, 1)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a @ b to `total`, in fp32."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += a @ b
+
+
+# One operation by name, so that selective recomputation can keep its result.
+_LIBRARY = torch.library.Library("puna", "DEF")
+_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v, int[] lengths) -> Tensor")
+_LIBRARY.impl("attend_in_blocks", _forward, "CPU")
+_LIBRARY.impl("attend_in_blocks", lambda q, k, v, lengths: torch.empty_like(q), "Meta")

@@ -2,9 +2,11 @@
 
 Every format is a module in `formats/`, found because it is there, with three functions:
 
-    recognises(folder) -> bool                                  from the names of its files
-    read(folder, rope_theta) -> ModelConfig, tensors, tokenizer tensors by Hugging Face names, unread
+    recognises(place) -> bool                                   from the names of its files; or of itself, a file
+    read(place, rope_theta) -> ModelConfig, tensors, tokenizer  tensors by Hugging Face names, unread
     write(folder, config, tensors, tokenizer)                   one tensor in memory at a time
+
+and, where `read` or `write` takes options of its own, their names in READ_OPTIONS and WRITE_OPTIONS.
 
 Tensors pass between them under Hugging Face's names and in its layout; a name that one side does not know is an error.
 """
@@ -13,6 +15,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,20 +32,24 @@ def convert(
     to: str = "hf",
     dtype: torch.dtype | str | None = None,
     rope_theta: float | None = None,
+    **options: Any,
 ) -> Path:
     """Writes a checkpoint in another format.
 
     Args:
-        source: a folder in any format that `formats/` reads, told apart by its files, or a hub id.
+        source: a folder or file in any format that `formats/` reads, told apart by its files, or a hub id.
         output: the folder to make.
-        to: "hf" or another name of a format, e.g. "meta".
+        to: "hf" or another name of a format, e.g. "meta", "mindspore".
         dtype: "fp32", "bf16", "fp16" or a torch dtype to round the weights to; None: as stored.
         rope_theta: wavelength base of the rotary positions, where the source does not state one.
+        options: what only some formats take; None: not given. For MindSpore's: `config`, `strategy` and `pick` to read
+            it, `layout` to write it.
 
     Returns:
         `output`.
 
     Raises:
+        UsageError: no such format, or an option that neither side takes.
         PunaError: the source is in no known format, incomplete or damaged, holds what the target cannot say, or
             `output` exists.
     """
@@ -52,16 +59,17 @@ def convert(
         raise UsageError(f"no format is called {to!r}; there are {', '.join(known)}")
     if output.exists():
         raise PunaError(f"{output} exists already; choose another place or remove it first")
-    folder = resolve(source)
-    reader = next((module for module in known.values() if module.recognises(folder)), None)
+    place = Path(source) if Path(source).is_file() else resolve(source)
+    reader = next((name for name, module in known.items() if module.recognises(place)), None)
     if reader is None:
-        raise PunaError(f"{folder} is in no format that is known ({', '.join(known)}); it holds {_content(folder)}")
-    config, tensors, tokenizer = reader.read(folder, rope_theta)
+        raise PunaError(f"{place} is in no format that is known ({', '.join(known)}){_content(place)}")
+    for_read, for_write = _shared_out(options, reader, to)
+    config, tensors, tokenizer = known[reader].read(place, rope_theta, **for_read)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
     tensors = {name: tensor.to(dtype) for name, tensor in fit(config, tensors).items()}
     with counted("converting", tensors) as tensors:
-        known[to].write(output, config, tensors, tokenizer)
+        known[to].write(output, config, tensors, tokenizer, **for_write)
     return output
 
 
@@ -71,6 +79,23 @@ def format_modules() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{formats.__name__}.{name}") for name in names}
 
 
-def _content(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return (", ".join(names[:5]) + (", …" if len(names) > 5 else "")) or "nothing"
+def _shared_out(options: dict[str, Any], reader: str, writer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that were given, for the reader and for the writer.
+
+    Raises:
+        UsageError: neither takes one of them.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    known = format_modules()
+    takes = getattr(known[reader], "READ_OPTIONS", ()), getattr(known[writer], "WRITE_OPTIONS", ())
+    if unknown := [name for name in given if name not in (*takes[0], *takes[1])]:
+        raise UsageError(f"{unknown[0]} says nothing to reading {reader} and writing {writer}; leave it out")
+    for_read, for_write = ({name: given[name] for name in names if name in given} for names in takes)
+    return for_read, for_write
+
+
+def _content(place: Path) -> str:
+    if place.is_file():
+        return ""
+    names = sorted(path.name for path in place.iterdir())
+    return "; it holds " + ((", ".join(names[:5]) + (", …" if len(names) > 5 else "")) or "nothing")

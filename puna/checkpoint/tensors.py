@@ -27,6 +27,9 @@ from puna.progress import Progress
 #: Our names for the dtypes of weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+#: Memory that a tensor takes on its way, where it is read in pieces.
+PIECE_BYTES = 1 << 23
+
 #: Names of dtypes in the header of a safetensors file.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -51,27 +54,56 @@ class StoredTensor:
         dtype: as stored.
         where: the file that holds it, for messages.
         read: gives the tensor; it may lie in mapped memory, so copy what must outlive or change it.
+        read_rows: gives the rows from `start` to `stop` of dim 0, for tensors that would take memory as a whole; None
+            where `read` takes none.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     where: str
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of dim 0."""
+        return self.read()[start:stop] if self.read_rows is None else self.read_rows(start, stop)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The tensor in pieces of whole rows, one behind the other, that take about `PIECE_BYTES` of memory each."""
+        if self.read_rows is None or not self.shape or not self.size_bytes:
+            yield self.read()
+            return
+        count = max(1, PIECE_BYTES * self.shape[0] // self.size_bytes)
+        for start in range(0, self.shape[0], count):
+            yield self.read_rows(start, min(start + count, self.shape[0]))
+
     def then(self, change: Callable[[Tensor], Tensor]) -> "StoredTensor":
-        """The same tensor with `change`, which must keep shape and dtype, applied once it is read."""
+        """The same tensor with `change`, which must keep shape and dtype, applied once it is read as a whole."""
         return StoredTensor(self.shape, self.dtype, self.where, lambda: change(self.read()))
+
+    def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> "StoredTensor":
+        """The same tensor with `change`, which gives `dtype` and takes the values one by one, applied when read."""
+        rows = self.read_rows
+        changed = None if rows is None else lambda start, stop: change(rows(start, stop))
+        return StoredTensor(self.shape, dtype, self.where, lambda: change(self.read()), changed)
 
     def to(self, dtype: torch.dtype | None) -> "StoredTensor":
         """The same tensor, rounded to `dtype` once it is read; None: as it is."""
         if dtype is None or dtype == self.dtype:
             return self
-        return StoredTensor(self.shape, dtype, self.where, lambda: self.read().to(dtype))
+        return self.each(lambda values: values.to(dtype), dtype)
+
+    @classmethod
+    def by_rows(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, where: str, read_rows: Callable[[int, int], Tensor]
+    ) -> "StoredTensor":
+        """A tensor of at least one dim that is put together row by row."""
+        return cls(shape, dtype, where, lambda: read_rows(0, shape[0]), read_rows)
 
     @classmethod
     def of(cls, tensor: Tensor, where: str = "memory") -> "StoredTensor":
@@ -119,6 +151,22 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise PunaError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise PunaError(f"{path} is damaged or cut off ({error}); fetch or make it again") from None
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; nothing if it is none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            return {}
+        try:
+            return json.loads(file.read(size)).get("__metadata__") or {}
+        except (ValueError, AttributeError):
+            return {}
 
 
 def open_pickled(path: Path) -> dict[str, StoredTensor]:
@@ -179,7 +227,7 @@ def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[st
             progress.advance(values.nbytes / 1e6)
             return values
 
-        yield {name: tensor.then(count) for name, tensor in tensors.items()}
+        yield {name: tensor.each(count, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -204,8 +252,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _write_values(file: IO[bytes], name: str, tensor: StoredTensor) -> None:
-    values = tensor.read()
-    if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
-        raise ValueError(f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}")
-    if values.numel():
-        file.write(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    rows = 0
+    for values in tensor.pieces():
+        rows += values.shape[0] if tensor.shape else 1
+        if (values.shape[1:], values.dtype) != (tensor.shape[1:], tensor.dtype):
+            raise ValueError(f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}")
+        file.write(bytes_of(values))
+    if rows != (tensor.shape[0] if tensor.shape else 1):
+        raise ValueError(f"{name} was to have {tensor.shape[0]} rows, came with {rows}")
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a tensor's values."""
+    if not values.numel():
+        return memoryview(b"")
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -248,8 +248,8 @@ def test_a_bin_folder_becomes_safetensors(tmp_path):
 
 def test_a_folder_in_no_known_format_says_what_it_holds(tmp_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "weights.ckpt").touch()
-    with pytest.raises(PunaError, match=r"is in no format that is known \(hf, meta.*\); it holds weights\.ckpt"):
+    (tmp_path / "source" / "weights.gguf").touch()
+    with pytest.raises(PunaError, match=r"is in no format that is known \(hf, meta.*\); it holds weights\.gguf"):
         convert(tmp_path / "source", tmp_path / "out")
 
 

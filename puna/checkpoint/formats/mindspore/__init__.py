@@ -1,0 +1,212 @@
+"""Checkpoints of MindSpore with MindFormers' names: one file, or the slices of a training run.
+
+    X.ckpt                              one model; also X.safetensors as MindSpore writes it
+    SRC/rank_N/*.ckpt, SRC/strategy/    slices and how they were cut
+    model.yaml                          beside them, where puna wrote them: MindFormers' `model:` section
+
+Optimizer state and counters are recognised, left out with a word, and the model converted alone. Names are in
+`names.py`, the file in `ckpt.py`, how parameters are cut in `strategy.py` and `slices.py`, the model's shape in
+`model_config.py`.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
+from puna.checkpoint.formats.mindspore.model_config import config_of, to_yaml
+from puna.checkpoint.formats.mindspore.names import pattern_of, sort_out, to_hugging_face, to_mindformers
+from puna.checkpoint.formats.mindspore.slices import (
+    SUFFIXES,
+    chosen_files,
+    cut,
+    llama_layouts,
+    merge,
+    rank_folders,
+)
+from puna.checkpoint.formats.mindspore.strategy import Layout, Strategy, read_strategies, write_strategy
+from puna.checkpoint.huggingface import load_tokenizer_of
+from puna.checkpoint.tensors import StoredTensor, open_safetensors, safetensors_metadata
+from puna.errors import PunaError, UsageError
+from puna.files import file_aside, folder_aside
+from puna.model.config import ModelConfig
+from puna.progress import say
+from puna.tokenizer import Tokenizer
+
+#: Names of options of `puna.convert` that `read` and `write` take.
+READ_OPTIONS = ("config", "strategy", "pick")
+WRITE_OPTIONS = ("layout",)
+
+#: The file that states the model's shape beside weights that puna wrote.
+MODEL_FILE = "model.yaml"
+
+
+def recognises(place: Path) -> bool:
+    """Whether this is a `.ckpt` or MindSpore's safetensors, or a folder of either or of ranks' folders."""
+    if place.is_file():
+        return _is_mindspore(place)
+    if (place / "config.json").exists():
+        return False
+    return any(_is_mindspore(file) for file in place.iterdir()) or bool(rank_folders(place))
+
+
+def read(
+    place: Path,
+    rope_theta: float | None,
+    *,
+    config: str | Path | None = None,
+    strategy: str | Path | None = None,
+    pick: str | None = None,
+) -> tuple[ModelConfig, dict[str, StoredTensor], Tokenizer | None]:
+    """Shape, unread tensors under Hugging Face names, and the tokenizer that lies beside them.
+
+    Args:
+        place: a file, or a folder of one or of slices.
+        rope_theta: the rotary base, where nothing states it.
+        config: MindFormers' YAML, a `config.json` or the name of a preset; None: `model.yaml` beside the weights, or
+            what the shapes tell.
+        strategy: file or folder; None: `strategy` beside the ranks' folders, or one folder above.
+        pick: a pattern for the names of files, where there are several.
+
+    Raises:
+        PunaError: something is missing, damaged, unknown, or not stated.
+    """
+    folder = place.parent if place.is_file() else place
+    folders = {} if place.is_file() else rank_folders(place)
+    if folders:
+        content = _merged(place, folders, strategy, pick)
+    else:
+        file = place if place.is_file() else chosen_files({0: place}, pick)[0]
+        content = _open(file)
+    sorted_out = sort_out(content, str(place))
+    if sorted_out.left_out:
+        say(f"left out of the model: {sorted_out.left_out}")
+    if config is None and (folder / MODEL_FILE).exists():
+        config = folder / MODEL_FILE
+    shape = config_of(sorted_out.weights, str(place), config, rope_theta)
+    return shape, to_hugging_face(sorted_out.weights, shape), load_tokenizer_of(folder)
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    *,
+    layout: str | None = None,
+) -> None:
+    """Writes `model.ckpt`, or slices with their strategy files, and MindFormers' `model:` section beside them.
+
+    Args:
+        folder: to be made.
+        config: the model's shape.
+        tensors: the model's.
+        tokenizer: goes along.
+        layout: "dp=1,mp=2,pp=2" (and "optimizer=1" to share the weights among copies), or strategy files to cut by.
+
+    Raises:
+        PunaError: MindFormers' Llama is no such network, or the tensors cannot be cut so.
+    """
+    section = to_yaml(config, tensors)
+    renamed = to_mindformers(tensors)
+    strategy = None if layout is None else _strategy(layout, renamed, config)
+    with folder_aside(folder) as aside:
+        with file_aside(aside / MODEL_FILE, "w") as file:
+            file.write(section)
+        if tokenizer is not None and tokenizer.path.name == "tokenizer.model":
+            shutil.copyfile(tokenizer.path, aside / tokenizer.path.name)
+        elif tokenizer is not None:
+            tokenizer.save(aside)
+        if strategy is None:
+            write_ckpt(aside / "model.ckpt", renamed)
+        else:
+            _write_slices(aside, renamed, strategy)
+
+
+def _is_mindspore(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return safetensors_metadata(file).get("format") == "ms"
+    return file.suffix == ".ckpt"
+
+
+def _open(file: Path) -> Mapping[str, StoredTensor | str]:
+    return open_ckpt(file) if file.suffix == ".ckpt" else open_safetensors(file)
+
+
+def _merged(
+    folder: Path, folders: dict[int, Path], strategy: str | Path | None, pick: str | None
+) -> Mapping[str, StoredTensor | str]:
+    files = chosen_files(folders, pick)
+    if any(len([x for x in own.iterdir() if x.suffix in SUFFIXES]) > 1 for own in folders.values()):
+        say(f"of several checkpoints in each rank's folder {next(iter(files.values())).name} is taken (--pick)")
+    if strategy is None and len(files) == 1:
+        return _open(files[min(files)])
+    ranks = {}
+    for rank, file in files.items():
+        own = sort_out(_open(file), str(file))
+        ranks[rank] = own.weights
+        if rank == min(files) and own.left_out:
+            say(f"left out of the model, on each rank: {own.left_out}")
+    return merge(ranks, read_strategies(_strategy_place(folder, strategy)), str(folder))
+
+
+def _strategy_place(folder: Path, stated: str | Path | None) -> Path:
+    if stated is not None:
+        return Path(stated)
+    for place in (folder / "strategy", folder.parent / "strategy"):
+        if place.is_dir():
+            return place
+    raise PunaError(
+        f"{folder} has slices, but there is no {folder / 'strategy'}; give the strategy files with --strategy"
+    )
+
+
+def _strategy(layout: str, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Strategy:
+    """The layouts of every stage: those of strategy files, or MindFormers' own for these numbers."""
+    if "=" not in layout:
+        strategy = read_strategies(Path(layout))
+        spoken_of = {name for layouts in strategy.values() for name in layouts}
+        if lost := [name for name in tensors if name not in spoken_of]:
+            raise PunaError(f"{layout} does not say how {lost[0]} is cut; is it of another model?")
+        return {
+            stage: {name: layouts[name] for name in tensors if name in layouts} for stage, layouts in strategy.items()
+        }
+    sizes = _sizes(layout)
+    stages, layers = sizes["pp"], config.num_hidden_layers
+    if layers % stages:
+        raise UsageError(f"pp={stages} must divide the {layers} layers of the model")
+    names: dict[int, list[str]] = {stage: [] for stage in range(stages)}
+    for name in tensors:
+        number = pattern_of(name)[0]
+        last = stages - 1 if not name.startswith("model.tok_embeddings") else 0
+        names[int(number) * stages // layers if number else last].append(name)
+    row_counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    dp, mp, optimizer = sizes["dp"], sizes["mp"], bool(sizes["optimizer"])
+    return {stage: llama_layouts(own, row_counts, dp=dp, mp=mp, optimizer=optimizer) for stage, own in names.items()}
+
+
+def _sizes(layout: str) -> dict[str, int]:
+    sizes = {"dp": 1, "mp": 1, "pp": 1, "optimizer": 0}
+    for part in layout.split(","):
+        match = re.fullmatch(r"\s*(\w+)=(\d+)\s*", part)
+        if not match or match[1] not in sizes:
+            raise UsageError(f"layout {layout!r}: {part!r} is not one of {', '.join(f'{name}=N' for name in sizes)}")
+        sizes[match[1]] = int(match[2])
+    if zero := [name for name in ("dp", "mp", "pp") if sizes[name] < 1]:
+        raise UsageError(f"layout {layout!r}: {zero[0]} must be 1 or more")
+    return sizes
+
+
+def _write_slices(folder: Path, tensors: Mapping[str, StoredTensor], strategy: Strategy) -> None:
+    for stage, layouts in sorted(strategy.items()):
+        own = {name: tensors[name] for name in layouts}
+        devices = _devices(layouts)
+        for i in range(devices):
+            rank = stage * devices + i
+            write_ckpt(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", cut(own, layouts, i))
+            write_strategy(folder / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt", stage, layouts)
+
+
+def _devices(layouts: Mapping[str, Layout]) -> int:
+    return next(iter(layouts.values())).devices

@@ -184,7 +184,5 @@ def _varlen_attention(device: str, dtype: torch.dtype, is_grouped: bool) -> Call
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    if not is_grouped:
-        return varlen_attn
-    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
-    return partial(varlen_attn, enable_gqa=True) if takes_groups else None
+    must_be_told = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 takes groups as they come
+    return partial(varlen_attn, enable_gqa=True) if is_grouped and must_be_told else varlen_attn

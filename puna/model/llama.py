@@ -257,12 +257,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def compile_layers(model: Llama) -> None:
-    """Compiles each layer when it is first used; attention stays out, for it loops over documents on the host."""
+    """Compiles each layer when it is first used; attention stays out, for it loops over documents on the host.
+
+    Training goes through `puna.model.recompute.prepare_layers`.
+    """
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = torch.compiler.disable(module.attend)
     for layer in model.model.layers:
-        layer.compile()
+        layer.forward = torch.compile(layer.forward)
 
 
 def init_weights(model: Llama, *, seed: int) -> None:

@@ -1,7 +1,8 @@
-"""Activations that are computed again in the backward pass instead of being kept.
+"""Layers that are compiled, and activations that are computed again in the backward pass instead of being kept.
 
 `block` keeps the input of each layer alone. `selective` also keeps what is dear to compute, matrix products and
-attention, and computes norms, rotations and gates again.
+attention, and computes norms, rotations and gates again; the compiler chooses likewise by itself, so on compiled layers
+`none` and `selective` are the same.
 """
 
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from puna.model.llama import Llama
+from puna.model.llama import Llama, compile_layers
 
 #: Operations whose results selective recomputation keeps.
 KEPT = {
@@ -25,15 +26,23 @@ KEPT = {
 }
 
 
-def apply_recompute(model: Llama, mode: str) -> None:
-    """Makes every layer of `model` recompute in the given mode: "none", "selective" or "block"."""
-    if mode == "none":
+def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool) -> None:
+    """Makes every layer compute in the way given.
+
+    Args:
+        model: its weights may be on the meta device still.
+        recompute: "none", "selective" or "block".
+        is_compiled: compile each layer when it is first used.
+    """
+    if is_compiled:  # first: what recomputes calls compiled code, while nothing around it could be compiled as a whole
+        compile_layers(model)
+    if recompute == "none" or (recompute == "selective" and is_compiled):
         return
-    recompute: Any = partial(checkpoint, use_reentrant=False)
-    if mode == "selective":
-        recompute = partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    again: Any = partial(checkpoint, use_reentrant=False)
+    if recompute == "selective":
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     for layer in model.model.layers:
-        layer.forward = partial(recompute, layer.forward)
+        layer.forward = partial(again, layer.forward)
 
 
 def _policy(context: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:

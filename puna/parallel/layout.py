@@ -107,6 +107,8 @@ class Layout:
                 f"parallel.tp={self.tp} must divide intermediate_size={config.intermediate_size} and "
                 f"vocab_size={config.vocab_size}; use one of {fits}"
             )
+        if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's
+            yield "parallel.tp > 1 does not work with compile=true; use parallel.dp_shard instead, or compile=false"
         parts = self.cp * self.tp * (2 if self.cp > 1 else 1)
         if recipe.sequence_length % parts:
             below = recipe.sequence_length // parts * parts

@@ -23,7 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puna.errors import PunaError
-from puna.train.optimizer import AdamW, Place, is_sharded, local_part, placed_like, random_bits, round_stochastically
+from puna.train.optimizer import (
+    AdamW,
+    Place,
+    is_sharded,
+    local_part,
+    placed_like,
+    random_bits,
+    round_stochastically,
+    seeds_of,
+)
 
 #: Bytes of gradients that may wait on the device for their way to host memory; the backward pass waits beyond that.
 IN_FLIGHT_BYTES = 1 << 30
@@ -176,7 +185,7 @@ class HostGradients(_Leaving):
         total = before.float().add_(grad)
         shape = (len(total), total[0].numel())
         key = f"{self.optimizer.seed}:{self.update}:{name}:sum of {count}"
-        chance = random_bits(key, Place.of(self.parameters[name]), shape, grad.device)
+        chance = random_bits(seeds_of(key), Place.of(self.parameters[name]), shape, grad.device)
         return round_stochastically(total, chance.view(total.shape))
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -96,39 +97,23 @@ class AdamW:
         state = {kind: local_part(tensors[name]) for kind, tensors in self.state.items() if name in tensors}
         tensors = {"weight": weight, "grad": local_part(placed_like(grad, parameter).detach()), **state}
         rows = {kind: tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1) for kind, tensor in tensors.items()}
-        decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
         place = Place.of(parameter)
+        seeds = {kind: seeds_of(f"{self.seed}:{update}:{name}:{kind}") for kind in ("weight", *MOMENTS)}
+        factors = self._factors(update, lr, grad_scale, decays=parameter.dim() > 1)
         n_rows, n_columns = rows["weight"].shape
         size = max(1, PIECE.get(weight.device.type, PIECE_ELSEWHERE) // n_columns)
+        update_piece = _update_piece if weight.device.type == "cpu" else _compiled_update_piece()
         for start in range(0, n_rows, size):
             piece = {kind: tensor[start : start + size] for kind, tensor in rows.items()}
-            chances = {
-                kind: _chance(f"{self.seed}:{update}:{name}:{kind}", place, start, piece["weight"])
-                for kind in ("weight", *MOMENTS)
-            }
-            self._move(name, piece, chances, update, lr, decay, grad_scale)
+            here = Place(place.row + start, place.column, place.columns)
+            update_piece(piece, self._formats[name], factors, seeds, here)
 
-    def _move(
-        self,
-        name: str,
-        piece: dict[str, Tensor],
-        chances: dict[str, Chance],
-        update: int,
-        lr: float,
-        decay: float,
-        grad_scale: float,
-    ) -> None:
+    def _factors(self, update: int, lr: float, grad_scale: float, *, decays: bool) -> "_Factors":
         beta1, beta2 = self.settings.betas
-        formats = self._formats[name]
-        g = piece["grad"].float() * grad_scale
-        p, m, v = (formats[kind].read(piece, kind) for kind in ("weight", *MOMENTS))
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         lacks1, lacks2 = (1 - beta1**update, 1 - beta2**update) if self.bias_correction else (1.0, 1.0)
-        root = (v / lacks2).sqrt_().add_(self.settings.eps)
-        p.mul_(1 - lr * decay).addcdiv_(m, root, value=-lr / lacks1)
-        for kind, exact in zip(("weight", *MOMENTS), (p, m, v), strict=True):
-            formats[kind].write(exact, piece, kind, chances[kind])
+        kept = 1 - lr * (self.settings.weight_decay if decays else 0.0)
+        changing = (torch.tensor(x, dtype=torch.float32) for x in (grad_scale, kept, -lr / lacks1, lacks2))
+        return _Factors(beta1, beta2, self.settings.eps, *changing)
 
     def _formats_of(self, parameter: Tensor) -> dict[str, "_Format"]:
         formats: dict[str, _Format] = dict.fromkeys(("weight", *MOMENTS), _Numbers())
@@ -142,6 +127,44 @@ class AdamW:
                     self._codes[key] = _Codes(Blocks(levels(bits), block, device, by_chance=by_chance))
                 formats[kind] = self._codes[key]
         return formats
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What a step multiplies with. What changes from step to step is a tensor: compiled code takes it as it comes."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    grad_scale: Tensor
+    weight_kept: Tensor
+    minus_lr: Tensor
+    square_lacks: Tensor
+
+
+def _update_piece(
+    piece: dict[str, Tensor],
+    formats: dict[str, "_Format"],
+    factors: _Factors,
+    seeds: dict[str, tuple[int, int]],
+    place: "Place",
+) -> None:
+    """Moves some rows of a weight, in place: "weight", "grad" and the state's kinds, (rows, columns) each."""
+    p, m, v = (formats[kind].read(piece, kind) for kind in ("weight", *MOMENTS))
+    g = piece["grad"].float() * factors.grad_scale
+    m.lerp_(g, 1 - factors.beta1)
+    v.mul_(factors.beta2).addcmul_(g, g, value=1 - factors.beta2)
+    root = (v / factors.square_lacks).sqrt_().add_(factors.eps)
+    p.mul_(factors.weight_kept).addcdiv_(m, root.div_(factors.minus_lr))
+    shape, device = tuple(piece["weight"].shape), piece["weight"].device
+    for kind, exact in zip(("weight", *MOMENTS), (p, m, v), strict=True):
+        formats[kind].write(exact, piece, kind, partial(random_bits, seeds[kind], place, shape, device))
+
+
+@cache
+def _compiled_update_piece() -> Callable[..., None]:
+    """As one kernel or two it reads and writes each number once, where an accelerator would do so dozens of times."""
+    return torch.compile(_update_piece, dynamic=True)
 
 
 class _Format(Protocol):
@@ -230,14 +253,20 @@ def round_stochastically(x: Tensor, chance: Tensor) -> Tensor:
     return torch.where(x == x, rounded, x).to(torch.bfloat16)  # the bits of some NaNs would become those of a number
 
 
-def random_bits(key: str, place: Place, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """16 random bits for each element of a part of a weight: a function of key and place in the whole.
+def seeds_of(key: str) -> tuple[int, int]:
+    """Two numbers of 32 bits that are a function of a text."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def random_bits(seeds: tuple[int, int], place: Place, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """16 random bits for each element of a part of a weight: a function of seeds and place in the whole.
 
     The number of an element, row times columns plus column, goes through the two multiplications of a 32-bit hash,
-    with a half of the key before each; the upper half comes out well mixed. Places 2^32 apart have the same bits.
+    with a seed before each; the upper half comes out well mixed. Places 2^32 apart have the same bits.
 
     Args:
-        key: says what the bits are for.
+        seeds: from `seeds_of`, by what the bits are for.
         place: where the part begins.
         shape: (rows, columns) of the part.
         device: that makes them.
@@ -248,8 +277,8 @@ def random_bits(key: str, place: Place, shape: tuple[int, int], device: torch.de
     Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018); shifts here keep the sign, which folds
     the 32 bits to 30.
     """
-    first, second = (int.from_bytes(hashlib.sha256(key.encode()).digest()[i : i + 4], "little") for i in (0, 4))
-    rows = torch.arange(place.row, place.row + shape[0], device=device) * place.columns + (place.column + first)
+    first, second = seeds
+    rows = (torch.arange(shape[0], device=device) + place.row) * place.columns + (place.column + first)
     columns = torch.arange(shape[1], device=device, dtype=torch.int32)
     x = _low_half(rows)[:, None] + columns
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_(second - (1 << 31))
@@ -260,12 +289,6 @@ def random_bits(key: str, place: Place, shape: tuple[int, int], device: torch.de
 def _low_half(x: Tensor) -> Tensor:
     """int64 as int32, modulo 2^32."""
     return ((x + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
-
-
-def _chance(key: str, place: Place, start: int, piece: Tensor) -> Chance:
-    here = Place(place.row + start, place.column, place.columns)
-    shape = (piece.shape[0], piece.shape[1])
-    return lambda: random_bits(key, here, shape, piece.device)
 
 
 def _column_parts(parameter: Any) -> int:

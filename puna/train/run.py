@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from puna.files import file_aside, write_json
 from puna.model.attention import Documents, attention_kernel
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
-from puna.model.llama import Llama, compile_layers, initial_weight
-from puna.model.recompute import apply_recompute
+from puna.model.llama import initial_weight
+from puna.model.recompute import prepare_layers
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
@@ -217,13 +218,8 @@ class _Run:
             self.device,
             dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
             compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-            prepare=self._prepare,
+            prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=recipe.compile),
         )
-
-    def _prepare(self, model: Llama) -> None:
-        apply_recompute(model, self.recipe.recompute)
-        if self.recipe.compile:
-            compile_layers(model)
 
     def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
         """What a new run begins with, a weight at a time: those of a folder, or drawn ones."""

@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch.distributed as dist
 
 from puna.config import load_recipe
 from puna.model.config import preset
-from puna.model.llama import compile_layers, initial_weight
-from puna.model.recompute import apply_recompute
+from puna.model.llama import initial_weight
+from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.model import DistributedModel
@@ -43,16 +44,11 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     layout = Layout.of(recipe, config, dist.get_world_size() if dist.is_initialized() else 1)
     ranks = Ranks.of(layout, device)
 
-    def prepare(model: Any) -> None:
-        apply_recompute(model, recipe.recompute)
-        if recipe.compile:
-            compile_layers(model)
-
     model = DistributedModel.build(
         config, ranks, recipe.parallel, device,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
         compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-        prepare=prepare,
+        prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=recipe.compile),
     )  # fmt: skip
     model.fill(lambda name, shape: initial_weight(name, shape, config, seed=recipe.seed))
     optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=recipe.seed)

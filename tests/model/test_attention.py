@@ -9,7 +9,7 @@ from torch import Tensor
 
 from puna.model import attention, attention_in_blocks
 from puna.model.attention import Documents, attend, attend_cached, attend_reference
-from puna.model.recompute import apply_recompute
+from puna.model.recompute import prepare_layers
 from puna.testing import tiny_model
 
 T, H = 16, 4
@@ -136,7 +136,7 @@ def test_attention_in_blocks_can_be_computed_again(mode: str, monkeypatch: pytes
     for recompute in ("none", mode):
         model = tiny_model()
         model.compute_dtype = torch.bfloat16
-        apply_recompute(model, recompute)
+        prepare_layers(model, recompute=recompute, is_compiled=False)
         model(torch.arange(16)[None] + 5).float().square().mean().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     for plain_grad, grad in zip(*grads, strict=True):

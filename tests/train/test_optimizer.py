@@ -15,7 +15,7 @@ from puna.checkpoint import load_checkpoint, save_checkpoint
 from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.train import optimizer as optimizer_module
-from puna.train.optimizer import AdamW, Place, random_bits, round_stochastically
+from puna.train.optimizer import AdamW, Place, random_bits, round_stochastically, seeds_of
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def _parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parame
 
 
 def _bits(*shape: int, key: str = "key") -> Tensor:
-    return random_bits(key, Place(0, 0, shape[1]), (shape[0], shape[1]), CPU)
+    return random_bits(seeds_of(key), Place(0, 0, shape[1]), (shape[0], shape[1]), CPU)
 
 
 def test_ten_steps_equal_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +85,12 @@ def test_random_bits_are_even_and_know_nothing_of_their_neighbours() -> None:
 
 
 def test_random_bits_of_a_part_are_those_of_the_whole() -> None:
-    whole = random_bits("key", Place(0, 0, 10), (12, 10), CPU)
-    assert torch.equal(random_bits("key", Place(3, 4, 10), (5, 6), CPU), whole[3:8, 4:])
+    whole = random_bits(seeds_of("key"), Place(0, 0, 10), (12, 10), CPU)
+    assert torch.equal(random_bits(seeds_of("key"), Place(3, 4, 10), (5, 6), CPU), whole[3:8, 4:])
     far = Place(2**31 // 10, 0, 10)  # past the int32 numbers
     assert torch.equal(
-        random_bits("key", far, (3, 10), CPU)[1:], random_bits("key", Place(far.row + 1, 0, 10), (2, 10), CPU)
+        random_bits(seeds_of("key"), far, (3, 10), CPU)[1:],
+        random_bits(seeds_of("key"), Place(far.row + 1, 0, 10), (2, 10), CPU),
     )
 
 

@@ -1,0 +1,255 @@
+"""One accelerator: what its products and its memory give, and how much of that a training step reaches.
+
+    python benchmarks/gpu.py limits                 products and copies at their best
+    python benchmarks/gpu.py attention              the kernels that may serve attention, forward and backward
+    python benchmarks/gpu.py train CASE [--steps 4] a training step; cases are listed by --help
+
+`benchmarks/gpu.sh` runs all of it within ten minutes and gathers the rows; each case is a process of its own, prints
+its row as JSON and needs no file but this package. Weights are random, drawn on the device; rows are one document each.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from puna import devices
+from puna.config import Recipe, load_recipe
+from puna.data.loader import Batch, stack
+from puna.data.rows import IGNORE, Row
+from puna.model.config import ModelConfig, preset
+from puna.model.flops import flops_per_token
+from puna.model.recompute import prepare_layers
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from puna.plan.case import Case
+from puna.plan.memory import memory
+from puna.plan.search import weights_of
+from puna.train.gradients import gradients_of
+from puna.train.optimizer import AdamW
+from puna.train.step import train_step
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training step to measure.
+
+    Attributes:
+        model: a preset.
+        layers: as many of its layers; None: all.
+        length: of a row.
+        rows: that go through at once; a step has `micro_batches` of them.
+        document: tokens of a document; None: a row is one.
+        fields: of the recipe, beyond these.
+    """
+
+    model: str
+    layers: int | None
+    length: int
+    rows: int
+    micro_batches: int = 1
+    document: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+MASTERS = {"precision": "bf16", "recompute": "none", "optimizer": {"state_bits": 8}}
+IN_BACKWARD = {"precision": "bf16-pure", "recompute": "block",
+               "optimizer": {"state_bits": 4, "in_backward": True, "max_grad_norm": None}}  # fmt: skip
+
+#: Name -> what to measure. fp32 masters with 8 bits of state leave room for activations, so nothing is recomputed.
+TRAINING = {
+    "7b": Training("codellama-7b", None, 4096, 2, 4, fields=MASTERS),
+    "7b, documents of 512": Training("codellama-7b", None, 4096, 2, 4, 512, MASTERS),
+    "7b, rows of 16384": Training("codellama-7b", None, 16384, 1, 2, fields=MASTERS),
+    "34b width": Training("codellama-34b", 10, 4096, 2, 4, fields=MASTERS),
+    "34b width, rows of 16384": Training("codellama-34b", 10, 16384, 1, 2, fields={**MASTERS}),
+    "34b whole": Training("codellama-34b", None, 4096, 2, 1, fields=IN_BACKWARD),
+}
+
+
+def main() -> None:
+    """Measures one thing and prints its rows as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("limits")
+    what.add_parser("attention")
+    training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
+    training.add_argument("case", choices=TRAINING)
+    training.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+    device = devices.pick_device()
+    if args.what == "train":
+        rows = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]
+    else:
+        rows = {"limits": limits, "attention": attention}[args.what](device)
+    for row in rows:
+        print(json.dumps({"what": args.what, "device": devices.device_name(device), **row}))
+
+
+def limits(device: torch.device) -> list[dict[str, Any]]:
+    """The rate of a large bf16 product of random numbers, and of a large copy."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << 32, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return [
+        {"limit": "bf16 product, 8192 cubed, FLOP/s", "rate": 2 * 8192**3 / seconds_of(lambda: a @ b, device)},
+        {"limit": "copy, bytes read and written a second",
+         "rate": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)},
+    ]  # fmt: skip
+
+
+def attention(device: torch.device) -> list[dict[str, Any]]:
+    """FLOP/s of the causal half that each kernel reaches."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from puna.model.attention import Documents, attend
+
+    def of_backend(backend: SDPBackend) -> Callable[..., torch.Tensor]:
+        def attend_(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        return attend_
+
+    def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, Documents.of(np.arange(q.shape[1])[None] // 512, device))
+
+    rows = []
+    for heads, kv_heads in ((32, 32), (64, 8)):
+        for length in (4096, 16384):
+            kernels = {"flash": of_backend(SDPBackend.FLASH_ATTENTION), "cudnn": of_backend(SDPBackend.CUDNN_ATTENTION),
+                       "attend": attend, "attend, documents of 512": packed}  # fmt: skip
+            q, k, v = (
+                torch.randn(1, length, n, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+                for n in (heads, kv_heads, kv_heads)
+            )
+            slope = torch.randn_like(q)
+            for name, kernel in kernels.items():
+                seen = 512 if "documents" in name else length
+                forward = 2 * heads * 128 * length * seen
+                row: dict[str, Any] = {"kernel": name, "heads": f"{heads}/{kv_heads}", "length": length}
+                try:
+                    with torch.no_grad():
+                        row["forward_flops"] = forward / seconds_of(lambda: kernel(q, k, v), device)  # noqa: B023
+                    both = seconds_of(lambda: torch.autograd.grad(kernel(q, k, v), (q, k, v), slope), device)  # noqa: B023
+                    row["forward_backward_flops"] = 3.5 * forward / both
+                except RuntimeError as error:
+                    row["error"] = str(error).splitlines()[0]
+                rows.append(row)
+    return rows
+
+
+def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
+    """Tokens a second, MFU in both conventions, and the memory against the plan's."""
+    config = preset(case.model)
+    config = replace(config, num_hidden_layers=case.layers or config.num_hidden_layers)
+    recipe = _recipe(case)
+    layout = Layout.of(recipe, config, 1)
+    started = time.perf_counter()
+    model = _model(recipe, config, layout, device)
+    optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=0)
+    gradients = gradients_of(
+        optimizer,
+        in_backward=recipe.optimizer.in_backward,
+        is_clipped=recipe.optimizer.max_grad_norm is not None,
+        micro_batches=case.micro_batches,
+    )
+    batch = _batch(case, config.vocab_size)
+    torch.accelerator.synchronize(device)
+    seconds, losses = [time.perf_counter() - started], []
+    for update in range(1, steps + 3):  # two to compile and to settle
+        started = time.perf_counter()
+        result = train_step(model, gradients, batch, update=update, lr=1e-5, micro_batch_rows=case.rows,
+                            max_grad_norm=recipe.optimizer.max_grad_norm)  # fmt: skip
+        torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        losses.append(result.loss)
+    step = statistics.median(seconds[3:])
+    tokens = batch.tokens.size
+    peak = devices.peak_flops(device, torch.bfloat16)
+    seen = case.document or case.length
+    flops = {name: flops_per_token(config, seen, convention=name) * tokens / step for name in ("full", "causal")}
+    plan = memory(Case(recipe, config, layout, weights_of(recipe, config)), with_runtime=False)
+    return {
+        "layers": config.num_hidden_layers,
+        "recipe": {"sequence_length": case.length, "micro_batch_rows": case.rows, **case.fields},
+        "tokens_per_second": tokens / step,
+        "flops_per_second": flops,
+        "mfu": {name: rate / peak for name, rate in flops.items()} if peak else None,
+        "memory_gib": torch.accelerator.max_memory_allocated(device) / 2**30,
+        "planned_gib": plan.gib,
+        "planned_moment": plan.moment,
+        "seconds": seconds,
+        "losses": losses,
+    }
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, *, least: float = 0.3) -> float:
+    """Median seconds of a call, over some calls that together take `least` seconds or more."""
+    found: list[float] = []
+    for _ in range(3):
+        work()
+    while sum(found) < least or len(found) < 5:
+        torch.accelerator.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.accelerator.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _recipe(case: Training) -> Recipe:
+    return load_recipe(
+        {
+            "model": case.model,
+            "data": {"train": "random"},
+            "sequence_length": case.length,
+            "run_dir": "unused",
+            "steps": 1,
+            "batch_tokens": case.length * case.rows * case.micro_batches,
+            "micro_batch_rows": case.rows,
+            "compile": True,
+            **case.fields,
+        }
+    )
+
+
+def _model(recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device) -> DistributedModel:
+    """A model as a run makes it, with weights drawn on the device."""
+    prepare = partial(prepare_layers, recompute=recipe.recompute, is_compiled=True)
+    model = DistributedModel.build(
+        config, Ranks(layout, None, None, None), recipe.parallel, device, prepare=prepare,
+        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32, compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.weights.values():
+            weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    return model
+
+
+def _batch(case: Training, vocab_size: int) -> Batch:
+    generator = np.random.default_rng(0)
+
+    def row() -> Row:
+        tokens = generator.integers(3, vocab_size, case.length, dtype=np.int32)
+        places = np.arange(case.length, dtype=np.int32)
+        length = case.document or case.length
+        ends = places % length == length - 1
+        return Row(tokens, np.where(ends, IGNORE, np.roll(tokens, -1)), places // length, places % length)
+
+    return stack(row() for _ in range(case.rows * case.micro_batches))
+
+
+if __name__ == "__main__":
+    main()

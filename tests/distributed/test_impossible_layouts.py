@@ -1,0 +1,50 @@
+"""A layout that cannot be is refused before anything starts, with the values that would do."""
+
+from typing import Any
+
+import pytest
+
+from puna.config import load_recipe
+from puna.errors import UsageError
+from puna.model.config import preset
+from puna.parallel.layout import Layout
+
+
+def _layout(devices: int, changes: dict[str, Any]) -> Layout:
+    fields = {"model": "codellama-34b", "data": {"train": "data"}, "run_dir": "run", "sequence_length": 4096,
+              "batch_tokens": 8 * 4096, "steps": 1}  # fmt: skip
+    recipe = load_recipe({**fields, **changes})
+    return Layout.of(recipe, preset(recipe.model), devices)
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes", "message"),
+    [
+        (16, {"parallel": {"tp": 16}}, r"tp=16 must divide the 8 key/value heads; use one of \[1, 2, 4, 8\]"),
+        (6, {"parallel": {"tp": 4}}, r"6"),
+        (8, {"parallel": {"tp": 2}, "compile": True}, r"tp > 1 does not work with compile=true"),
+        (3, {"parallel": {"dp_shard": 3}}, r"8 rows of a batch cannot be shared by dp_replicate x dp_shard = 3"),
+        (2, {"micro_batch_rows": 8}, r"micro_batch_rows=8 must divide the 4 rows of a rank .*use one of \[1, 2, 4\]"),
+        (64, {"parallel": {"pp": 64, "dp_shard": 1}}, r"48"),
+        (16, {"parallel": {"pp": 16, "dp_shard": 1}}, r"8 micro-batches cannot fill a pipeline of parallel.pp=16"),
+        (2, {"parallel": {"cp": 2}, "sequence_length": 4094, "batch_tokens": 8 * 4094}, r"use 4092 or 4096"),
+        (
+            2,
+            {"parallel": {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}, "recompute": "block"},
+            r"cannot recompute; use interleaved, or recompute=none",
+        ),
+        (
+            2,
+            {"parallel": {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}, "compile": True},
+            r"zero-bubble does not work with compile=true",
+        ),
+        (2, {"parallel": {"pp": 2, "schedule": "1f1b", "stages_per_rank": 2}}, r"needs stages_per_rank of 1"),
+    ],
+)
+def test_an_impossible_layout_is_refused_with_a_way_out(devices: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _layout(devices, changes)
+
+
+def test_a_possible_layout_says_what_it_is() -> None:
+    assert str(_layout(16, {"parallel": {"pp": 2, "tp": 8}})) == "pp 2 x tp 8"

@@ -14,53 +14,104 @@ from puna.evaluate import benchmarks
 @app.command()
 def evaluate(
     benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of: {', '.join(benchmarks.names())}.")],
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, or a hub id.")
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]…", help="Folders in Hugging Face layout, or hub ids.")
     ] = None,
     samples: Annotated[
-        Path | None, typer.Option(help="humaneval: completions instead of a model, as JSON lines.")
+        Path | None, typer.Option(help="Instead of a model: answers, as JSON lines of OpenAI's or EvalPlus' form.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="humaneval: HumanEval.jsonl.gz.")] = None,
-    output: Annotated[Path | None, typer.Option(help="humaneval: write the model's completions, as samples.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="completion: a folder of code, or a prepared one.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The benchmark's official file.  [in the folder PUNA_DATA]")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which of its files, e.g. sanitized, multi-line, cpp.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for answers, verdicts, result and report.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="greedy (pass@1), or sample (T 0.8, top-p 0.95, n 200).  [greedy]")
+    ] = None,
+    samples_per_task: Annotated[
+        int | None, typer.Option("-n", help="Answers a task, other than the protocol's.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Ask in this chat layout: a name, or a folder that ships one.")
+    ] = None,
+    order: Annotated[str | None, typer.Option(help="Of infilling prompts: psm or spm.  [psm]")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="A folder of code that the model has not seen, or a prepared one.")
+    ] = None,
     cases: Annotated[int | None, typer.Option(min=1, help="completion: how many lines are asked for.  [200]")] = None,
     max_documents: Annotated[int | None, typer.Option(min=1, help="completion: most documents.  [200]")] = None,
-    seed: Annotated[int | None, typer.Option(help="completion: of the choice of documents and lines.  [0]")] = None,
-    details: Annotated[Path | None, typer.Option(help="Write every verdict or line, as JSON lines.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a completion.  [512, a line 64]")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.  [8, lines 16]")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="humaneval: judgements at once.  [one a core]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is drawn.  [0]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Judgements at once.  [one a core]")] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on HumanEval (its code runs in a sandbox), or on files it has not seen."""
+    """Score models, or answers that were made before, on a benchmark; programs run in a sandbox."""
     from puna.evaluate import evaluate as score
 
     options = {
         "samples": samples,
         "data": data,
-        "output": output,
+        "variant": variant,
+        "protocol": protocol,
+        "samples_per_task": samples_per_task,
+        "template": template,
+        "order": order,
         "corpus": corpus,
         "cases": cases,
         "max_documents": max_documents,
         "seed": seed,
-        "details": details,
         "max_tokens": max_tokens,
         "batch": batch,
         "workers": workers,
     }
-    result = score(benchmark, model, dtype=dtype, device=device, **options)
+    results = []
+    several = len(models or []) > 1
+    for model in models or [""]:
+        folder = output / _folder_name(model) if several and output is not None else output
+        results.append(score(benchmark, model or None, dtype=dtype, device=device, output=folder, **options))
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(results[0] if len(results) == 1 else {"benchmark": benchmark, "results": results}))
+    elif len(results) == 1:
+        for name, value in results[0].items():
+            if name != "paper":
+                print(f"{name:<16} {_shown(value)}")
+        _print_paper(results[0])
     else:
-        for name, value in result.items():
-            print(f"{name:<16} {_shown(value)}")
+        _print_table(results)
+
+
+def _print_paper(result: dict[str, Any]) -> None:
+    from puna.evaluate.paper import paper_name
+
+    own = paper_name(result.get("model", ""))
+    for model, figures in result.get("paper", {}).items():
+        if own is None or model == own:
+            print(f"paper, {model:<12} {_shown(figures)}")
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    """One line a model, one column a score; where the paper has the model, its figure in brackets."""
+    from puna.evaluate.paper import paper_name
+
+    scores = [name for name, value in results[0].items() if isinstance(value, float)]
+    width = max(len(result["model"]) for result in results)
+    print(" " * width, *(f"{name:>18}" for name in scores))
+    for result in results:
+        figures = result.get("paper", {}).get(paper_name(result["model"]), {})
+        cells = [f"{result[name]:.4f}" + (f" ({figures[name]:.3f})" if name in figures else "") for name in scores]
+        print(f"{result['model']:<{width}}", *(f"{cell:>18}" for cell in cells))
+
+
+def _folder_name(model: str) -> str:
+    return model.strip("/").replace("/", "_")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -31,8 +31,8 @@ def evaluate(
         tokenizer: the model's; that of its folder by default.
         dtype: of the weights of a model that is loaded; as stored by default.
         device: where a model that is loaded goes; an accelerator by default, if there is one.
-        options: the benchmark's own: `samples`, `data`, `output`, `details` … for humaneval, `corpus`, `cases` … for
-            completion; None leaves one at its default.
+        options: the benchmark's own: `samples`, `data`, `output`, `protocol` … where programs are judged, `corpus`,
+            `cases` … for completion; None leaves one at its default.
 
     Returns:
         The result, e.g. `{"benchmark": "humaneval", "pass@1": 0.335, "tasks": 164, …}`; JSON can spell it.

@@ -1,41 +1,113 @@
-"""Texts completed by a model, for benchmarks: greedy, in batches, whatever the length of the prompts."""
+r"""What a benchmark asks of a model, and what answers: a model's plain loop, seeded sample by sample.
 
-from typing import Any
+Ask("def f(x):\n")                                  to be continued
+Ask("def f(x):\n", suffix="    return y\n")         to be filled in between
+Ask("def f(x):\n", question="Complete …")           to be answered, by a model with a chat template
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt.
+
+    Attributes:
+        prefix: what the answer continues.
+        suffix: what follows the gap that the answer fills; None: nothing is to be filled in.
+        question: what a model with a chat template is asked instead; None: the prefix.
+    """
+
+    prefix: str
+    suffix: str | None = None
+    question: str | None = None
+
+
+class Completes(Protocol):
+    """Whatever gives each ask an answer; each answer has a seed of its own, so batches change nothing."""
+
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+        """The answers, in the order of the asks."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How answers are chosen: a protocol's numbers."""
+
+    temperature: float
+    top_p: float
+    samples: int
+
+
+#: Protocol -> how. The second is that of the Code Llama paper (arXiv:2308.12950), appendix C, for pass@10 and pass@100.
+PROTOCOLS = {
+    "greedy": How(temperature=0.0, top_p=1.0, samples=1),
+    "sample": How(temperature=0.8, top_p=0.95, samples=200),
+}
 
 
 class Completer:
-    """Completes texts; where a prompt is longer than the model's context allows, its beginning is cut off.
+    """Answers by a model; where a prompt is longer than its context allows, the beginning is cut off.
 
     Args:
         model: to complete with.
         tokenizer: the model's.
-        max_tokens: most tokens of a completion.
-        stop: a completion ends before the first of these.
+        max_tokens: most tokens of an answer.
+        stop: an answer that continues or fills in ends before the first of these.
         batch_rows: prompts that are completed together.
+        how: greedy by default.
+        template: a chat template's name, or a folder that ships one: questions are asked in its layout.
+        order: of an infilling prompt.
 
     Attributes:
         cut_prompts: how many prompts were cut so far.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int, stop: tuple[str, ...], batch_rows: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        batch_rows: int,
+        how: How = PROTOCOLS["greedy"],
+        template: str | None = None,
+        order: Literal["psm", "spm"] = "psm",
+    ) -> None:
         from puna.generate import Sampling
+        from puna.prompts import chat_template
 
         context = model.config.max_position_embeddings
-        self.model, self.tokenizer, self.batch_rows = model, tokenizer, batch_rows
-        self.sampling = Sampling(max_tokens=max_tokens, stop=stop)
+        self.model, self.tokenizer, self.batch_rows, self.order = model, tokenizer, batch_rows, order
+        self.template = None if template is None else chat_template(template)
+        self.sampling = Sampling(temperature=how.temperature, top_p=how.top_p, max_tokens=max_tokens, stop=stop)
+        if self.template is not None:
+            stops = self.template.stops(tokenizer)
+            self.sampling = replace(self.sampling, stop=self.template.stop_strings, stop_ids=stops)
         self.longest_prompt = max(1, context - max_tokens, context // 2)
         self.cut_prompts = 0
 
-    def __call__(self, prompts: list[str]) -> list[str]:
-        """The completions of texts."""
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None) -> list[str]:
+        """The answers."""
         from puna.generate import complete
 
-        tokens = [self._encoded(prompt) for prompt in prompts]
-        completions = complete(self.model, self.tokenizer, tokens, self.sampling, batch_rows=self.batch_rows)
+        tokens = [self._encoded(ask) for ask in asks]
+        samplings = [replace(self.sampling, seed=seed) for seed in seeds or [0] * len(asks)]
+        completions = complete(self.model, self.tokenizer, tokens, samplings, batch_rows=self.batch_rows)
         return [completion.text for completion in completions]
 
-    def _encoded(self, prompt: str) -> list[int]:
-        first, *tokens = self.tokenizer.encode(prompt, bos=True)
+    def _encoded(self, ask: Ask) -> list[int]:
+        from puna.prompts import infill_prompt
+
+        if self.template is not None:
+            question = ask.prefix if ask.question is None else ask.question
+            return self.template.encode(self.tokenizer, [{"role": "user", "content": question}]).tokens
+        if ask.suffix is not None:
+            return infill_prompt(self.tokenizer, ask.prefix, ask.suffix, order=self.order)
+        first, *tokens = self.tokenizer.encode(ask.prefix, bos=True)
         room = self.longest_prompt - 1
         if len(tokens) <= room:
             return [first, *tokens]

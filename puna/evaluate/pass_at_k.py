@@ -3,10 +3,16 @@
 Source: Evaluating Large Language Models Trained on Code (arXiv:2107.03374), section 2.1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 #: The k that results are given for, as far as there are samples enough.
 KS = (1, 10, 100)
+
+#: Sets of tasks that an interval is made of, and the share of them that it holds.
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -34,6 +40,30 @@ def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
     Returns:
         `{"pass@1": …, "pass@10": …}`.
     """
+    return {name: sum(values) / len(values) for name, values in _by_task(tasks).items()}
+
+
+def intervals(tasks: Iterable[tuple[int, int]], seed: int = 0) -> dict[str, list[float]]:
+    """Between which values each of `scores` would lie for 95 of 100 sets of such tasks: bootstrap over tasks.
+
+    Tasks are drawn with replacement; what is drawn depends on their number and `seed` alone.
+
+    Returns:
+        `{"pass@1": [low, high], …}`.
+    """
+    return {name: bootstrap(values, seed) for name, values in _by_task(tasks).items()}
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> list[float]:
+    """The percentile interval [low, high] of the mean of values, one a task."""
+    count = len(values)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    means = drawn @ np.asarray(values, dtype=float) / count
+    tail = (1 - CONFIDENCE) / 2
+    return [float(value) for value in np.quantile(means, (tail, 1 - tail))]
+
+
+def _by_task(tasks: Iterable[tuple[int, int]]) -> dict[str, list[float]]:
     counts = list(tasks)
     fewest = min((samples for samples, _ in counts), default=0)
-    return {f"pass@{k}": sum(pass_at_k(*task, k) for task in counts) / len(counts) for k in KS if k <= fewest}
+    return {f"pass@{k}": [pass_at_k(*task, k) for task in counts] for k in KS if k <= fewest}

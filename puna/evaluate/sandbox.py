@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self, cast
@@ -111,13 +111,15 @@ class Job:
     """An untrusted program and the trusted test of its function `entry_point`.
 
     `setup` runs first, on the test's side: the definitions that the test uses. In `test`, the name `entry_point` is
-    a function that asks the program. Whatever the two draw from `random` is the same each time.
+    a function that asks the program, and each of `classes` makes an object that stays with the program: the test holds
+    a handle, whose attributes it may read and set. Whatever the two draw from `random` is the same each time.
     """
 
     program: str
     entry_point: str
     test: str
     setup: str = ""
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ class Judgement:
     verdict: str
     detail: str
     seconds: float
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a busy machine may be the reason, so that it does not count before a second time, alone."""
+        return self.verdict in ("timeout", "sandbox")
 
 
 class Sandbox:
@@ -167,13 +174,17 @@ class Sandbox:
 
     def judge(self, job: Job) -> Judgement:
         """Runs one job, once."""
-        return self._threads.submit(self._judge, job).result()
+        return self.submit(job).result()
+
+    def submit(self, job: Job) -> Future[Judgement]:
+        """Has one job run, once, by and by."""
+        return self._threads.submit(self._judge, job)
 
     def judge_all(
         self, jobs: Sequence[Job], *, done: Callable[[Judgement], object] = lambda _: None
     ) -> list[Judgement]:
         """Runs all jobs, several at once; what timed out, or failed for the sandbox, is run once more, alone."""
-        futures = [self._threads.submit(self._judge, job) for job in jobs]
+        futures = [self.submit(job) for job in jobs]
         judgements = []
         try:
             for future in futures:
@@ -183,7 +194,7 @@ class Sandbox:
             for future in futures:
                 future.cancel()
         for i, judgement in enumerate(judgements):
-            if judgement.verdict in ("timeout", "sandbox"):
+            if judgement.is_doubtful:
                 judgements[i] = self.judge(jobs[i])
         return judgements
 
@@ -279,7 +290,7 @@ class _Tester:
     def test(self, job: Job, answers: IO[bytes], ask: IO[bytes], verdict: IO[bytes]) -> None:
         """Starts a test, which speaks its verdict when it ends."""
         with open(os.memfd_create("task"), "w+b", buffering=0) as task:
-            task.write(encode([job.program, job.entry_point, job.setup, job.test]))
+            task.write(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
             task.seek(0)
             socket.send_fds(self._channel, [b"t"], [file.fileno() for file in (task, answers, ask, verdict)])
 

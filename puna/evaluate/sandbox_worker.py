@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from functools import partial
 
 TYPE_CHECKING = False  # typing's own would have to be imported
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def hold(pipe: Pipe) -> None:
-    """Executes the program that comes first, then calls its function for every question that follows."""
+    """Executes the program that comes first, then does for every question that follows what it asks."""
     pipe.send(encode(["hello"]))
     program, entry_point = decode(pipe.receive())
     module = sys.modules["candidate"] = type(sys)("candidate")
@@ -76,20 +77,74 @@ def hold(pipe: Pipe) -> None:
         pipe.send(_raised(error))
         return
     pipe.send(encode(["ready"]))
+    made: list[Any] = []  # the objects of which the test holds handles
     while True:
-        pipe.send(_answer(function, *decode(pipe.receive())))
+        match decode(pipe.receive()):
+            case ["call", arguments, keywords]:
+                pipe.send(_answer(function, _with_objects(arguments, made), _with_objects(keywords, made)))
+            case ["make", name, arguments, keywords]:
+                given = _with_objects(arguments, made), _with_objects(keywords, made)
+                pipe.send(_handle(partial(_new, module.__dict__, name, *given), made))
+            case ["get", Handle(number), name]:
+                pipe.send(_handle(partial(getattr, made[number], name), made))
+            case ["set", Handle(number), name, value]:
+                pipe.send(_answer(setattr, (made[number], name, _with_objects(value, made)), {}))
+
+
+def _new(names: dict[str, Any], name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return names[name](*arguments, **keywords)
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-    before = [encode(argument) if isinstance(argument, MUTABLE) else None for argument in arguments]
+    try:
+        before = [encode(argument) if isinstance(argument, MUTABLE) else None for argument in arguments]
+    except NotDataError:  # objects of the program's own: the test reads them through their handles
+        before = [None] * len(arguments)
     try:
         result = function(*arguments, **keywords)
         changed = [[i, arguments[i]] for i, old in enumerate(before) if old is not None and encode(arguments[i]) != old]
         return encode(["answer", result, changed])
     except NotDataError as error:
-        return encode(["not data", str(error)])
+        return _not_data(result, str(error))
     except BaseException as error:
         return _raised(error)
+
+
+def _not_data(result: Any, what: str) -> bytes:
+    try:
+        return encode(["not data", what, bool(result)])
+    except BaseException as error:
+        return _raised(error)
+
+
+def _handle(make: Callable[[], Any], made: list[Any]) -> bytes:
+    """What `make` gives: as data if it is data, else kept here and answered by its number."""
+    try:
+        value = make()
+        try:
+            return encode(["answer", value, []])
+        except NotDataError:
+            made.append(value)
+            return encode(["answer", Handle(len(made) - 1), []])
+    except BaseException as error:
+        return _raised(error)
+
+
+def _with_objects(value: Any, made: list[Any]) -> Any:
+    """Arguments in which each handle is the object again; where there are none, they are what they were."""
+    if not made:
+        return value
+    if isinstance(value, Handle):
+        return made[value.number]
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            value[i] = _with_objects(item, made)
+    elif isinstance(value, tuple):
+        return tuple(_with_objects(item, made) for item in value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _with_objects(item, made)
+    return value
 
 
 def _raised(error: BaseException) -> bytes:
@@ -156,7 +211,7 @@ def test(task: bytes, pipe: Pipe, verdicts: int) -> NoReturn:
 
 
 def _test(task: bytes, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
-    program, entry_point, setup, questions = decode(task)
+    program, entry_point, classes, setup, questions = decode(task)
     proxy = Proxy(pipe, entry_point, report)
     namespace: dict[str, Any] = {"__name__": "test"}
     _seed_random(questions)
@@ -164,6 +219,8 @@ def _test(task: bytes, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
     code = compile(questions, "<test>", "exec")
     proxy.start(program)
     namespace[entry_point] = proxy.call
+    for name in classes:
+        namespace[name] = proxy.maker(name)
     try:
         exec(code, namespace)
     except MemoryError as error:
@@ -195,17 +252,42 @@ class Proxy:
 
     def call(self, *arguments: Any, **keywords: Any) -> Any:
         """Calls the function over there: gives its answer, changes the arguments it changed, raises what it raised."""
+        result, changes = self._result(["call", arguments, keywords])
+        if isinstance(result, Handle):
+            self.report("error", "the program answered out of turn")
+        for change in changes:
+            self._change(arguments, change)
+        return result
+
+    def maker(self, name: str) -> Callable[..., Any]:
+        """A function that makes an object of the class `name` over there, and gives an `Object` that stands for it."""
+
+        def make(*arguments: Any, **keywords: Any) -> Any:
+            return self._object(self._result(["make", name, arguments, keywords])[0])
+
+        return make
+
+    def get(self, handle: Handle, name: str) -> Any:
+        """An attribute of an object over there."""
+        return self._object(self._result(["get", handle, name])[0])
+
+    def set(self, handle: Handle, name: str, value: Any) -> None:
+        """Sets an attribute of an object over there."""
+        self._result(["set", handle, name, value])
+
+    def _object(self, value: Any) -> Any:
+        return Object(self, value) if isinstance(value, Handle) else value
+
+    def _result(self, question: list[Any]) -> tuple[Any, list[Any]]:
         try:
-            question = encode([arguments, keywords])
+            asked = encode(question)
         except NotDataError as error:
             self.report("sandbox", f"the test passes {error} to {self.name}")
-        match self._ask(question):
+        match self._ask(asked):
             case ["answer", result, list() as changes]:
-                for change in changes:
-                    self._change(arguments, change)
-                return result
-            case ["not data", str() as what]:
-                self.report("wrong", f"{self.name} returned {what}")
+                return result, changes
+            case ["not data", str() as what, bool() as truth]:
+                return Opaque(self, f"{self.name} returned {what}", truth), []
             case ["raised", str() as kind, str() as message]:
                 self.raised = _rebuilt_exception(kind, message)
                 raise self.raised
@@ -239,6 +321,52 @@ class Proxy:
                     old.update(new)
                 return
         self.report("error", "the program answered out of turn")
+
+
+class Handle:
+    """The number of an object that stays with the program."""
+
+    __match_args__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Opaque:
+    """Stands in the test for a value that is not plain data, of which it may learn no more than whether it is true."""
+
+    def __init__(self, proxy: Proxy, what: str, truth: bool) -> None:
+        for name, value in (("_proxy", proxy), ("_what", what), ("_truth", truth)):
+            object.__setattr__(self, name, value)
+
+    def __bool__(self) -> bool:
+        return self._truth
+
+    def _refuse(self, *_: object) -> NoReturn:
+        report: Callable[..., NoReturn] = self._proxy.report
+        report("wrong", self._what)
+
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __getitem__ = __contains__ = __call__ = _refuse
+    __hash__ = __int__ = __float__ = __index__ = __abs__ = __add__ = __radd__ = __sub__ = __rsub__ = __str__ = (
+        __repr__
+    ) = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse()
+
+
+class Object(Opaque):
+    """Stands in the test for an object that it had the program make: passed on, read and set, never compared."""
+
+    def __init__(self, proxy: Proxy, handle: Handle) -> None:
+        super().__init__(proxy, "the test compares an object of the program's own", True)
+        object.__setattr__(self, "_handle", handle)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._proxy.get(self._handle, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._proxy.set(self._handle, name, value)
 
 
 class CandidateError(Exception):
@@ -347,6 +475,9 @@ SCALARS: dict[bytes, tuple[type, Callable[[Any], bytes], Callable[[bytes], Any]]
 #: Letter -> value, for the values there is only one of.
 CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": ...}
 
+#: Types that may themselves be passed, by their place here.
+TYPES = (int, float, str, bool, list, tuple, dict, set)
+
 #: Letter of a standard library number -> its type, and how it is spelled; built from the spelling by the type itself.
 NUMBERS = {b"D": ("decimal", "Decimal"), b"Q": ("fractions", "Fraction")}
 
@@ -376,11 +507,19 @@ def _encode(value: Any, out: list[bytes], depth: int) -> None:
             text = spelled(value)
             out.append(b"%b%d:%b" % (letter, len(text), text))
             return
+    if isinstance(value, type) and any(value is kind for kind in TYPES):
+        out.append(b"t1:%d" % TYPES.index(value))
+        return
     for letter, (module, name) in NUMBERS.items():
         if type(value).__name__ == name and type(value).__module__ == module:
             text = str(value).encode()
             out.append(b"%b%d:%b" % (letter, len(text), text))
             return
+    if isinstance(value, Object | Handle):
+        handle = value._handle if isinstance(value, Object) else value
+        text = b"%d" % handle.number
+        out.append(b"h%d:%b" % (len(text), text))
+        return
     items: list[Any]
     if isinstance(value, range):
         letter, items = b"r", [value.start, value.stop, value.step]
@@ -424,6 +563,10 @@ def _decode(message: bytes, start: int, depth: int) -> tuple[Any, int]:
     if letter in SCALARS or letter in NUMBERS:
         text, end = message[start : start + size], start + size
         return (SCALARS[letter][2](text) if letter in SCALARS else _number(letter, text.decode())), end
+    if letter == b"t":
+        return TYPES[int(message[start : start + size])], start + size
+    if letter == b"h":
+        return Handle(int(message[start : start + size])), start + size
     items = []
     for _ in range(size):
         item, start = _decode(message, start, depth - 1)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import pytest
 
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
-from puna.evaluate.benchmarks.humaneval import STOPS, Sample, Task, cut, job, read_samples, read_tasks
-from puna.evaluate.sandbox import Sandbox
+from puna.evaluate.answers import cut
+from puna.evaluate.benchmarks.humaneval import STOPS, HumanEval
+from puna.evaluate.completing import Ask
+from puna.evaluate.programs import Task
+from puna.evaluate.samples import Sample, read_samples
+from puna.evaluate.sandbox import Job, Sandbox
+
+BENCHMARK = HumanEval()
+
+
+def job(task: Task, completion: str) -> Job:
+    return BENCHMARK.job(task, Sample(task.task_id, completion))
+
 
 #: Two tasks in the official file's form; the second test uses a function of the prompt.
 TASKS = [
@@ -57,10 +69,10 @@ def test_all_canonical_solutions_pass(shared: Path, bubblewrap: str, tmp_path: P
         "humaneval",
         samples=write_lines(tmp_path / "samples.jsonl", samples),
         data=shared / "data/humaneval/HumanEval.jsonl.gz",
-        details=tmp_path / "details.jsonl",
+        output=tmp_path / "run",
     )
-    records = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
-    failed = [record for record in records if not record["passed"]]
+    records = [json.loads(line) for line in (tmp_path / "run/details.jsonl").read_text().splitlines()]
+    failed = [record for record in records if record["verdict"] != "passed"]
     assert failed == []
     assert (result["tasks"], result["samples"], result["verdicts"]["passed"], result["pass@1"]) == (164, 164, 164, 1.0)
     assert "pass@10" not in result
@@ -68,7 +80,7 @@ def test_all_canonical_solutions_pass(shared: Path, bubblewrap: str, tmp_path: P
 
 
 def test_no_wrong_solution_passes(shared: Path, sandbox: Sandbox) -> None:
-    tasks = read_tasks(shared / "data/humaneval/HumanEval.jsonl.gz")
+    tasks = BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz")
     judgements = sandbox.judge_all([job(task, "    return 'wrong'\n") for task in tasks.values()])
     assert [judgement.verdict for judgement in judgements] == ["wrong"] * 164
 
@@ -105,12 +117,13 @@ CHEATS = {
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_cheats_that_pass_in_process_tests_fail(shared: Path, sandbox: Sandbox, cheat: str) -> None:
-    tasks = list(read_tasks(shared / "data/humaneval/HumanEval.jsonl.gz").values())[::8]
+    tasks = list(BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz").values())[::8]
     judgements = sandbox.judge_all([job(task, CHEATS[cheat]) for task in tasks])
     assert {judgement.verdict for judgement in judgements} == {"wrong" if cheat == "always equal" else "error"}
     if cheat == "always equal":  # where test and program share a process, it does pass
         space: dict[str, Any] = {}
-        exec(f"{tasks[0].prompt}{CHEATS[cheat]}\n{tasks[0].test}\ncheck({tasks[0].entry_point})", space)
+        task = tasks[0]
+        exec(f"{task['prompt']}{CHEATS[cheat]}\n{task['test']}\ncheck({task['entry_point']})", space)
 
 
 # ---- small ones
@@ -124,8 +137,8 @@ def test_samples_are_scored_and_the_result_says_how(data: Path, bubblewrap: str,
         {"task_id": "Tiny/1", "completion": "    return (\n"},
     ]
     lines += [{"task_id": "Tiny/1", "completion": right["Tiny/1"], "extra": 1}]
-    details = tmp_path / "details.jsonl"
-    result = evaluate("humaneval", samples=write_lines(tmp_path / "s.jsonl", lines), data=data, details=details)
+    samples = write_lines(tmp_path / "s.jsonl", lines)
+    result = evaluate("humaneval", samples=samples, data=data, output=tmp_path / "run")
     assert json.loads(json.dumps(result)) == result
     assert result["benchmark"] == "humaneval"
     assert result["pass@1"] == pytest.approx((3 / 4 + 1 / 2) / 2)
@@ -136,7 +149,7 @@ def test_samples_are_scored_and_the_result_says_how(data: Path, bubblewrap: str,
         "error": 1,
     }
     assert re.match(r"bubblewrap \d\S*, all namespaces, uid [1-9]\d*, Python 3", result["sandbox"])
-    records = [json.loads(line) for line in details.read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run/details.jsonl").read_text().splitlines()]
     assert [record["verdict"] for record in records] == ["passed"] * 3 + ["wrong", "error", "passed"]
     assert "assert candidate(2) == 4" in records[3]["detail"]
     assert "SyntaxError" in records[4]["detail"]
@@ -148,19 +161,20 @@ def test_a_model_completes_the_prompts_as_they_are_and_is_cut_at_the_stop_string
     asked: list[list[str]] = []
     known = {task["prompt"]: task["canonical_solution"] for task in TASKS}
 
-    def complete(prompts: list[str]) -> list[str]:
-        asked.append(prompts)
-        return [known[prompt] + "\nprint('more' +\n" for prompt in prompts]
+    def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+        asked.append([ask.prefix for ask in asks])
+        return [known[ask.prefix] + "\nprint('more' +\n" for ask in asks]
 
-    output = tmp_path / "samples.jsonl"
+    output = tmp_path / "run"
     result = evaluate("humaneval", complete=complete, data=data, output=output, batch=1)
     assert result["pass@1"] == 1.0
     assert sorted(map(len, asked)) == [1, 1]
-    again = evaluate("humaneval", samples=output, data=data)
-    assert again["verdicts"] == result["verdicts"]
-    assert [json.loads(line) for line in output.read_text().splitlines()] == [
-        {"task_id": task["task_id"], "completion": task["canonical_solution"]} for task in TASKS
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["task_id"], sample["completion"]) for sample in samples] == [
+        (task["task_id"], task["canonical_solution"]) for task in TASKS
     ]
+    again = evaluate("humaneval", samples=output / "samples.jsonl", data=data)
+    assert again["verdicts"] == result["verdicts"]
 
 
 def test_a_model_in_memory_is_scored(data: Path, bubblewrap: str, tmp_path: Path) -> None:
@@ -174,9 +188,9 @@ def test_a_model_in_memory_is_scored(data: Path, bubblewrap: str, tmp_path: Path
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_completion_ends_before_every_stop_string(stop: str) -> None:
-    assert cut(f"    return 1{stop} and more") == "    return 1"
-    assert cut("    return 1\n    if x:\n        # y\n") == "    return 1\n    if x:\n        # y\n"
-    assert cut(f"a{stop}b\nclass") == "a"
+    assert cut(f"    return 1{stop} and more", STOPS) == "    return 1"
+    assert cut("    return 1\n    if x:\n        # y\n", STOPS) == "    return 1\n    if x:\n        # y\n"
+    assert cut(f"a{stop}b\nclass", STOPS) == "a"
 
 
 # ---- bad input
@@ -186,9 +200,9 @@ def test_a_completion_ends_before_every_stop_string(stop: str) -> None:
     ("line", "message"),
     [
         ("{", r"s.jsonl, line 2: not JSON"),
-        ("[1]", r"s.jsonl, line 2: no text under task_id, completion"),
-        ('{"task_id": "Tiny/0"}', r"s.jsonl, line 2: no text under completion"),
-        ('{"task_id": "Tiny/0", "completion": ["x"]}', r"s.jsonl, line 2: no text under completion"),
+        ("[1]", r"s.jsonl, line 2: nothing usable under task_id"),
+        ('{"task_id": "Tiny/0"}', r"s.jsonl, line 2: no text under completion or solution"),
+        ('{"task_id": "Tiny/0", "completion": ["x"]}', r"s.jsonl, line 2: no text under completion or solution"),
         ('{"task_id": "Tiny/9", "completion": "x"}', r"s.jsonl, line 2: there is no task 'Tiny/9'"),
         ("", r"s.jsonl has no sample for 1 of 2 tasks, Tiny/1 among them"),
     ],
@@ -196,26 +210,26 @@ def test_a_completion_ends_before_every_stop_string(stop: str) -> None:
 def test_a_bad_line_of_samples_is_named(line: str, message: str, data: Path, tmp_path: Path) -> None:
     samples = write_lines(tmp_path / "s.jsonl", [{"task_id": "Tiny/0", "completion": "x"}, line])
     with pytest.raises(PunaError, match=message):
-        read_samples(samples, read_tasks(data))
+        read_samples(samples, BENCHMARK.read(data))
 
 
 def test_a_damaged_or_missing_file_is_named(data: Path, tmp_path: Path) -> None:
     cut_off = tmp_path / "cut.jsonl.gz"
     cut_off.write_bytes(data.read_bytes()[:-20])
     with pytest.raises(PunaError, match=r"cut.jsonl.gz is damaged or cut off"):
-        read_tasks(cut_off)
+        BENCHMARK.read(cut_off)
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     with pytest.raises(PunaError, match=r"plain.jsonl.gz is damaged"):
-        read_tasks(tmp_path / "plain.jsonl.gz")
+        BENCHMARK.read(tmp_path / "plain.jsonl.gz")
     with pytest.raises(PunaError, match=r"none.jsonl does not exist"):
-        read_samples(tmp_path / "none.jsonl", read_tasks(data))
+        read_samples(tmp_path / "none.jsonl", BENCHMARK.read(data))
     with pytest.raises(PunaError, match=r"holds no tasks"):
-        read_tasks(write_lines(tmp_path / "empty.jsonl", []))
+        evaluate("humaneval", samples="s.jsonl", data=write_lines(tmp_path / "empty.jsonl", []))
 
 
 def test_samples_are_read_in_their_order(data: Path, tmp_path: Path) -> None:
     lines = [{"task_id": f"Tiny/{i % 2}", "completion": str(i)} for i in range(4)]
-    found = read_samples(write_lines(tmp_path / "s.jsonl", lines), read_tasks(data))
+    found = read_samples(write_lines(tmp_path / "s.jsonl", lines), BENCHMARK.read(data))
     assert found == [Sample(f"Tiny/{i % 2}", str(i)) for i in range(4)]
 
 
@@ -231,9 +245,10 @@ def test_without_the_data_file_the_message_says_where_it_is(monkeypatch: pytest.
 
 
 def test_either_a_model_or_samples_are_scored(data: Path, tmp_path: Path) -> None:
-    for given in ({}, {"samples": "s.jsonl", "complete": lambda prompts: prompts}):
+    given: dict[str, Any]
+    for given in ({}, {"samples": "s.jsonl", "complete": lambda asks, seeds: []}):
         with pytest.raises(UsageError, match="either a model or a file of samples"):
-            evaluate("humaneval", data=data, **given)  # type: ignore[arg-type]
+            evaluate("humaneval", data=data, **given)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +261,8 @@ def test_either_a_model_or_samples_are_scored(data: Path, tmp_path: Path) -> Non
     ],
 )
 def test_a_prompt_that_ends_anywhere_gives_the_test_its_helpers(opening: str) -> None:
-    task = Task("x/0", f"def helper():\n    return 7\n\n\ndef f(items):\n{opening}", "f", "def check(f): pass")
+    prompt = f"def helper():\n    return 7\n\n\ndef f(items):\n{opening}"
+    task = Task("x/0", {"prompt": prompt, "entry_point": "f", "test": "def check(f): pass"})
     names: dict[str, Any] = {}
     exec(job(task, "    pass\n").setup, names)
     assert names["helper"]() == 7

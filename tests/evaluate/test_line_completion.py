@@ -27,6 +27,7 @@ from puna.evaluate.benchmarks.completion import (
     read_documents,
     windows,
 )
+from puna.evaluate.completing import Ask
 from puna.testing import tiny_model, write_tiny_model
 
 CODE = "import os\n\n\ndef place():\n    return os.getcwd()\n\n\nprint(place())\n"
@@ -248,7 +249,8 @@ def test_lines_are_the_models_own_and_compared_stripped(
         def __init__(self, *_: object, stop: tuple[str, ...], **__: object) -> None:
             assert stop == ("\n",)
 
-        def __call__(self, prompts: list[str]) -> list[str]:
+        def __call__(self, asks: list[Ask]) -> list[str]:
+            prompts = [ask.prefix for ask in asks]
             return [
                 said["import" if prompt.endswith("():\n") and "place1" in prompt else "other"] for prompt in prompts
             ]

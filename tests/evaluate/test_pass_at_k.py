@@ -1,11 +1,11 @@
 """pass@k against counting subsets."""
 
 from itertools import combinations
-from math import comb
+from math import comb, sqrt
 
 import pytest
 
-from puna.evaluate.pass_at_k import pass_at_k, scores
+from puna.evaluate.pass_at_k import bootstrap, intervals, pass_at_k, scores
 
 
 @pytest.mark.parametrize("samples", range(1, 9))
@@ -36,3 +36,20 @@ def test_a_k_is_given_only_where_every_task_has_samples_enough() -> None:
     assert scores([(10, 1), (10, 0)]) == {"pass@1": pytest.approx(0.05), "pass@10": pytest.approx(0.5)}
     assert list(scores([(100, 3)])) == ["pass@1", "pass@10", "pass@100"]
     assert scores([]) == {}
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial_distribution() -> None:
+    low, high = bootstrap([1.0] * 77 + [0.0] * 87)
+    half = 1.96 * sqrt(77 * 87 / 164**3)
+    assert (low, high) == pytest.approx((77 / 164 - half, 77 / 164 + half), abs=0.01)
+
+
+def test_intervals_hold_their_scores_are_narrower_with_more_tasks_and_are_the_same_every_time() -> None:
+    tasks = [(10, passed % 11) for passed in range(40)]
+    few, many = intervals(tasks), intervals(tasks * 9)
+    assert few == intervals(tasks)
+    assert list(few) == list(scores(tasks)) == ["pass@1", "pass@10"]
+    for name, score in scores(tasks).items():
+        assert few[name][0] < many[name][0] < score < many[name][1] < few[name][1]
+    assert intervals([(1, 1)] * 5) == {"pass@1": [1.0, 1.0]}
+    assert intervals([]) == {}

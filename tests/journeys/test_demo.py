@@ -13,7 +13,7 @@ from puna.demo import Size, demo, stages
 from puna.demo.library import PIECE_CHARACTERS, pieces
 from puna.demo.story import FILE, Story, command
 from puna.errors import PunaError
-from puna.evaluate.benchmarks.humaneval import read_tasks
+from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.files import read_json
 
 SMALL = {"sequence_length": 512, "batch_tokens": 1024, "micro_batch_rows": 2, "steps": 4, "schedule.warmup_steps": 1}
@@ -138,12 +138,12 @@ def test_the_problems_are_solved_by_their_solutions() -> None:
         line["task_id"]: line["canonical_solution"]
         for line in map(json.loads, stages.PROBLEMS.read_text(encoding="utf-8").splitlines())
     }
-    tasks = read_tasks(stages.PROBLEMS)
+    tasks = HumanEval().read(stages.PROBLEMS)
     assert len(tasks) == 12
     for task in tasks.values():
         names: dict[str, Any] = {}
-        exec(task.prompt + solutions[task.task_id] + task.test, names)  # our own code
-        names["check"](names[task.entry_point])
+        exec(task["prompt"] + solutions[task.task_id] + task["test"], names)  # our own code
+        names["check"](names[task["entry_point"]])
 
 
 def test_the_code_in_the_dialogs_is_python() -> None:

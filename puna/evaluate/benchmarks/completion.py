@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import PunaError, UsageError
-from puna.evaluate.completing import Completer
+from puna.evaluate.completing import Ask, Completer
 from puna.files import file_aside
 from puna.progress import Progress
 
@@ -273,7 +273,7 @@ def _completed(chosen: list[Case], complete: Completer, batch: int) -> list[str]
     with Progress("completing", len(chosen), "lines") as progress:
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
-            for i, text in zip(some, complete([chosen[i].prompt for i in some]), strict=True):
+            for i, text in zip(some, complete([Ask(chosen[i].prompt) for i in some]), strict=True):
                 lines[i] = text.split("\n")[0]
             progress.advance(len(some))
     return lines

@@ -1,0 +1,76 @@
+"""HumanEval infilling: a line, several lines or a random span of a solution, to be written between the rest.
+
+    prompt        def add(x, y): …docstring…            what stands before the gap
+    completion        z = x + y                         up to EOT; of a single line, its first line alone
+    suffix            return z
+    test          as HumanEval's
+
+The program is prompt + completion + suffix. A prompt of the random span may end inside a word.
+
+Source: Efficient Training of Language Models to Fill in the Middle (arXiv:2207.14255);
+https://github.com/openai/human-eval-infilling; Code Llama (arXiv:2308.12950), Table 14 (greedy, psm and spm).
+"""
+
+from pathlib import Path
+
+from puna.evaluate.completing import Ask
+from puna.evaluate.paper import table
+from puna.evaluate.programs import Programs, Task
+from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.sandbox import Job
+
+#: Variant -> file.
+FILES = {
+    "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
+    "multi-line": "HumanEval-MultiLineInfilling.jsonl.gz",
+    "random-span": "HumanEval-RandomSpanInfilling.jsonl.gz",
+    "random-span-light": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
+}
+
+#: Table 14, the released models: pass@1 in either order.
+COLUMNS = "pass@1-psm pass@1-spm"
+FIGURES = {
+    "single-line": table(COLUMNS, {"7B": "74.1 83.3", "13B": "75.9 85.6"}),
+    "multi-line": table(COLUMNS, {"7B": "48.2 50.8", "13B": "51.0 56.1"}),
+    "random-span": table(COLUMNS, {"7B": "59.7 39.0", "13B": "63.6 41.9"}),
+}
+
+
+class Infilling(Programs):
+    """See the module."""
+
+    name = "infilling"
+    files = FILES
+    where = "https://github.com/openai/human-eval-infilling has it (data/)"
+    max_tokens = 256
+    figures = FIGURES
+
+    def read(self, path: Path) -> dict[str, Task]:
+        """The tasks of an official file; see `Programs`."""
+        fields = {
+            "task_id": str, "prompt": str, "suffix": str, "canonical_solution": str, "entry_point": str, "test": str
+        }  # fmt: skip
+        return {line["task_id"]: Task(line["task_id"], line) for _, line in read_lines(path, fields)}
+
+    def ask(self, task: Task) -> Ask:
+        """The gap."""
+        return Ask(task["prompt"], suffix=task["suffix"])
+
+    def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
+        """What fills the gap; where a line is missing, the first one, with its end."""
+        if task.task_id.startswith("SingleLine"):
+            text = text.lstrip("\n").split("\n")[0] + "\n"
+        return Sample(task.task_id, text)
+
+    def job(self, task: Task, sample: Sample) -> Job:
+        """See `Programs`; the reference solution's helpers serve the test, its function does not."""
+        middle = sample.text if sample.is_whole else f"{task['prompt']}{sample.text}{task['suffix']}"
+        return Job(
+            program=middle,
+            entry_point=task["entry_point"],
+            setup=f"{task['prompt']}{task['canonical_solution']}{task['suffix']}",
+            test=f"{task['test']}\n\ncheck({task['entry_point']})\n",
+        )
+
+
+evaluate = Infilling().evaluate

@@ -1,0 +1,366 @@
+"""Benchmarks whose answers are programs: tasks or samples in, verdicts and pass@k out.
+
+A benchmark is a subclass of `Programs` that says what its tasks ask, where an answer ends and how it is judged; the
+rest is here, the same for all. Generation and judging overlap, and what an `output` folder holds is not done again:
+
+    tasks ──▶ Ask ──Completer──▶ Sample ──▶ samples.jsonl
+                    in batches      │
+                                    └─▶ Job ──Sandbox──▶ Judgement ──▶ verdicts.jsonl ──▶ pass@k ──▶ result.json
+                                             at the same time
+"""
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from puna.errors import PunaError, UsageError
+from puna.evaluate.answers import code_of, cut
+from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
+from puna.evaluate.paper import Figures
+from puna.evaluate.pass_at_k import intervals, scores
+from puna.evaluate.samples import Log, Sample, data_file, read_samples
+from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox
+from puna.files import file_aside, read_json, sha256_of, write_json
+from puna.progress import Progress, say
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its id, and its fields in the official file."""
+
+    task_id: str
+    fields: Mapping[str, Any]
+
+    def __getitem__(self, field: str) -> Any:
+        return self.fields[field]
+
+
+class Programs(ABC):
+    """A benchmark whose answers are programs.
+
+    Attributes:
+        name: of the benchmark.
+        files: variant -> what the authors call its data file; the first is the default.
+        where: where the authors keep the files.
+        stops: an answer that continues a prompt ends before the first of these.
+        max_tokens: most tokens of an answer.
+        limits: what one judgement may use.
+        figures: variant -> the paper's figures.
+    """
+
+    name: str
+    files: Mapping[str, str]
+    where: str
+    stops: tuple[str, ...] = ()
+    max_tokens: int = 512
+    limits: Limits = Limits()
+    figures: Mapping[str, Figures] = {}
+
+    @abstractmethod
+    def read(self, path: Path) -> dict[str, Task]:
+        """The tasks of an official file, by their ids.
+
+        Raises:
+            PunaError: the file is missing, cut off, or not what it should be; the message names file and line.
+        """
+
+    @abstractmethod
+    def ask(self, task: Task) -> Ask:
+        """What a model is asked."""
+
+    @abstractmethod
+    def job(self, task: Task, sample: Sample) -> Job:
+        """A sample as the sandbox takes it."""
+
+    def function(self, task: Task) -> str:
+        """The name of the function that a task asks for."""
+        name: str = task["entry_point"]
+        return name
+
+    def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
+        """What a model wrote, as a sample: cut at the stops, or taken out of an answer in chat."""
+        code = code_of(text, self.function(task)) if is_chat else None
+        return Sample(task.task_id, cut(text, self.stops)) if code is None else Sample(task.task_id, code, True)
+
+    def variant(self, path: Path) -> str:
+        """Which of `files` a file is, by its name; the first if it is none."""
+        return next((variant for variant, name in self.files.items() if path.name == name), next(iter(self.files)))
+
+    def evaluate(
+        self,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        samples: Path | str | None = None,
+        data: Path | str | None = None,
+        variant: str | None = None,
+        output: Path | str | None = None,
+        protocol: str = "greedy",
+        samples_per_task: int | None = None,
+        seed: int = 0,
+        template: str | None = None,
+        order: Literal["psm", "spm"] = "psm",
+        batch: int = 8,
+        max_tokens: int | None = None,
+        workers: int | None = None,
+        complete: Completes | None = None,
+    ) -> dict[str, Any]:
+        """Share of the tasks whose tests pass.
+
+        Args:
+            model: writes the answers, with `tokenizer`.
+            tokenizer: the model's.
+            samples: instead of a model, a file of samples; any number a task, at least one.
+            data: the official file, or the folder that holds it; by default the folder PUNA_DATA.
+            variant: which of the benchmark's files, where it has several.
+            output: a folder for samples, verdicts and result; a run that was killed goes on with what is there.
+            protocol: of `PROTOCOLS`.
+            samples_per_task: other than the protocol's.
+            seed: of the samples; each has random numbers of its own.
+            template: a chat template's name, or a folder that ships one: tasks are put as questions in its layout.
+            order: of infilling prompts.
+            batch: how many prompts the model completes at once.
+            max_tokens: an answer's greatest length, other than the benchmark's.
+            workers: how many judgements run at once; by default one a core.
+            complete: instead of a model, a function from asks and seeds to answers.
+
+        Returns:
+            `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
+            intervals are a bootstrap's over tasks, and hold 95 of 100.
+        """
+        if sum(given is not None for given in (model, samples, complete)) != 1:
+            raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
+        how = _how(protocol, samples_per_task)
+        path = data_file(self.name, data, self._file(variant), self.where)
+        tasks = self.read(path)
+        if not tasks:
+            raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
+        max_tokens = max_tokens or self.max_tokens
+        if model is not None:
+            complete = Completer(
+                model, tokenizer, max_tokens=max_tokens, stop=self.stops, batch_rows=batch,
+                how=how, template=template, order=order,
+            )  # fmt: skip
+        given = None if samples is None else read_samples(samples, tasks)
+        settings = {
+            "benchmark": self.name,
+            **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
+            "data": {"file": path.name, "sha256": sha256_of(path)},
+            "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
+            if samples is not None
+            else {"protocol": protocol, **vars(how), "max_tokens": max_tokens, "seed": seed, "template": template}
+            | ({"order": order} if self.ask(next(iter(tasks.values()))).suffix is not None else {}),
+        }
+        folder = None if output is None else _open_folder(Path(output), settings)
+        started = time.monotonic()
+        with ExitStack() as stack:
+            # Before the model works for hours: is there a sandbox?
+            sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
+            verdicts = stack.enter_context(Log(folder and folder / "verdicts.jsonl"))
+            judge = _Judge(self, tasks, sandbox, verdicts)
+            if given is None:
+                assert complete is not None
+                written = stack.enter_context(Log(folder and folder / "samples.jsonl"))
+                wanted = _Wanted(tasks, how.samples, seed)
+                given = wanted.samples(self, complete, written, judge, batch=batch, is_chat=template is not None)
+            generated = time.monotonic()
+            for sample in given:
+                judge.submit(sample)
+            judgements = judge.finish()
+            judged = time.monotonic()
+        result = {
+            **settings,
+            **_scored(given, judgements),
+            "paper": {model: dict(row) for model, row in self.figures.get(self.variant(path), {}).items()},
+            "sandbox": sandbox.mechanism,
+            "limits": vars(self.limits),
+            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
+            "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
+        }
+        if folder is not None:
+            _write_details(folder, given, judgements)
+            write_json(folder / "result.json", result)
+        return result
+
+    def _file(self, variant: str | None) -> str:
+        if variant is None:
+            return next(iter(self.files.values()))
+        if variant not in self.files:
+            known = ", ".join(name for name in self.files if name) or "none"
+            raise UsageError(f"{self.name} has no variant {variant!r}; it has {known}")
+        return self.files[variant]
+
+
+def _how(protocol: str, samples_per_task: int | None) -> How:
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    how = PROTOCOLS[protocol]
+    if samples_per_task is None:
+        return how
+    if samples_per_task < 1 or (how.temperature == 0 and samples_per_task > 1):
+        raise UsageError(
+            f"{samples_per_task} samples a task make no sense for the protocol {protocol!r}; "
+            "greedy gives one answer, however often it is asked"
+        )
+    return How(how.temperature, how.top_p, samples_per_task)
+
+
+# ---- answers
+
+
+class _Wanted:
+    """The answers that a model owes: `count` a task, each with a seed made of `seed`, the task and its number."""
+
+    def __init__(self, tasks: Mapping[str, Task], count: int, seed: int) -> None:
+        self.tasks, self.count, self.seed = tasks, count, seed
+
+    def samples(
+        self, benchmark: Programs, complete: Completes, log: Log, judge: "_Judge", *, batch: int, is_chat: bool
+    ) -> list[Sample]:
+        """All of them, in the order of the tasks; those of the log are not asked for again."""
+        found = {(line["task_id"], line["number"]): _sample_of(line) for line in log.lines}
+        asks = {task.task_id: benchmark.ask(task) for task in self.tasks.values()}
+        # Prompts of similar length go together, so that little is padded.
+        order = sorted(self.tasks, key=lambda task_id: len(asks[task_id].prefix))
+        every = [(task_id, number) for task_id in order for number in range(self.count)]
+        left = [one for one in every if one not in found]
+        for one in found:
+            judge.submit(found[one])
+        with Progress("completing", len(left), "answers") as progress:
+            for start in range(0, len(left), batch):
+                some = left[start : start + batch]
+                answers = complete([asks[task_id] for task_id, _ in some], [self._seed(*one) for one in some])
+                for one, answer in zip(some, answers, strict=True):
+                    found[one] = sample = benchmark.sample(self.tasks[one[0]], answer, is_chat=is_chat)
+                    said = {"answer": answer} if is_chat else {}
+                    log.append({**sample.record(), "number": one[1], **said})
+                    judge.submit(sample)
+                progress.advance(len(some))
+        return [found[task_id, number] for task_id in self.tasks for number in range(self.count)]
+
+    def _seed(self, task_id: str, number: int) -> int:
+        digest = hashlib.blake2b(f"{self.seed}\0{task_id}\0{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+def _sample_of(line: Mapping[str, Any]) -> Sample:
+    is_whole = "solution" in line
+    return Sample(line["task_id"], line["solution" if is_whole else "completion"], is_whole)
+
+
+# ---- verdicts
+
+
+class _Judge:
+    """Judges samples while others are still written; equal ones once, and those of the log not again."""
+
+    def __init__(self, benchmark: Programs, tasks: Mapping[str, Task], sandbox: Sandbox, log: Log) -> None:
+        self._benchmark, self._tasks, self._sandbox, self._log = benchmark, tasks, sandbox, log
+        self._known = {
+            (line["task_id"], line["answer"]): Judgement(line["verdict"], line["detail"], line["seconds"])
+            for line in log.lines
+        }
+        self._running: dict[Sample, Future[Judgement]] = {}
+        self._judged: dict[Sample, Judgement] = {}
+
+    def submit(self, sample: Sample) -> None:
+        """Has a sample judged, by and by."""
+        if sample in self._judged or sample in self._running:
+            return
+        if known := self._known.get((sample.task_id, _checksum(sample))):
+            self._judged[sample] = known
+            return
+        job = self._benchmark.job(self._tasks[sample.task_id], sample)
+        self._running[sample] = self._sandbox.submit(job)
+        self._collect(done_only=True)
+
+    def finish(self) -> dict[Sample, Judgement]:
+        """All judgements, once they are there; what timed out is judged again, alone."""
+        with Progress("judging", len(self._running), "samples") as progress:
+            self._collect(progress=progress)
+            for sample in [sample for sample, judgement in self._judged.items() if judgement.is_doubtful]:
+                if (sample.task_id, _checksum(sample)) not in self._known:
+                    self._keep(sample, self._sandbox.judge(self._benchmark.job(self._tasks[sample.task_id], sample)))
+        return self._judged
+
+    def _collect(self, *, done_only: bool = False, progress: Progress | None = None) -> None:
+        for sample, future in list(self._running.items()):
+            if done_only and not future.done():
+                return
+            judgement = future.result()
+            del self._running[sample]
+            if judgement.is_doubtful:
+                self._judged[sample] = judgement  # and not in the log: it does not count yet
+            else:
+                self._keep(sample, judgement)
+            if progress is not None:
+                progress.advance()
+
+    def _keep(self, sample: Sample, judgement: Judgement) -> None:
+        self._judged[sample] = judgement
+        self._log.append({"task_id": sample.task_id, "answer": _checksum(sample), **_verdict(judgement)})
+
+
+def _checksum(sample: Sample) -> str:
+    return hashlib.blake2b(
+        f"{sample.is_whole}\0{sample.text}".encode("utf-8", "surrogatepass"), digest_size=12
+    ).hexdigest()
+
+
+def _verdict(judgement: Judgement) -> dict[str, Any]:
+    return {"verdict": judgement.verdict, "detail": judgement.detail, "seconds": round(judgement.seconds, 3)}
+
+
+# ---- results
+
+
+def _scored(samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> dict[str, Any]:
+    passed: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        passed[sample.task_id].append(judgements[sample].verdict == "passed")
+    counts = [(len(verdicts), sum(verdicts)) for verdicts in passed.values()]
+    verdicts = Counter(judgements[sample].verdict for sample in samples)
+    if verdicts["sandbox"]:
+        first = next(judgement for judgement in judgements.values() if judgement.verdict == "sandbox")
+        say(f"{verdicts['sandbox']} samples count as failed though the sandbox is at fault; the first: {first.detail}")
+    return {
+        **scores(counts),
+        "intervals": intervals(counts),
+        "tasks": len(passed),
+        "samples": len(samples),
+        "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS},
+    }
+
+
+def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """The folder of a run; what is there must be of the same run.
+
+    Raises:
+        PunaError: it holds another run's answers.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        old = read_json(path)
+        if changed := [name for name in settings if settings[name] != old.get(name)]:
+            name = changed[0]
+            raise PunaError(
+                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {settings[name]}; "
+                "choose another folder"
+            )
+    else:
+        write_json(path, settings)
+    return folder
+
+
+def _write_details(folder: Path, samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> None:
+    with file_aside(folder / "details.jsonl", "w") as file:
+        for sample in samples:
+            file.write(json.dumps(sample.record() | _verdict(judgements[sample])) + "\n")

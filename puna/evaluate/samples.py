@@ -1,0 +1,170 @@
+"""Files of tasks, samples and verdicts: JSON lines, plain or gzipped, read strictly and appended to safely.
+
+tasks       what a benchmark's authors publish, found by `data_file`
+samples     {"task_id", "completion"}, OpenAI's: what follows the prompt
+            {"task_id", "solution"}, EvalPlus': the whole program
+Log         lines that a run appends while it works; a run that was killed goes on behind the last whole line
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from puna.errors import PunaError, UsageError
+from puna.files import file_aside
+
+#: Names the folder where official data files are looked for.
+FOLDER_VARIABLE = "PUNA_DATA"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to a task.
+
+    Attributes:
+        task_id: of the task.
+        text: what follows the prompt; or the whole program.
+        is_whole: whether `text` is the whole program.
+    """
+
+    task_id: str
+    text: str
+    is_whole: bool = False
+
+    def record(self) -> dict[str, str]:
+        """The sample as a line of a file."""
+        return {"task_id": self.task_id, "solution" if self.is_whole else "completion": self.text}
+
+
+def data_file(benchmark: str, data: Path | str | None, name: str, where: str) -> Path:
+    """The official file of a benchmark.
+
+    Args:
+        benchmark: its name, for the message.
+        data: the file, or a folder that holds it; None: the folder that PUNA_DATA names.
+        name: what the authors call the file.
+        where: where to get it.
+
+    Raises:
+        UsageError: neither `data` nor PUNA_DATA.
+        PunaError: there is no such file; the message says where to get it.
+    """
+    place = data if data is not None else os.environ.get(FOLDER_VARIABLE)
+    get = f"{where}; name the file with --data, or its folder with the environment variable {FOLDER_VARIABLE}"
+    if not place:
+        raise UsageError(f"{benchmark} needs its official data file {name}: {get}")
+    path = Path(place) / name if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise PunaError(f"{path} does not exist; {get}")
+    return path
+
+
+def read_samples(path: Path | str, task_ids: Collection[str]) -> list[Sample]:
+    """The samples of a file, every task having at least one.
+
+    Raises:
+        PunaError: a line is no sample or of no task (the message names it), or tasks have none.
+    """
+    samples = []
+    for number, line in read_lines(path, {"task_id": str}):
+        where = f"{path}, line {number}"
+        if line["task_id"] not in task_ids:
+            raise PunaError(f"{where}: there is no task {line['task_id']!r}; there is {next(iter(task_ids))!r} …")
+        samples.append(_sample(line, where))
+    missing = sorted(set(task_ids) - {sample.task_id for sample in samples})
+    if missing:
+        raise PunaError(
+            f"{path} has no sample for {len(missing)} of {len(task_ids)} tasks, {missing[0]} among them; "
+            "a score over some of the tasks would compare with no other"
+        )
+    return samples
+
+
+def _sample(line: dict[str, Any], where: str) -> Sample:
+    for name, is_whole in (("solution", True), ("completion", False)):
+        if isinstance(line.get(name), str):
+            return Sample(line["task_id"], line[name], is_whole)
+    raise PunaError(
+        f'{where}: no text under completion or solution; each line must be {{"task_id", "completion"}} '
+        '(what follows the prompt) or {"task_id", "solution"} (the whole program)'
+    )
+
+
+def read_lines(path: Path | str, fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file of lines, with their line numbers.
+
+    Args:
+        path: plain, or gzipped if its name ends in .gz.
+        fields: what each object must have, and of which type.
+
+    Raises:
+        PunaError: the file is missing or cut off, or a line is not such an object; the message names file and line.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    yield number, _line(text, fields, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise PunaError(f"{path} does not exist") from None
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise PunaError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+
+
+def _line(text: str, fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PunaError(f"{where}: not JSON ({error}); each line must be an object with {', '.join(fields)}") from None
+    is_object = isinstance(line, dict)
+    lacking = [name for name, kind in fields.items() if not is_object or not isinstance(line.get(name), kind)]
+    if lacking:
+        raise PunaError(
+            f"{where}: nothing usable under {', '.join(lacking)}; each line must be an object with {', '.join(fields)}"
+        )
+    return line
+
+
+class Log:
+    """A file of JSON lines that grows while work is done; what a kill cut off in its last line is dropped.
+
+    Args:
+        path: of the file; None keeps the lines nowhere.
+
+    Attributes:
+        lines: those that were there at the start.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.lines = _whole_lines(path) if path is not None and path.exists() else []
+        self._file = None
+        if path is not None:
+            with file_aside(path, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes a line at once."""
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise PunaError(f"{path} is damaged ({error}); remove it to make it again") from None

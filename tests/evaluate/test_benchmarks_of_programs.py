@@ -1,0 +1,242 @@
+"""MBPP, infilling and HumanEval+: canonical solutions pass, wrong ones do not, prompts are the papers'."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puna.errors import PunaError
+from puna.evaluate import evaluate
+from puna.evaluate.benchmarks import mbpp
+from puna.evaluate.benchmarks.humaneval_plus import HumanEvalPlus
+from puna.evaluate.benchmarks.infilling import Infilling
+from puna.evaluate.benchmarks.mbpp import MBPP
+from puna.evaluate.programs import Programs, Task
+from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.sandbox import Job, Sandbox
+
+FULL, SANITIZED = "data/mbpp/mbpp_open.jsonl", "data/mbpp/sanitized_mbpp_open.json"
+SINGLE_LINE = "data/infilling/HumanEval-SingleLineInfilling.jsonl.gz"
+LIGHT = "data/infilling/HumanEval-RandomSpanInfillingLight.jsonl.gz"
+
+
+def read(benchmark: Programs, path: Path) -> list[Task]:
+    return list((mbpp.read_all(path) if isinstance(benchmark, MBPP) else benchmark.read(path)).values())
+
+
+def canonical(benchmark: Programs, task: Task) -> Sample:
+    if isinstance(benchmark, MBPP):
+        return Sample(task.task_id, task["code"], is_whole=True)
+    return Sample(task.task_id, task["canonical_solution"])
+
+
+SETS = [(MBPP(), FULL, 724), (MBPP(), SANITIZED, 298), (Infilling(), SINGLE_LINE, 1033), (Infilling(), LIGHT, 164)]
+
+
+@pytest.mark.parametrize(("benchmark", "path", "count"), SETS)
+def test_one_canonical_solution_in_twelve_passes(
+    shared: Path, sandbox: Sandbox, benchmark: Programs, path: str, count: int
+) -> None:
+    tasks = read(benchmark, shared / path)
+    assert len(tasks) == count
+    jobs = [benchmark.job(task, canonical(benchmark, task)) for task in tasks[::12]]
+    assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": len(jobs)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("benchmark", "path", "count"), SETS)
+def test_every_canonical_solution_passes(
+    shared: Path, sandbox: Sandbox, benchmark: Programs, path: str, count: int
+) -> None:
+    jobs = [benchmark.job(task, canonical(benchmark, task)) for task in read(benchmark, shared / path)]
+    assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": count}
+
+
+@pytest.mark.parametrize("path", [FULL, SANITIZED])
+def test_no_function_without_an_answer_passes_mbpp(shared: Path, sandbox: Sandbox, path: str) -> None:
+    benchmark = MBPP()
+    tasks = read(benchmark, shared / path)[::10]
+    jobs = [
+        benchmark.job(task, Sample(task.task_id, f"def {benchmark.function(task)}(*_):\n    return '?'\n", True))
+        for task in tasks
+    ]
+    assert "passed" not in {judgement.verdict for judgement in sandbox.judge_all(jobs)}
+
+
+def test_the_lines_that_infilling_asks_for_are_needed(shared: Path, sandbox: Sandbox) -> None:
+    benchmark = Infilling()
+    tasks = read(benchmark, shared / SINGLE_LINE)[::30]
+    jobs = [benchmark.job(task, Sample(task.task_id, "    raise ValueError\n")) for task in tasks]
+    found = Counter(judgement.verdict for judgement in sandbox.judge_all(jobs))
+    assert found["passed"] <= 1  # a line or two of the set is not reached by any test
+    assert found["error"] > len(tasks) / 2
+
+
+# ---- MBPP
+
+
+def test_mbpp_is_asked_with_the_papers_three_examples_and_layout(shared: Path) -> None:
+    tasks = MBPP().read(shared / FULL)
+    assert list(tasks)[:1] == ["11"]
+    assert len(tasks) == 250  # of the 500 of the test set, those that this file has
+    prompt = MBPP().ask(tasks["11"]).prefix
+    assert prompt.count("You are an expert Python programmer, and here is your task: ") == 4
+    assert prompt.count("\n[DONE]\n\n") == 3
+    assert "\r" not in prompt
+    first, *_, last = prompt.split("[DONE]\n\n")
+    assert first.startswith(
+        "You are an expert Python programmer, and here is your task: Write a function to find the similar elements "
+        "from the given two tuple lists. Your code should pass these tests:\n\n"
+        "assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)\n"
+    )
+    assert "\n[BEGIN]\ndef similar_elements(test_tup1, test_tup2):\n" in first
+    assert last.endswith("\n[BEGIN]\n")
+    assert "Write a python function to remove first and last occurrence" in last
+
+
+def test_what_a_model_writes_for_mbpp_ends_before_done_and_is_a_whole_program(shared: Path) -> None:
+    task = MBPP().read(shared / FULL)["11"]
+    sample = MBPP().sample(task, "def remove_Occ(s, c):\n    return s\n[DONE]\n\nYou are", is_chat=False)
+    assert sample == Sample("11", "def remove_Occ(s, c):\n    return s\n", is_whole=True)
+    sample = MBPP().sample(task, "[PYTHON]\ndef remove_Occ(s, c):\n    return s\n[/PYTHON] So.", is_chat=True)
+    assert sample == Sample("11", "def remove_Occ(s, c):\n    return s\n", is_whole=True)
+
+
+def test_a_folder_named_once_serves_every_benchmark(
+    shared: Path, bubblewrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [line for _, line in read_lines(shared / FULL, {}) if line["task_id"] < 13]
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (tmp_path / "sanitized-mbpp.json").write_text(json.dumps([task | {"prompt": task["text"]} for task in tasks]))
+    samples = [{"task_id": str(task["task_id"]), "solution": task["code"]} for task in tasks if task["task_id"] > 10]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    monkeypatch.setenv("PUNA_DATA", str(tmp_path))
+    for variant in ("full", "sanitized"):
+        result = evaluate("mbpp", samples=tmp_path / "samples.jsonl", variant=variant)
+        assert (result["variant"], result["tasks"], result["pass@1"]) == (variant, 2, 1.0)
+    assert evaluate("mbpp", samples=tmp_path / "samples.jsonl")["paper"]["7B"]["pass@1"] == 0.414
+
+
+def test_a_damaged_file_of_mbpp_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('[{"task_id": 11}]')
+    with pytest.raises(PunaError, match=r"s.json is no sanitized MBPP: it must be a list of objects with task_id"):
+        MBPP().read(tmp_path / "s.json")
+
+
+# ---- objects of the program's own, as MBPP's tests use them
+
+NODES = """
+class Node:
+    def __init__(self, data): self.data, self.left = data, None
+    def __eq__(self, other): return True
+def depth(node): return 0 if node is None else 1 + depth(node.left)
+def found(node): return node if node.data else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "test", "verdict"),
+    [
+        ("depth", "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(3)\nassert depth(root) == 3", "passed"),
+        ("depth", "assert Node(7).data == 7\nassert depth(None) == 0", "passed"),
+        ("depth", "assert depth([Node(1)][0]) == 2", "wrong"),
+        ("depth", "assert Node(1) == Node(2)", "wrong"),
+        ("depth", "assert Node(1) == 1", "wrong"),
+        ("depth", "assert Node(1).nothing", "error"),
+        ("found", "assert found(Node(1))\nassert not found(Node(0))", "passed"),
+        ("found", "assert found(Node(1)) == 1", "wrong"),
+        ("found", "assert 1 == found(Node(1))", "wrong"),
+        ("found", "assert found(Node(1)) in [1, 2]", "wrong"),
+        ("found", "assert [1] == [found(Node(1))]", "wrong"),
+        ("found", "assert len(found(Node(1))) or True", "wrong"),
+        ("found", "assert isinstance(found(Node(1)), int)", "wrong"),
+    ],
+)
+def test_an_object_of_the_program_is_made_read_and_set_but_never_compared(
+    sandbox: Sandbox, function: str, test: str, verdict: str
+) -> None:
+    judgement = sandbox.judge(Job(NODES, function, test, classes=("Node",)))
+    assert judgement.verdict == verdict, judgement
+
+
+# ---- infilling
+
+
+def test_infilling_asks_for_the_gap_and_takes_one_line_where_one_is_missing(shared: Path) -> None:
+    benchmark = Infilling()
+    line = read(benchmark, shared / SINGLE_LINE)[0]
+    ask = benchmark.ask(line)
+    assert (ask.prefix, ask.suffix) == (line["prompt"], line["suffix"])
+    assert benchmark.sample(line, "    x = 1\n    y = 2\n", is_chat=False).text == "    x = 1\n"
+    span = read(benchmark, shared / LIGHT)[0]
+    assert benchmark.sample(span, "a\nb", is_chat=False).text == "a\nb"
+
+
+def test_infilling_prompts_are_laid_out_in_either_order(tiny_model_folder: Path) -> None:
+    import puna
+    from puna.evaluate.completing import Ask, Completer
+    from puna.prompts import infill_prompt
+
+    model, tokenizer = puna.load(tiny_model_folder)
+    for order in ("psm", "spm"):
+        completer = Completer(model, tokenizer, max_tokens=4, stop=(), batch_rows=1, order=order)
+        assert completer._encoded(Ask("a = 1\n", "b = 2\n")) == infill_prompt(
+            tokenizer, "a = 1\n", "b = 2\n", order=order
+        )
+
+
+# ---- HumanEval+
+
+
+def plus_task(**changes: Any) -> Task:
+    fields = {
+        "task_id": "HumanEval/0",
+        "prompt": "def mean(xs):\n",
+        "entry_point": "mean",
+        "canonical_solution": "    return sum(xs) / len(xs)\n",
+        "base_input": [[[1, 2]]],
+        "plus_input": [[[0.1, 0.2, 0.3]]],
+        "atol": 0,
+    }
+    return Task("HumanEval/0", fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("    return sum(xs) / len(xs)\n", "passed"),
+        ("    return sum(x / len(xs) for x in xs)\n", "passed"),  # not the same float, but close
+        ("    return 1.5\n", "wrong"),  # right for the base input alone
+        ("    xs.clear()\n    return 1.5\n", "wrong"),
+        ("    return [sum(xs) / len(xs)]\n", "wrong"),
+    ],
+)
+def test_humaneval_plus_compares_with_the_canonical_solution(sandbox: Sandbox, completion: str, verdict: str) -> None:
+    judgement = sandbox.judge(HumanEvalPlus().job(plus_task(), Sample("HumanEval/0", completion)))
+    assert judgement.verdict == verdict, judgement
+
+
+def test_humaneval_plus_asks_whether_a_root_is_one_and_is_exact_where_answers_are_not_floats(sandbox: Sandbox) -> None:
+    root = {
+        "prompt": "def find_zero(xs):\n",
+        "entry_point": "find_zero",
+        "canonical_solution": "    return -0.5\n",
+        "base_input": [[[1, 2]]],
+        "plus_input": {},
+        "atol": 1e-4,
+    }
+    for answer, verdict in (("-0.50001", "passed"), ("-0.6", "wrong")):
+        job = HumanEvalPlus().job(plus_task(**root), Sample("HumanEval/0", f"    return {answer}\n"))
+        assert sandbox.judge(job).verdict == verdict
+    whole = {"canonical_solution": "    return 10 ** 9\n"}
+    job = HumanEvalPlus().job(plus_task(**whole), Sample("HumanEval/0", "    return 10 ** 9 + 1\n"))
+    assert sandbox.judge(job).verdict == "wrong"
+
+
+def test_humaneval_plus_is_read_from_evalplus_file(bubblewrap: str, tmp_path: Path) -> None:
+    (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(dict(plus_task().fields)))
+    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": "HumanEval/0", "solution": "def mean(xs): return 1.5"}))
+    result = evaluate("humaneval_plus", samples=tmp_path / "s.jsonl", data=tmp_path / "HumanEvalPlus.jsonl")
+    assert (result["benchmark"], result["pass@1"]) == ("humaneval_plus", 0.0)

@@ -1,0 +1,180 @@
+"""What all benchmarks of programs share: protocols, seeds, going on after a kill, forms of samples."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puna.errors import PunaError, UsageError
+from puna.evaluate import evaluate
+from puna.evaluate.benchmarks import names
+from puna.evaluate.completing import PROTOCOLS, Ask, Completer
+from puna.evaluate.paper import paper_name, table
+from puna.testing import ScriptedModel
+
+TASKS = [
+    {
+        "task_id": f"Tiny/{i}",
+        "prompt": f"def f{i}(x):\n",
+        "entry_point": f"f{i}",
+        "test": f"def check(candidate):\n    assert candidate(2) == {i}\n",
+    }
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    return path
+
+
+class Answers:
+    """Answers task i with `return SEED % 4`, and is killed before the batch number `killed_at`."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.killed_at, self.batches = killed_at, 0
+
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+        if self.batches == self.killed_at:
+            raise KeyboardInterrupt
+        self.batches += 1
+        self.asked += [ask.prefix for ask in asks]
+        return [f"    return {seed % 4}\n" for seed in seeds]
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_answers_and_verdicts(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": data, "protocol": "sample", "samples_per_task": 5, "batch": 3}
+    whole = evaluate("humaneval", complete=Answers(), output=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("humaneval", complete=Answers(killed_at=3), output=tmp_path / "killed", **options)
+    samples = tmp_path / "killed/samples.jsonl"
+    assert len(samples.read_text().splitlines()) == 9
+    samples.write_text(samples.read_text()[:-20])  # the last line was being written
+    rest = Answers()
+    again = evaluate("humaneval", complete=rest, output=tmp_path / "killed", **options)
+    assert len(rest.asked) == 20 - 8
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert (tmp_path / "killed/details.jsonl").read_text().count("\n") == 20
+    done = Answers()
+    assert evaluate("humaneval", complete=done, output=tmp_path / "killed", **options)["pass@1"] == whole["pass@1"]
+    assert done.asked == []
+
+
+def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_path: Path) -> None:
+    evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run")
+    with pytest.raises(PunaError, match=r"run holds answers of another run: its answers is .*'seed': 0.*'seed': 1"):
+        evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run", seed=1)
+
+
+def test_each_answer_has_a_seed_of_its_own_that_depends_on_task_and_number_alone(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    def seeds(batch: int) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+
+        def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+            for ask, seed in zip(asks, seeds, strict=True):
+                found.setdefault(ask.prefix, []).append(seed)
+            return ["    return 1\n"] * len(asks)
+
+        evaluate("humaneval", complete=complete, data=data, protocol="sample", samples_per_task=3, batch=batch)
+        return found
+
+    first, second = seeds(1), seeds(5)
+    assert first == second
+    assert len({seed for some in first.values() for seed in some}) == 12
+
+
+def test_protocols_are_the_papers(tiny_model_folder: Path) -> None:
+    import puna
+
+    model, tokenizer = puna.load(tiny_model_folder)
+    sampling = Completer(model, tokenizer, max_tokens=8, stop=(), batch_rows=1, how=PROTOCOLS["sample"]).sampling
+    assert (sampling.temperature, sampling.top_p, PROTOCOLS["sample"].samples) == (0.8, 0.95, 200)
+    sampling = Completer(model, tokenizer, max_tokens=8, stop=(), batch_rows=1).sampling
+    assert (sampling.temperature, PROTOCOLS["greedy"].samples) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "beam"}, r"no protocol 'beam'; there are greedy, sample"),
+        ({"samples_per_task": 10}, r"10 samples a task make no sense for the protocol 'greedy'"),
+        ({"protocol": "sample", "samples_per_task": 0}, r"0 samples a task make no sense"),
+        ({"variant": "sanitized"}, r"humaneval has no variant 'sanitized'; it has none"),
+    ],
+)
+def test_a_wrong_protocol_is_refused(options: dict[str, Any], message: str, data: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate("humaneval", complete=Answers(), data=data, **options)
+
+
+def test_whole_programs_in_evalplus_form_are_judged(bubblewrap: str, data: Path, tmp_path: Path) -> None:
+    lines = [{"task_id": f"Tiny/{i}", "solution": f"def f{i}(x):\n    return {i}\n", "raw": "…"} for i in range(4)]
+    lines[3]["solution"] = "def other(x):\n    return 3\n"
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = evaluate("humaneval", samples=path, data=data)
+    assert (result["pass@1"], result["verdicts"]["error"]) == (0.75, 1)
+
+
+def test_an_instruct_model_is_asked_in_its_layout_and_its_code_taken_out_of_the_answer(
+    bubblewrap: str, data: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    import puna
+
+    _, tokenizer = puna.load(tiny_model_folder)
+    model = ScriptedModel([1], prompt_tokens=1)
+    completer = Completer(
+        model, tokenizer, max_tokens=8, stop=("\ndef",), batch_rows=1, template="codellama"
+    )  # fmt: skip
+    assert completer.sampling.stop == ()  # a chat answer may well hold "\ndef"
+    ids = completer._encoded(Ask("def f(x):\n", question="Write f."))
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("[INST] Write f. [/INST]", bos=True))
+
+    def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+        assert all("```python\ndef f" in (ask.question or "") for ask in asks)
+        numbers = [ask.prefix[5] for ask in asks]
+        return [f"Of course!\n```python\ndef f{i}(x):\n    return {i}\n```\nGood luck." for i in numbers]
+
+    result = evaluate("humaneval", complete=complete, data=data, template="codellama", output=tmp_path / "run")
+    assert result["pass@1"] == 1.0
+    line = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])
+    assert line["answer"].startswith("Of course!")
+    assert line["solution"].startswith("def f")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("codellama/CodeLlama-7b-hf", "7B"),
+        ("/models/CodeLlama-34b-Instruct-hf/", "Instruct 34B"),
+        ("codellama-70b-python", "Python 70B"),
+        ("runs/mine", None),
+        ("CodeLlama-7b-hf-ours", None),
+    ],
+)
+def test_published_models_are_known_by_name(model: str, name: str | None) -> None:
+    assert paper_name(model) == name
+
+
+def test_the_papers_figures_are_spelled_once_and_lie_between_0_and_1() -> None:
+    assert table("pass@1 pass@10", {"7B": "33.5 -"}) == {"7B": {"pass@1": 0.335}}
+    from puna.evaluate.benchmarks import find
+
+    figures = [
+        value
+        for name in names()
+        for rows in getattr(find(name), "FIGURES", {}).values()
+        for row in rows.values()
+        for value in row.values()
+    ]
+    assert len(figures) > 80
+    assert all(0 < value <= 1 for value in figures)

@@ -38,8 +38,9 @@ def evaluate(
     corpus: Annotated[
         Path | None, typer.Option(help="A folder of code that the model has not seen, or a prepared one.")
     ] = None,
-    cases: Annotated[int | None, typer.Option(min=1, help="completion: how many lines are asked for.  [200]")] = None,
-    max_documents: Annotated[int | None, typer.Option(min=1, help="completion: most documents.  [200]")] = None,
+    cases: Annotated[int | None, typer.Option(min=1, help="How many lines or keys are asked for.  [200, 64]")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="perplexity, key_retrieval: tokens of context.")] = None,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="Most documents of the corpus.  [200]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.  [0]")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
@@ -61,6 +62,7 @@ def evaluate(
         "order": order,
         "corpus": corpus,
         "cases": cases,
+        "length": length,
         "max_documents": max_documents,
         "seed": seed,
         "max_tokens": max_tokens,

@@ -18,16 +18,16 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import completion
 from puna.evaluate.benchmarks.completion import (
+    LONGEST_BLOCK,
     LONGEST_LINE,
+    choose_blocks,
     choose_cases,
-    choose_documents,
     edit_similarity,
     levenshtein,
-    negative_log_likelihood,
-    read_documents,
-    windows,
 )
 from puna.evaluate.completing import Ask
+from puna.evaluate.corpus import choose_documents, read_documents
+from puna.evaluate.likelihood import negative_log_likelihood, windows
 from puna.testing import tiny_model, write_tiny_model
 
 CODE = "import os\n\n\ndef place():\n    return os.getcwd()\n\n\nprint(place())\n"
@@ -105,7 +105,7 @@ def test_the_sum_over_windows_equals_a_slow_plain_formula() -> None:
 def test_logits_are_taken_in_chunks_without_changing_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model(), list(range(2, 40))
     whole = negative_log_likelihood(model, tokens, 100)
-    monkeypatch.setattr(completion, "CHUNK", 5)
+    monkeypatch.setattr("puna.evaluate.likelihood.CHUNK", 5)
     assert negative_log_likelihood(model, tokens, 100) == pytest.approx(whole, rel=1e-6)
 
 
@@ -152,6 +152,22 @@ def test_every_line_that_may_be_asked_for_comes_once_with_all_that_stands_before
     for case in cases:
         assert text.startswith(case.prompt)
         assert text[len(case.prompt) :].split("\n")[0].strip() == case.target
+
+
+def test_a_block_is_what_is_indented_deeper_than_the_line_before_it_in_whatever_language() -> None:
+    text = (
+        "if (x) {\n\ta();\n\n\tif (y) {\n\t\tb();\n\t}\n}\nelse\n  c();\n"
+    text += "for\n" + "  d();\n" * (LONGEST_BLOCK + 1)
+    )
+    cases = {case.line: case for case in choose_blocks([Document("a.c", "code", text)], seed=0)}
+    assert {line: case.target for line, case in cases.items()} == {
+        2: "\ta();\n\n\tif (y) {\n\t\tb();\n\t}",
+        5: "\t\tb();",
+        9: "  c();",
+    }
+    for case in cases.values():
+        assert text.startswith(case.prompt)
+        assert text[len(case.prompt) :].startswith(case.target)
 
 
 def test_the_first_lines_come_from_different_documents() -> None:
@@ -247,38 +263,45 @@ def test_lines_are_the_models_own_and_compared_stripped(
         cut_prompts = 0
 
         def __init__(self, *_: object, stop: tuple[str, ...], **__: object) -> None:
-            assert stop == ("\n",)
+            self.stop = stop
 
         def __call__(self, asks: list[Ask]) -> list[str]:
             prompts = [ask.prefix for ask in asks]
+            if self.stop != ("\n",):  # blocks
+                return ["    return os.getcwd()  \n\n\nprint()\n" if "place1" in p else "\tpass\n" for p in prompts]
             return [
                 said["import" if prompt.endswith("():\n") and "place1" in prompt else "other"] for prompt in prompts
             ]
 
     monkeypatch.setattr(completion, "Completer", Fake)
-    details = tmp_path / "details.jsonl"
-    result = evaluate("completion", model, tokenizer=tokenizer, corpus=corpus, cases=1000, batch=3, details=details)
-    records = [json.loads(line) for line in details.read_text().splitlines()]
+    result = evaluate("completion", model, tokenizer=tokenizer, corpus=corpus, cases=1000, batch=3, output=tmp_path)
+    every = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    records = [record for record in every if record["kind"] == "line"]
     assert len(records) == result["cases"] == 5 * 3
     assert [record["target"] for record in records if record["exact_match"]] == ["return os.getcwd()"]
     near = [record for record in records if record["target"] == "return os.getcwd()" and not record["exact_match"]]
     assert [record["edit_similarity"] for record in near] == [pytest.approx(1 - 2 / 18)] * 4
     assert result["exact_match"] == 1 / 15
     assert result["edit_similarity"] == pytest.approx(sum(record["edit_similarity"] for record in records) / 15)
+    blocks = [record for record in every if record["kind"] == "block"]
+    assert {record["target"] for record in blocks} == {"    return os.getcwd()"}
+    assert [record["completion"] for record in blocks if record["exact_match"]] == ["    return os.getcwd()"]
+    assert (result["blocks"], result["block_exact_match"]) == (5, 1 / 5)
+    assert result["intervals"]["block_exact_match"][0] < 1 / 5 < result["intervals"]["block_exact_match"][1]
 
 
 def test_scores_do_not_depend_on_the_batch_and_repeat(loaded: tuple[Any, Any], corpus: Path, tmp_path: Path) -> None:
     model, tokenizer = loaded
     results, lines = [], []
     for batch in (1, 4, 4):
-        details = tmp_path / f"{len(results)}.jsonl"
+        output = tmp_path / f"{len(results)}"
         result = evaluate(
-            "completion", model, tokenizer=tokenizer, corpus=corpus, cases=6, max_tokens=4, batch=batch, details=details
+            "completion", model, tokenizer=tokenizer, corpus=corpus, cases=6, max_tokens=4, batch=batch, output=output
         )
         assert json.loads(json.dumps(result)) == result
         result.pop("seconds")
         results.append(result)
-        lines.append(details.read_text())
+        lines.append((output / "cases.jsonl").read_text())
     assert results[0] == results[1] == results[2]
     assert lines[0] == lines[1] == lines[2]
 

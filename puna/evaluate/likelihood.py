@@ -1,0 +1,58 @@
+"""How surprised a model is by tokens: the sum over a document, or token by token.
+
+tokens     BOS a b c …        windows(length, window): every token but the first is asked for once, and sees
+at least half a window of what stands before it, where there is as much
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Positions whose logits are in memory at once.
+CHUNK = 512
+
+
+def negative_log_likelihood(model: Any, tokens: Sequence[int], window: int) -> float:
+    """Sum of -ln p(token | what stands before it) over all tokens but the first, which is only seen.
+
+    Args:
+        model: on any device.
+        tokens: BOS and the text.
+        window: most tokens that the model sees at once; see `windows`.
+    """
+    spans = windows(len(tokens), window)
+    return sum(float(losses(model, tokens[start:stop], first - start).sum()) for start, first, stop in spans)
+
+
+def losses(model: Any, tokens: Sequence[int], first: int = 1) -> "Tensor":
+    """-ln p of tokens[first:] with all that stands before each: (T - first,) fp32 on the CPU, from one pass."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    device = model.lm_head.weight.device
+    with torch.inference_mode():
+        hidden = model.hidden(torch.tensor([tokens[:-1]], device=device))[0, first - 1 :]
+        targets = torch.tensor(tokens[first:], device=device)
+        return torch.cat(
+            [
+                cross_entropy(model.lm_head(some).float(), theirs, reduction="none").cpu()
+                for some, theirs in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+            ]
+        )
+
+
+def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """Cuts a document for a model that sees `window` tokens at once, so that every token but the first is asked once.
+
+    Yields:
+        (start, first, stop): with tokens[start:stop - 1] before the model, tokens[first:stop] are asked for. The first
+        window asks for `window` tokens; the following ones see half a window of what was asked before.
+    """
+    first = 1
+    while first < length:
+        start = 0 if first == 1 else first - max(1, window // 2)
+        stop = min(length, start + window + 1)
+        yield start, first, stop
+        first = stop

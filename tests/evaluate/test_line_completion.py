@@ -155,10 +155,8 @@ def test_every_line_that_may_be_asked_for_comes_once_with_all_that_stands_before
 
 
 def test_a_block_is_what_is_indented_deeper_than_the_line_before_it_in_whatever_language() -> None:
-    text = (
-        "if (x) {\n\ta();\n\n\tif (y) {\n\t\tb();\n\t}\n}\nelse\n  c();\n"
+    text = "if (x) {\n\ta();\n\n\tif (y) {\n\t\tb();\n\t}\n}\nelse\n  c();\n"
     text += "for\n" + "  d();\n" * (LONGEST_BLOCK + 1)
-    )
     cases = {case.line: case for case in choose_blocks([Document("a.c", "code", text)], seed=0)}
     assert {line: case.target for line, case in cases.items()} == {
         2: "\ta();\n\n\tif (y) {\n\t\tb();\n\t}",

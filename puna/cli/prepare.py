@@ -10,6 +10,7 @@ import typer
 
 from puna.cli import app
 from puna.data import corpora
+from puna.errors import UsageError
 
 kinds = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kinds, name="prepare", help="Make token ids of code, text or dialogs, ready for training.")
@@ -20,6 +21,16 @@ _COMMON: list[tuple[str, Any, Any]] = [
     ("output", Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")], ...),
     ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
     ("workers", Annotated[int | None, typer.Option(help="Processes; as many as processors if not given.")], None),
+    (
+        "to",
+        Annotated[str | None, typer.Option(help="mindrecord: write rows for MindFormers too, DIR/train.mindrecord.")],
+        None,
+    ),
+    (
+        "sequence_length",
+        Annotated[int, typer.Option(help="MindFormers' seq_length, with --to mindrecord; rows are one longer.")],
+        4096,
+    ),
     ("json", Annotated[bool, typer.Option("--json", help="Print dataset.json on stdout.")], False),
 ]
 
@@ -30,8 +41,15 @@ def _command(kind: str) -> Callable[..., None]:
     def command(**arguments: Any) -> None:
         from puna.data.prepare import prepare
 
-        as_json = arguments.pop("json")
-        info = prepare(kind, arguments.pop("sources"), arguments.pop("output"), **arguments)
+        as_json, to, length = (arguments.pop(name) for name in ("json", "to", "sequence_length"))
+        output = arguments.pop("output")
+        if to not in (None, "mindrecord"):
+            raise UsageError(f"no format of rows is called {to!r}; there is mindrecord")
+        info = prepare(kind, arguments.pop("sources"), output, **arguments)
+        if to is not None:
+            from puna.data.mindrecord import write_prepared
+
+            write_prepared(output, output / "train.mindrecord", length)
         if as_json:
             typer.echo(json.dumps(info, ensure_ascii=False))
 

@@ -11,11 +11,15 @@ pieces of which files there are to read; it runs in the main process, so it does
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from puna.errors import PunaError
+
+if TYPE_CHECKING:  # the command line reads what kinds there are, without NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: {"role": "system" | "user" | "assistant", "content": str}
 Message = dict[str, str]
@@ -29,14 +33,16 @@ RECORD_BYTES = 32_000_000
 
 @dataclass(frozen=True)
 class Document:
-    """One text or one dialog.
+    """One text, one dialog, or tokens that another tool made of either.
 
     Attributes:
         id: names it within its source, whatever else is there: the held-out split and the infilling cuts depend on it.
         source: the name of the source, its folder or file.
-        text: the text, or None for a dialog.
-        messages: the dialog, or None for a text.
+        text: the text, or None.
+        messages: the dialog, or None.
         language: of a file of code, e.g. "python".
+        tokens: (length,) int32 ids, or None.
+        is_target: (length,) bool, which of the tokens are to be learnt; given with them.
     """
 
     id: str
@@ -44,6 +50,8 @@ class Document:
     text: str | None = None
     messages: list[Message] | None = None
     language: str | None = None
+    tokens: "NDArray[np.int32] | None" = field(default=None, compare=False)
+    is_target: "NDArray[np.bool_] | None" = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

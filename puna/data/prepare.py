@@ -53,7 +53,8 @@ def prepare(
     """Makes a prepared folder of documents as token ids; started again after it was stopped, it continues.
 
     Args:
-        kind: of the sources, a name from `puna.data.corpora`: "chat", "code", "jsonl", "text", "wikitext".
+        kind: of the sources, a name from `puna.data.corpora`: "chat", "code", "jsonl", "mindrecord", "text",
+            "wikitext".
         sources: files or folders.
         output: the folder to make.
         tokenizer: file or folder.
@@ -301,7 +302,7 @@ def _finish(job: _Job) -> dict[str, Any]:
     info = {part: _info(job, shards[part], sizes[part]) for part in PARTS if shards[part]}
     info["train"] |= {"left_out": dict(sorted(reasons.items())), "languages": dict(sorted(languages.items()))}
     if "held_out" in info:
-        info["held_out"]["fill"] = "whole-documents" if _has_dialogs(job) else "end-to-end"
+        info["held_out"]["fill"] = "whole-documents" if _has_dialogs(job, info["held_out"]) else "end-to-end"
         job.tokenizer.save(job.output / PARTS["held_out"] / "tokenizer")
         write_json(job.output / PARTS["held_out"] / DATASET_FILE, info["held_out"])
         info["train"]["held_out"] = {name: info["held_out"][name] for name in ("documents", "tokens", "bytes")}
@@ -312,7 +313,7 @@ def _finish(job: _Job) -> dict[str, Any]:
 
 def _info(job: _Job, shards: list[dict[str, Any]], size_bytes: int) -> dict[str, Any]:
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "targets")}
-    is_whole = _has_dialogs(job) or bool(job.options.get("fim_rate"))
+    is_whole = _has_dialogs(job, totals) or bool(job.options.get("fim_rate"))
     return {
         "format": FORMAT,
         "made_by": f"puna {puna.__version__}",
@@ -328,8 +329,9 @@ def _info(job: _Job, shards: list[dict[str, Any]], size_bytes: int) -> dict[str,
     }
 
 
-def _has_dialogs(job: _Job) -> bool:
-    return "template" in job.options
+def _has_dialogs(job: _Job, totals: dict[str, Any]) -> bool:
+    """Whether documents are questions and answers: made with a template, or with tokens that are not learnt."""
+    return "template" in job.options or totals["targets"] < totals["tokens"]
 
 
 def _left_out_line(info: dict[str, Any], output: Path) -> str:

@@ -131,6 +131,8 @@ class PrepareUnit:
         part = "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
         if document.messages is not None:
             return self._encoded_dialog(part, document)
+        if document.tokens is not None:
+            return self._checked_tokens(part, document)
         assert document.text is not None
         cut = None
         if part == "train" and self.options.get("fim_rate"):
@@ -153,6 +155,16 @@ class PrepareUnit:
         if not any(encoded.is_target):
             return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
         return part, np.array(encoded.tokens, np.int32), np.array(encoded.is_target, np.bool_)
+
+    def _checked_tokens(self, part: str, document: Document) -> tuple[str, np.ndarray, np.ndarray] | LeftOut:
+        tokens, is_target = document.tokens, document.is_target
+        assert tokens is not None
+        assert is_target is not None
+        size = self.tokenizer.vocab_size
+        if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= size:
+            detail = f"ids from {tokens.min()} to {tokens.max()}, the tokenizer has {size:,}"
+            return LeftOut(document.id, document.source, "not of this vocabulary", detail)
+        return part, tokens, is_target
 
     def _shard(self, part: str, unit: Unit) -> Path:
         return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
@@ -205,5 +217,7 @@ class _BulkTokenizer:
 
 
 def _size_bytes(document: Document) -> int:
+    if document.tokens is not None:
+        return document.tokens.nbytes
     texts = [document.text or ""] if document.messages is None else [m["content"] for m in document.messages]
     return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)

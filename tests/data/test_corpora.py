@@ -48,13 +48,13 @@ def small_pieces(monkeypatch):
 
 
 def test_every_file_of_the_folder_is_a_kind():
-    assert corpora.kinds() == ["chat", "code", "jsonl", "text", "wikitext"]
+    assert corpora.kinds() == ["chat", "code", "jsonl", "mindrecord", "text", "wikitext"]
     for kind in corpora.kinds():
         assert corpora.find(kind).HELP
 
 
 def test_an_unknown_kind_lists_those_there_are():
-    with pytest.raises(UsageError, match="no kind of corpus 'cod'; there are chat, code, jsonl, text, wikitext"):
+    with pytest.raises(UsageError, match="no kind of corpus 'cod'; there are chat, code, jsonl, mindrecord, text"):
         corpora.find("cod")
 
 

@@ -133,30 +133,45 @@ class _Rank:
         self.has_embedding, self.has_head = rank == 0, rank == layout.pp - 1
         self.layer = layer_bytes(case)
         self.hidden = case.compute_bytes * case.tokens * case.config.hidden_size
-        self.accumulates = layout.micro_batches > 1
+        self.in_flight = case.in_flight(rank)
+        #: torch's pipelines sum whole gradients over micro-batches and reduce them once, at the end.
+        self.sums_whole = layout.pp > 1 and case.is_sharded
         self.kinds = {"layer": self.n_layers, "embedding": int(self.has_embedding), "norm": int(self.has_head),
                       "head": int(self.has_head)}  # fmt: skip
         self.parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size) for kind in self.kinds}
         self.gradient_bytes = case.weights.weight_bytes
-        if layout.dp_replicate > 1 and self.accumulates and not case.recipe.optimizer.in_backward:
+        if layout.dp_replicate > 1 and layout.micro_batches > 1 and not case.recipe.optimizer.in_backward:
             self.gradient_bytes = 4  # sums over shards wait in fp32 for the sum over copies
+        if self.sums_whole:
+            self.gradient_bytes = 4
 
     def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Name of a moment -> bytes a row."""
         always = self._always()
-        kept, cast = self._kept()
-        base = {**always, "activations": kept + self._ends()}
-        if self.has_head:
-            base["cast weights"] = cast
-            yield "the loss", {**base, **self._gathered(0), "logits and head": self._logits(),
-                               "gradients": self._gradients(0)}  # fmt: skip
-            both = 2 * (self._head_gradient() + self.hidden)
-            yield "the gradient of the head", {**base, **self._gathered(0), "logits and head": both,
-                                               "gradients": self._gradients(0)}  # fmt: skip
-        for done in {0, self.n_layers - 1}:
-            yield "the backward pass of a layer", self._backward(always, done)
+        for in_flight, accumulates in self._fullest():
+            yield from self._passes(always, in_flight, accumulates)
         yield "the last sums of gradients", self._last_sums(always)
         yield "the update", {**always, "gradients": self._gradients_at_update(), "working memory": self._update()}
+
+    def _fullest(self) -> Iterator[tuple[int, bool]]:
+        """Micro-batches in flight when they are most, and whether gradients of earlier ones are there by then."""
+        layout = self.case.layout
+        comes_again = layout.micro_batches * layout.stages_per_rank > self.in_flight
+        yield self.in_flight, comes_again
+        if not comes_again and self.in_flight > 1:
+            yield self.in_flight - 1, True
+
+    def _passes(self, always: dict[str, float], n: int, accumulates: bool) -> Iterator[tuple[str, dict[str, float]]]:
+        """From the loss to the last layer's backward pass, while `n` micro-batches are in flight."""
+        if self.has_head:
+            kept, cast = self._kept(n)
+            base = {**always, **self._gathered(0), "activations": kept + self._ends(), "cast weights": cast,
+                    "gradients": self._gradients(0, accumulates)}  # fmt: skip
+            yield "the loss", {**base, "logits and head": self._logits()}
+            yield "the gradient of the head", {**base, "logits and head": 2 * (self._head_gradient() + self.hidden)}
+        last = max(self.stages) - 1
+        for done in {0, min(1, last), last}:
+            yield "the backward pass of a layer", self._backward(always, n, done, accumulates)
 
     def _always(self) -> dict[str, float]:
         w = self.case.weights.weight_bytes
@@ -166,22 +181,22 @@ class _Rank:
             "communication buffers": self._pipeline_buffers(),
         }
 
-    def _kept(self) -> tuple[float, float]:
-        """Activations of all micro-batches in flight, and the casts that wait with them, when the last is forward."""
+    def _kept(self, n: int) -> tuple[float, float]:
+        """Activations of `n` micro-batches in flight, and the casts that wait with them, when the last is forward."""
         stage = max(self.stages)
-        n = self.case.in_flight(self.rank)
         output = self.hidden / self.case.layout.tp if self.case.layout.pp > 1 else 0
         cast = self.layer.cast * stage * n if self.case.recipe.recompute == "none" else 0
         return n * (self.layer.kept * stage + output), cast
 
+    def _rotations(self) -> float:
+        """Rotations and ids."""
+        return (2 * 4 * self.case.config.head_dim + 24) * self.case.tokens
+
     def _ends(self) -> float:
         """Rotations and ids, and the final norm."""
         case = self.case
-        rotations = 2 * 4 * case.config.head_dim * case.tokens + 24 * case.tokens
-        if not self.has_head:
-            return rotations
         D, tp = case.config.hidden_size, case.layout.tp
-        return rotations + case.tokens * (4 * D / tp + case.compute_bytes * D / tp) + self.hidden
+        return self._rotations() + case.tokens * (4 + case.compute_bytes) * D / tp + self.hidden
 
     def _head_gradient(self) -> float:
         case = self.case
@@ -215,45 +230,53 @@ class _Rank:
     def _unit(self) -> int:
         return min(self.case.recipe.parallel.layers_per_unit, max(self.stages))
 
-    def _backward(self, always: dict[str, float], done: int) -> dict[str, float]:
+    def _backward(self, always: dict[str, float], n: int, done: int, accumulates: bool) -> dict[str, float]:
         """While a layer is in its backward pass, after `done` others."""
         case, layer = self.case, self.layer
-        kept, cast = self._kept()
+        kept, cast = self._kept(n)
         rows = dict(always)
-        left = 1 - done / max(1, self.n_layers) if case.layout.pp == 1 else 1
-        if case.recipe.recompute == "none":
-            rows["cast weights"] = cast * left
-        else:
-            rows["cast weights"] = layer.cast
-        rows["activations"] = kept * left + self._ends() - (self.hidden if self.has_head else 0)
+        left = 1 - done / max(self.stages) / n
+        rows["cast weights"] = cast * left if case.recipe.recompute == "none" else layer.cast
+        rows["activations"] = kept * left + self._rotations()
         c, (_, _, F) = case.compute_bytes, case.widths
         exchanged = self.hidden if case.layout.tp > 1 else 0
-        down = c * case.config.hidden_size * F
+        down = 0 if self._are_used_at_once() else c * case.config.hidden_size * F
         rows["working memory"] = (
             layer.formed + 2 * c * F * case.tokens + down + exchanged + self.hidden / case.layout.tp
         )
-        rows["gradients"] = self._gradients(done)
+        rows["gradients"] = self._gradients(done, accumulates)
         if case.is_sharded:
-            unit = self._unit() * self.parts["layer"].gathered
-            rows |= self._gathered(min(self.n_layers, 2 * self._unit()) + self._unit())
-            rows["communication buffers"] += (c + 4) * unit
+            whole = min(max(self.stages) - done, 2 * self._unit())
+            rows |= self._gathered(whole + done if self.sums_whole else whole)
+            if done and not self.sums_whole:  # sums of the unit before are under way
+                rows["communication buffers"] += (c + 4) * self._unit() * self.parts["layer"].gathered
             rows["logits and head"] = self._head_gradient() if self.has_head else 0
         return rows
 
     def _last_sums(self, always: dict[str, float]) -> dict[str, float]:
-        """What lies outside layers is summed over the shards last."""
-        rows = {**always, "gradients": self._gradients(self.n_layers)}
+        """What lies outside layers is summed over the shards last; in pipelines, everything is."""
+        rows = {**always, "gradients": self._gradients(self.n_layers, True)}
+        if self.sums_whole:
+            unit = self._unit() * self.parts["layer"].gathered
+            return (
+                rows
+                | self._gathered(self.n_layers)
+                | {"communication buffers": rows["communication buffers"] + 4 * max(unit, self._root())}
+            )
         if self.case.is_sharded:
             rows |= self._gathered(0)
             rows["communication buffers"] += (self.case.compute_bytes + 4) * self._root()
         return rows
 
-    def _gradients(self, done: int) -> float:
-        """Gradients there are when so many layers have been through the (first) backward pass."""
+    def _gradients(self, done: int, accumulates: bool) -> float:
+        """Gradients there are when so many layers have been through the backward pass, the first or a later one."""
+        if self.sums_whole:
+            outside = self._root() if accumulates else 0
+            return 4 * (outside + (self.n_layers if accumulates else done) * self.parts["layer"].gathered)
         leaving = self._leaving()
         if leaving is not None:
-            return leaving if self.accumulates or done else 0
-        if self.accumulates or done >= self.n_layers:
+            return leaving if accumulates or done else 0
+        if accumulates or done >= self.n_layers:
             return self._all_gradients()
         head = 0 if self.case.is_sharded else sum(self.kinds[k] * self.parts[k].own for k in ("norm", "head"))
         is_past_the_loss = done > 0
@@ -262,13 +285,18 @@ class _Rank:
     def _all_gradients(self) -> float:
         return self.gradient_bytes * sum(n * self.parts[kind].own for kind, n in self.kinds.items())
 
+    def _are_used_at_once(self) -> bool:
+        """Whether the backward pass itself updates the weights."""
+        optimizer = self.case.recipe.optimizer
+        return optimizer.in_backward and optimizer.max_grad_norm is None and self.case.layout.micro_batches == 1
+
     def _leaving(self) -> float | None:
         """Gradients on the device where they do not stay; None: they stay."""
         optimizer = self.case.recipe.optimizer
         if not optimizer.in_backward:
             return None
         largest = self.gradient_bytes * max(part.largest for part in self.parts.values())
-        if optimizer.max_grad_norm is None and not self.accumulates:
+        if self._are_used_at_once():
             return largest
         return None if self.case.is_cpu else min(self._all_gradients(), IN_FLIGHT_BYTES + largest)
 

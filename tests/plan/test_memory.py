@@ -1,0 +1,134 @@
+"""The memory that a plan counts is what a step takes: tensors are counted as they are allocated, to the byte.
+
+Ranks of a layout are taken one at a time, in this process, with torch's fake group: what the others would send is made
+up, and everything is allocated as it would be.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from puna.config import Parallel, Recipe, load_recipe
+from puna.data.loader import Batch
+from puna.model.config import preset
+from puna.model.llama import initial_weight
+from puna.model.recompute import prepare_layers
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from puna.plan.case import Case
+from puna.plan.measure import peak_bytes
+from puna.plan.memory import Memory, memory
+from puna.plan.search import weights_of
+from puna.train.gradients import gradients_of
+from puna.train.optimizer import AdamW, local_part
+from puna.train.step import train_step
+
+CONFIG = replace(
+    preset("tiny-64"), hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=32, vocab_size=2048,
+)  # fmt: skip
+
+#: Devices and fields of `parallel`, or of the recipe.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp_shard 2": (2, {}),
+    "dp_shard 4, blocks recomputed": (4, {"recompute": "block", "micro_batch_rows": 2}),
+    "dp_shard 2, whole weights in units of two layers": (2, {"layers_per_unit": 2, "reshard": False}),
+    "dp_replicate 2, dp_shard 2": (4, {"dp_replicate": 2}),
+    "cp 2": (2, {"cp": 2, "micro_batch_rows": 2}),
+    "pp 2, interleaved": (2, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}),
+    "pp 2, dp_shard 2, blocks recomputed": (4, {"pp": 2, "recompute": "block"}),
+    "pp 2, dp_shard 2, tp 2": (8, {"pp": 2, "tp": 2}),
+}
+
+#: Changes of the recipe on one device.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "products recomputed": {"recompute": "selective", "micro_batch_rows": 4},
+    "state of 8 bits": {"optimizer.state_bits": 8, "micro_batch_rows": 2},
+    "state of 4 bits, gradients used at once": {
+        "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
+        "micro_batch_rows": 8, "recompute": "block",
+    },
+    "bf16, state of 8 bits, gradients used at once": {
+        "optimizer.state_bits": 8, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
+        "micro_batch_rows": 8, "precision": "bf16-pure",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_rank_of_a_layout_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "recv", lambda tensor, **_: tensor.fill_(1))  # whether a stage knows what it sends: yes
+    devices, fields = LAYOUTS[name]
+    recipe = _recipe(fields)
+    layout = Layout.of(recipe, CONFIG, devices)
+    planned = _planned(recipe, layout)
+    with _fake_group(rank=planned.pp_rank * devices // layout.pp, size=devices):
+        assert planned.total == pytest.approx(_measured(recipe, layout), rel=0.10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_device_takes_what_is_planned(name: str) -> None:
+    recipe = _recipe(SETTINGS[name])
+    layout = Layout.of(recipe, CONFIG, 1)
+    assert _planned(recipe, layout).total == pytest.approx(_measured(recipe, layout), rel=0.05)
+
+
+def _recipe(fields: dict[str, Any]) -> Recipe:
+    content = {
+        "model": "tiny-64", "data": {"train": "unused"}, "sequence_length": 256, "run_dir": "unused", "steps": 2,
+        "batch_tokens": 2048, "precision": "fp32", "device": "cpu",
+    }  # fmt: skip
+    return load_recipe(content, {f"parallel.{k}" if k in Parallel.model_fields else k: v for k, v in fields.items()})
+
+
+def _planned(recipe: Recipe, layout: Layout) -> Memory:
+    return memory(Case(recipe, CONFIG, layout, weights_of(recipe, CONFIG), is_cpu=True), with_runtime=False)
+
+
+@contextlib.contextmanager
+def _fake_group(*, rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _measured(recipe: Recipe, layout: Layout) -> int:
+    """Bytes of weights and optimizer state, and the most that two steps allocate beyond them."""
+    device = torch.device("cpu")
+    model = DistributedModel.build(
+        CONFIG, Ranks.of(layout, device), recipe.parallel, device,
+        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
+        prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=False),
+    )  # fmt: skip
+    model.fill(lambda name, shape: initial_weight(name, shape, CONFIG, seed=0))
+    settings = recipe.optimizer
+    optimizer = AdamW(model.weights.items(), settings, seed=0)
+    gradients = gradients_of(
+        optimizer, in_backward=settings.in_backward, is_clipped=settings.max_grad_norm is not None,
+        micro_batches=layout.micro_batches,
+    )  # fmt: skip
+    step = partial(
+        train_step, model, gradients, _batch(layout.rows_per_rank, recipe.sequence_length), lr=1e-4,
+        micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=settings.max_grad_norm,
+    )  # fmt: skip
+    kept = [*model.weights.values(), *(tensor for kind in optimizer.state.values() for tensor in kind.values())]
+    beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)], device)
+    return sum(local_part(tensor).nbytes for tensor in kept) + beyond
+
+
+def _batch(rows: int, length: int) -> Batch:
+    """Rows of one document each, every token with a target."""
+    tokens = np.random.default_rng(0).integers(3, 512, (rows, length))
+    positions = np.tile(np.arange(length), (rows, 1))
+    return Batch(tokens=tokens, targets=tokens, documents=np.zeros_like(tokens), positions=positions)

@@ -4,7 +4,7 @@
       count, big    codes   values, little-endian two's complement: of 1, 2, 4 or 8 bytes for a code of 0, 1, 2 or 3;
       endian                codes are of two bits, the first value's in the highest
 
-Both ways run over all values of a field at once.
+A field is read and written at once, not value by value.
 """
 
 import numpy as np
@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 _COUNT_BYTES = 4
 
-#: Byte of codes -> the widths of its four values.
-_WIDTHS = (1 << ((np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3)).astype(np.uint8)
+#: Byte of codes -> the widths of its four values, as the bytes of one number.
+_WIDTHS = (1 << ((np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3)).astype(np.uint8).view(np.uint32).reshape(-1)
+
+#: Width -> how far right a value goes that stands at the upper end of eight bytes.
+_SHIFTS = 64 - 8 * np.arange(9)
 
 #: Values up to which 1, 2 and 4 bytes hold a number.
 _LIMITS = np.array([1 << 7, 1 << 15, 1 << 31])
@@ -32,20 +35,15 @@ def decode_integers(data: NDArray[np.uint8]) -> NDArray[np.int64]:
     start = _COUNT_BYTES + -(-count // 4)
     if len(data) < max(start, _COUNT_BYTES):
         raise ValueError(f"{count:,} integers are announced in {len(data):,} bytes")
-    widths = _WIDTHS[data[_COUNT_BYTES:start]].reshape(-1)[:count]
+    widths = _WIDTHS[data[_COUNT_BYTES:start]].view(np.uint8)[:count]
     stops = np.cumsum(widths, dtype=np.int64)
     size = int(stops[-1]) if count else 0
     if size != len(data) - start:
         raise ValueError(f"{count:,} integers take {size:,} bytes, {len(data) - start:,} are there")
-    values, places = data[start:], stops - widths
-    decoded = np.empty(count, np.int64)
-    for width in (1, 2, 4, 8):
-        chosen = widths == width
-        if chosen.any():
-            # Every place in the bytes as a number of this width; they overlap, and need not be aligned.
-            numbers = np.ndarray((size - width + 1,), f"<i{width}", np.ascontiguousarray(values), strides=(1,))
-            decoded[chosen] = numbers[places[chosen]]
-    return decoded
+    # The eight bytes that end where a value ends, as a number; they overlap, and need not be aligned.
+    padded = np.concatenate([np.zeros(8, np.uint8), data[start:]])
+    words = np.ndarray((size + 1,), "<i8", padded, strides=(1,)).take(stops)
+    return words >> _SHIFTS.take(widths)
 
 
 def encode_integers(values: NDArray[np.integer]) -> bytes:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from puna.errors import UsageError
+from puna.parallel.hangs import explained_hangs
 from puna.parallel.layout import Layout
 
 #: Axes of the mesh that weights live on.
@@ -79,7 +80,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     )
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield
+        with explained_hangs():
+            yield
     finally:
         dist.destroy_process_group()
 

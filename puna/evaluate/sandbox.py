@@ -1,30 +1,33 @@
 """A place where a program that nobody has read may run, and a judge that it cannot reach.
 
-A `Job` is an untrusted program and a trusted test of one of its functions. Each half runs in a bubblewrap sandbox of
-its own (`sandbox_worker.py`): the test asks, the program answers with data, and the judge out here reads the verdict
-from the test alone, so nothing that the program says, returns or exits with can be a verdict.
+A `Job` is an untrusted program and a trusted test of one of its functions. Each half runs in a process of its own
+(`inside/`): the test asks, the program answers with data, and the judge out here reads the verdict from the test alone,
+so nothing that the program says, returns or exits with can be a verdict.
 
-    judge (this process) ──starts──▶ [sandbox: hold the program] ◀──questions, answers──▶ [sandbox: test]
-        ▲                                      └── stdout, stderr: read up to a limit              │
-        └───────────────────────────────────────────── verdict ────────────────────────────────────┘
+    judge ──starts──▶ [bubblewrap: hold ─▶ the program] ◀──questions, answers──▶ [bubblewrap: test]
+      ▲                                     └── stdout, stderr: read up to a limit       │
+      └──────────────────────────────────── verdict ─────────────────────────────────────┘
 
-What it stops. Every judgement has fresh user, mount, process, network, IPC, host name and cgroup namespaces, an
-ordinary uid (where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for
-root), no capabilities, no environment, a read-only view of `/usr` and of the Python that runs it, no `/proc`, no
-`/home`, a `/tmp` of its own in memory, and limits on processor time, wall time, memory, processes, files and output.
-When a judgement ends, its process namespace ends, and with it every process that was started in it; if the judge is
-killed, so are they. The program never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and
-printed words reach nothing.
+**What it stops.** bubblewrap gives user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary uid
+(where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for root), no
+environment, and a read-only view of `/usr` and of the Python that runs it: no `/proc`, no `/home`. In it a process
+waits that has run no program; every program gets a new process in namespaces of its own once more, with a `/tmp` of its own
+in memory, no capabilities, system calls refused that no solution needs (`inside/filter.py`), and limits on processor
+time, wall time, memory, processes, files and output. When a judgement ends, the program's process namespace ends, and
+with it every process that was started in it; if the judge is killed, so are they. No two programs share anything that
+one could leave and the other find. The program never shares a process with the test: frames, monkeypatches, `__eq__`,
+exit codes and printed words reach nothing.
 
-What it does not stop. A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a virtual
-machine. Memory is limited per process, so all processes of a program together may use `processes` times `memory_mib`,
+**What it does not stop.** A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a
+virtual machine. Memory is limited per process, so all processes of a program together may use `processes` times `memory_mib`,
 and System V shared memory more, until the wall time is over; a memory cgroup around puna limits the sum. A program can
 slow its neighbours down, which is why a timeout is judged once more, alone. It reads the arguments of the questions, as
-any function does, and it can tell time. What is returned as anything but plain data (an object of an own class, a
-function) is a wrong answer. Programs have the standard library and nothing else.
+any function does, and it can tell time. Of a value that is not plain data (an object of an own class, a function) the
+test learns whether it is true; comparing it is a wrong answer. Programs have the standard library and nothing else.
 """
 
 import contextlib
+import importlib.resources
 import os
 import py_compile
 import selectors
@@ -45,8 +48,8 @@ from typing import IO, Any, Literal, Self, cast
 
 from puna.devices import cpu_cores
 from puna.errors import PunaError
-from puna.evaluate import sandbox_worker
-from puna.evaluate.sandbox_worker import GONE, NOT_STARTED, encode
+from puna.evaluate.inside.data import encode
+from puna.evaluate.inside.test import GONE, NOT_STARTED
 
 #: Verdict -> what it says of the program; kept apart, since neither a timeout nor a fault of ours is a wrong answer.
 VERDICTS = {
@@ -64,6 +67,15 @@ HOST_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store")
 
 #: Longest wait for a sandbox to start.
 START_SECONDS = 30.0
+
+#: Longest wait for a judgement's processes to be gone.
+END_SECONDS = 5.0
+
+#: How a process ends that has used up its processor time.
+TIME_IS_UP = (-signal.SIGXCPU, -signal.SIGKILL)
+
+#: What a sandbox's Python runs; `/puna` is on its path for no longer than that.
+START = "import sys; sys.path.insert(0, '/puna'); from inside.main import main; sys.path.pop(0); main(*sys.argv[1:])"
 
 #: The ordinary uid and gid that root becomes: `nobody`.
 NOBODY = 65534
@@ -151,13 +163,13 @@ class Sandbox:
         bubblewrap, self.version, features = _bubblewrap()
         with contextlib.ExitStack() as cleanup:
             stage = _stage(cleanup)
-            self._command = [*_ordinary_user(), bubblewrap, *_walls(features, self.limits), *_view(stage)]
-            self._command += ["--remount-ro", "/", "--", _executable(), "-s", "-S", "-P", "-B", "/puna/worker.pyc"]
+            self._command = [*_ordinary_user(), bubblewrap, *_walls(features), *_view(stage)]
+            self._command += ["--remount-ro", "/", "--", _executable(), "-s", "-S", "-P", "-B", "-c", START]
             # A sandbox dies with the thread that started it, so the threads last as long as this object.
             self._threads = ThreadPoolExecutor(self.workers)
             self._thread = threading.local()
-            self._testers: list[_Tester] = []
-            cleanup.callback(self._close_testers)
+            self._places: list[_Place] = []
+            cleanup.callback(self._close_places)
             cleanup.callback(self._threads.shutdown, cancel_futures=True)
             self._prove()
             self._cleanup = cleanup.pop_all()
@@ -198,29 +210,35 @@ class Sandbox:
                 judgements[i] = self.judge(jobs[i])
         return judgements
 
-    def start(self, role: str, descriptors: Sequence[int], **streams: Any) -> subprocess.Popen[bytes]:
-        """Starts a worker in a sandbox of its own, with these file descriptors and nothing else."""
+    def start(self, role: str, channel: int, **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts what waits inside (`inside/main.py`) in a sandbox of its own, with this channel and nothing else."""
         limits = self.limits
-        numbers = (*descriptors, limits.cpu_seconds, limits.memory_mib << 20, limits.processes, limits.file_mib << 20)
-        command = [*self._command, role, *map(str, numbers)]
-        return subprocess.Popen(command, pass_fds=descriptors, env={}, **streams)
+        numbers = (channel, limits.cpu_seconds, limits.memory_mib << 20, limits.processes, limits.file_mib << 20)
+        command = [*self._command, role, *map(str, numbers), str(limits.tmp_mib << 20)]
+        return subprocess.Popen(command, pass_fds=[channel], env={}, **streams)
 
-    def _close_testers(self) -> None:
-        for tester in self._testers:
-            tester.close()
+    def _close_places(self) -> None:
+        for place in self._places:
+            place.close()
 
     def _judge(self, job: Job) -> Judgement:
         started = time.monotonic()
-        tester = getattr(self._thread, "tester", None)
-        if tester is None or tester.closed:
-            tester = self._thread.tester = _Tester(self)
-            self._testers.append(tester)
         try:
-            verdict, detail = _judged(self, job, tester)
+            verdict, detail = _judged(self.limits, job, self._place("hold"), self._place("test"))
         except OSError as error:  # no more processes, no more memory, a sandbox that was killed from outside
-            tester.close()
+            for role in ("hold", "test"):
+                self._place(role).close()
             verdict, detail = "sandbox", str(error)
         return Judgement(verdict, detail, time.monotonic() - started)
+
+    def _place(self, role: str) -> "_Place":
+        """The sandbox that the calling thread has for one half of its judgements."""
+        place: _Place | None = getattr(self._thread, role, None)
+        if place is None or place.closed:
+            place = _Place(self, role)
+            setattr(self._thread, role, place)
+            self._places.append(place)
+        return place
 
     def _prove(self) -> None:
         right = self.judge(Job("def f(x): return x + 1", "f", "assert f(1) == 2"))
@@ -233,72 +251,76 @@ class Sandbox:
 # ---- one judgement
 
 
-def _judged(sandbox: Sandbox, job: Job, tester: "_Tester") -> tuple[str, str]:
+def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tuple[str, str]:
     """Starts both halves, reads until the test has spoken or a limit is met, and ends both."""
-    limits = sandbox.limits
     started = time.monotonic()
     with contextlib.ExitStack() as ending:
         (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (_pipe(ending) for _ in range(4))
-        ends = (questions.fileno(), answer.fileno())
-        hold = sandbox.start("hold", ends, stdin=subprocess.DEVNULL, stdout=write, stderr=write)
-        ending.callback(_end, hold)
-        tester.test(job, answers, ask, speak)
+        task = ending.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
+        task.write(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
+        task.seek(0)
+        holder.begin(questions, answer, write)
+        tester.begin(task, answers, ask, speak)
         for theirs in (questions, ask, answers, answer, speak, write):
             theirs.close()
 
         heard = {verdict: bytearray(), printed: bytearray()}
         end = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         out_of_time = time.monotonic() - started >= limits.cpu_seconds  # a lower bound: a signal alone could be forged
-        said, words = (bytes(text).decode(errors="replace").strip() for text in heard.values())
-        kind, _, detail = said.partition("\t")
-        hold_code = _exit_code(hold) if detail == GONE else None
-        _end(hold)  # so that a test which still waits for an answer ends too
-        test_code = tester.exit_code()
+        hold_code, test_code = holder.end(), tester.end()
+    kind, _, detail = bytes(heard[verdict]).decode(errors="replace").strip().partition("\t")
     if end == "late":
         return "timeout", f"no verdict after {limits.wall_seconds:g} s"
     if end == "flood":
         return "output", f"it printed more than {limits.output_kib} KiB"
-    if kind not in VERDICTS and out_of_time and test_code in (-signal.SIGXCPU, -signal.SIGKILL):
+    if kind not in VERDICTS and out_of_time and test_code in TIME_IS_UP:
         return "timeout", f"its answers cost the test more than {limits.cpu_seconds} s of processor time"
     if kind not in VERDICTS:
         return "sandbox", f"the test ended with code {test_code} and no verdict"
     if detail == NOT_STARTED:
+        words = bytes(heard[printed]).decode(errors="replace").strip()
         return kind, f"{detail}: {words[-1000:]}"
-    if detail == GONE and out_of_time and hold_code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+    if detail == GONE and out_of_time and hold_code in TIME_IS_UP:
         return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
     if detail == GONE:
         return kind, f"{detail} (exit code {hold_code})"
     return kind, detail
 
 
-class _Tester:
-    """The sandbox that the tests of one thread run in, each in a process forked for it."""
+class _Place:
+    """A sandbox in which one thread's programs, or tests, run one after the other, each in fresh namespaces."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox, role: str) -> None:
         self._channel, theirs = socket.socketpair()
         self._channel.settimeout(START_SECONDS)
         with theirs, open(os.memfd_create("complaints"), "w+b") as complaints:
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": complaints}
-            self._process = sandbox.start("test", [theirs.fileno()], **quiet)
+            self._process = sandbox.start(role, theirs.fileno(), **quiet)
             theirs.close()
             self.closed = False
-            if self.exit_code() is None:
+            if self._exit_code() is None:
                 complaints.seek(0)
                 raise _unusable(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
-        self._channel.settimeout(1)
+        self._channel.settimeout(END_SECONDS)
 
-    def test(self, job: Job, answers: IO[bytes], ask: IO[bytes], verdict: IO[bytes]) -> None:
-        """Starts a test, which speaks its verdict when it ends."""
-        with open(os.memfd_create("task"), "w+b", buffering=0) as task:
-            task.write(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
-            task.seek(0)
-            socket.send_fds(self._channel, [b"t"], [file.fileno() for file in (task, answers, ask, verdict)])
+    def begin(self, *files: IO[bytes]) -> None:
+        """Starts a process with these files."""
+        socket.send_fds(self._channel, [b"s"], [file.fileno() for file in files])
 
-    def exit_code(self) -> int | None:
-        """How the test ended, as `subprocess` counts; None closes the sandbox of a test that does not end."""
+    def end(self) -> int | None:
+        """Ends the process and all that it started, if they have not; how it ended, as `subprocess` counts."""
+        try:
+            self._channel.sendall(b"e")
+        except OSError:
+            self.close()
+            return None
+        return self._exit_code()
+
+    def _exit_code(self) -> int | None:
+        """What is said from inside; None, and the sandbox closed, if it is nothing."""
         try:
             text = self._channel.recv(4, socket.MSG_WAITALL)
-        except TimeoutError:
+        except OSError:
             text = b""
         if len(text) < 4:
             self.close()
@@ -308,7 +330,8 @@ class _Tester:
         """Ends the sandbox."""
         self.closed = True
         self._channel.close()
-        _end(self._process)
+        self._process.kill()  # bubblewrap's; the process namespace dies with it
+        self._process.wait()
 
 
 def _listen(
@@ -341,18 +364,6 @@ def _pipe(open_files: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
         open_files.enter_context(open(inbox, "rb", buffering=0)),
         open_files.enter_context(open(outbox, "wb", buffering=0)),
     )
-
-
-def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(timeout=1)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()  # bubblewrap's; the process namespace dies with it
-    process.wait()
 
 
 # ---- the walls
@@ -402,7 +413,7 @@ def _ordinary_user() -> list[str]:
     return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
 
 
-def _walls(features: str, limits: Limits) -> list[str]:
+def _walls(features: str) -> list[str]:
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--hostname", "puna"]
     if "--clearenv" in features:
         walls += ["--clearenv"]
@@ -410,16 +421,13 @@ def _walls(features: str, limits: Limits) -> list[str]:
         walls += ["--unshare-user", "--disable-userns"]
     for name, value in (("PATH", "/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8"), ("PYTHONHASHSEED", "0")):
         walls += ["--setenv", name, value]
-    walls += ["--dev", "/dev", "--remount-ro", "/dev"]
-    if "--size" in features:
-        walls += ["--size", str(limits.tmp_mib << 20), "--tmpfs", "/tmp"]
-    else:  # a /tmp without a limit would be a way to fill the memory: leave it read-only
-        walls += ["--dir", "/tmp"]
-    return [*walls, "--chdir", "/tmp"]
+    # The one capability that fresh namespaces and a /tmp take; every process gives it up before it runs a program.
+    walls += ["--cap-add", "CAP_SYS_ADMIN"]
+    return [*walls, "--dev", "/dev", "--remount-ro", "/dev", "--dir", "/tmp", "--chdir", "/tmp"]
 
 
 def _view(stage: Path) -> list[str]:
-    """What of the host is seen: system folders, the Python that judges, and the worker."""
+    """What of the host is seen: system folders, the Python that judges, and what it runs."""
     view = []
     for folder in HOST_FOLDERS:
         if os.path.islink(folder):
@@ -430,11 +438,11 @@ def _view(stage: Path) -> list[str]:
     for i, prefix in enumerate(_prefixes()):
         copy = stage / f"python-{i}"
         view += ["--ro-bind", str(copy if copy.exists() else prefix), prefix]
-    return [*view, "--ro-bind", str(stage / "worker.pyc"), "/puna/worker.pyc"]
+    return [*view, "--ro-bind", str(stage / "inside"), "/puna/inside"]
 
 
 def _stage(cleanup: contextlib.ExitStack) -> Path:
-    """A temporary folder with the compiled worker and, where `NOBODY` may not read this Python, a copy of it."""
+    """A temporary folder with what runs inside, and a copy of this Python where `NOBODY` may not read it."""
     others = os.geteuid() == 0
     parents = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
     parent = next((parent for parent in parents if not others or _is_open(Path(parent))), None)
@@ -445,8 +453,11 @@ def _stage(cleanup: contextlib.ExitStack) -> Path:
     stage = Path(tempfile.mkdtemp(prefix="puna-sandbox-", dir=parent))
     cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
     stage.chmod(0o755)
-    py_compile.compile(sandbox_worker.__file__, cfile=str(stage / "worker.pyc"), dfile="worker", doraise=True)
-    (stage / "worker.pyc").chmod(0o644)
+    (stage / "inside").mkdir(mode=0o755)
+    for source in Path(str(importlib.resources.files("puna.evaluate.inside"))).glob("*.py"):
+        compiled = stage / "inside" / f"{source.stem}.pyc"
+        py_compile.compile(str(source), cfile=str(compiled), dfile=source.stem, doraise=True)
+        compiled.chmod(0o644)
     for i, prefix in enumerate(_prefixes()):
         if others and not _is_open(Path(prefix)):
             _copy_python(Path(prefix), stage / f"python-{i}")

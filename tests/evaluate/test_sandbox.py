@@ -101,10 +101,11 @@ def test_a_timeout_is_judged_once_more_before_it_counts(sandbox: Sandbox, monkey
 def test_a_sandbox_that_was_killed_from_outside_is_replaced(bubblewrap: str) -> None:
     job = Job("def f(x): return 'pqr'", "f", SECRET)
     with Sandbox(workers=1) as sandbox:
-        sandbox._testers[0]._process.kill()
-        sandbox._testers[0]._process.wait()
-        assert [judgement.verdict for judgement in sandbox.judge_all([job, job])] == ["passed", "passed"]
-        assert len(sandbox._testers) == 2
+        for killed in range(2):
+            sandbox._places[killed]._process.kill()
+            sandbox._places[killed]._process.wait()
+            assert [judgement.verdict for judgement in sandbox.judge_all([job, job])] == ["passed", "passed"]
+        assert 3 <= len(sandbox._places) <= 6
 
 
 # ---- the function seen through the pipe is the function
@@ -231,7 +232,7 @@ CHEATS = {
         "error",
     ),
     "replace the worker's functions": (
-        "import sys\nmain = sys.modules['__main__']\nmain.encode = lambda v: b'T'\ndef f(x): return 1",
+        "import sys\nfor m in list(sys.modules.values()): m.encode = m._answer = lambda *v: b'T'\ndef f(x): return 1",
         "error",
     ),
     "write answers and verdicts into every descriptor": (FORGE, "wrong"),
@@ -249,7 +250,7 @@ CHEATS = {
         "  try: os.kill(pid, 9)\n  except OSError: pass\n return 1",
         "wrong",
     ),
-    "kill itself": ("import os\ndef f(x): os.kill(os.getpid(), 9)", "error"),
+    "kill itself": ("import os\ndef f(x): os.kill(os.getpid(), 9)", "wrong"),
     "pretend a timeout": ("import os\ndef f(x): os._exit(137)", "error"),
     "crash the interpreter": ("import ctypes\ndef f(x): ctypes.string_at(0)", "error"),
     "an answer that holds itself": ("def f(x):\n xs = []\n xs.append(xs)\n return xs", "wrong"),
@@ -269,7 +270,8 @@ def test_a_test_that_forgives_exceptions_does_not_forgive_a_program_that_is_gone
     test = "try:\n    f(1)\nexcept BaseException:\n    pass"
     assert sandbox.judge(Job("def f(x): raise ValueError", "f", test)).verdict == "passed"
     assert sandbox.judge(Job("import os\ndef f(x): os._exit(0)", "f", test)).verdict == "error"
-    assert sandbox.judge(Job("def f(x): return object()", "f", test)).verdict == "wrong"
+    assert sandbox.judge(Job("def f(x): return object()", "f", test)).verdict == "passed"
+    assert sandbox.judge(Job("def f(x): return object()", "f", "assert f(1) != 2")).verdict == "wrong"
     assert sandbox.judge(Job("def f(x): raise StopIteration", "f", "assert all(map(f, [1, 2]))")).verdict == "error"
 
 
@@ -304,6 +306,91 @@ def f(port):
             datagrams.recv(1)
         with socket.create_connection(("127.0.0.1", port)):  # it does listen
             server.accept()[0].close()
+
+
+def test_sockets_of_the_host_cannot_be_reached_by_path_or_by_abstract_name(sandbox: Sandbox, open_folder: Path) -> None:
+    program = """
+import socket
+def f(*names):
+    reached = []
+    for name in names:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_UNIX, kind) as s:
+                try: s.connect(name)
+                except OSError: continue
+                reached.append(name)
+    return reached
+"""
+    path, abstract = str(open_folder / "s"), f"\0puna-{uuid.uuid4().hex}"
+    with socket.socket(socket.AF_UNIX) as by_path, socket.socket(socket.AF_UNIX) as by_name:
+        for listener, name in ((by_path, path), (by_name, abstract)):
+            listener.bind(name)
+            listener.listen()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(name)
+        (open_folder / "s").chmod(0o777)
+        judgement = sandbox.judge(Job(program, "f", f"found = f({path!r}, {abstract!r})\nassert found == [], found"))
+    assert judgement.verdict == "passed", judgement
+
+
+LIBC = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(result):
+    return result == -1 and ctypes.get_errno() in (1, 38)
+"""
+
+
+def test_no_process_can_be_traced_or_read_and_none_but_the_programs_own_is_there(sandbox: Sandbox) -> None:
+    program = f"""{LIBC}
+def f():
+    if not refused(libc.ptrace(16, 1, 0, 0)): return "attached"  # PTRACE_ATTACH
+    if not refused(libc.process_vm_readv(1, 0, 0, 0, 0, 0)): return "read"
+    alive = []
+    for pid in range(2, 3000):
+        try: os.kill(pid, 0)
+        except ProcessLookupError: continue
+        except PermissionError: pass
+        alive.append(pid)
+    return [os.getpid(), os.getppid(), alive]
+"""
+    assert answer(sandbox, program, [1, 0, []]).verdict == "passed"
+
+
+def test_nothing_is_left_for_the_next_program(bubblewrap: str) -> None:
+    program = f"""{LIBC}
+def f():
+    found = [os.path.exists("/tmp/note"), libc.shmget(42, 4096, 0o600) != -1, libc.msgget(42, 0o600) != -1]
+    found.append(os.nice(0) != 0)
+    open("/tmp/note", "w").close()
+    made = [libc.shmget(42, 4096, 0o1600) != -1, libc.msgget(42, 0o1600) != -1, os.nice(5) == 5]
+    key = libc.syscall(248 if os.uname().machine == "x86_64" else 217, b"user", b"note", b"x", 1, -4)
+    return [found, made, refused(key)]
+"""
+    with Sandbox(workers=1) as sandbox:  # one after the other in the same place
+        for _ in range(3):
+            judgement = answer(sandbox, program, [[False] * 4, [True] * 3, True])
+            assert judgement.verdict == "passed", judgement
+        assert len(sandbox._places) == 2
+
+
+def test_the_tests_of_the_task_are_in_no_file_and_no_descriptor_of_the_program(sandbox: Sandbox) -> None:
+    program = """
+import os
+def f(x):
+    texts = []
+    for folder, _, files in os.walk("/"):
+        if not folder.startswith(("/usr", "/lib", "/bin", "/nix", "/dev", PREFIX)):
+            for name in files:
+                try: texts.append(open(os.path.join(folder, name), "rb").read())
+                except OSError: pass
+    for descriptor in range(64):
+        try: os.set_blocking(descriptor, False); texts.append(os.read(descriptor, 1 << 20))
+        except OSError: pass
+    return "pqr" if any(b"'pq" + b"r'" in text for text in texts) else "none"
+""".replace("PREFIX", repr(sys.base_prefix))
+    judgement = sandbox.judge(Job(program, "f", SECRET))
+    assert (judgement.verdict, judgement.detail) == ("wrong", f"AssertionError, at: {SECRET}")
 
 
 def test_nothing_can_be_written_but_the_own_tmp(sandbox: Sandbox) -> None:
@@ -349,10 +436,10 @@ def f():
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()
     libc.capget(header, sets)
-    return [os.getuid() != 0, list(sets), libc.unshare(0x10000000)]
+    new_namespaces = [libc.unshare(flag) for flag in (0x10000000, 0x20000, 0x20000000)]
+    return [os.getuid() != 0, list(sets), new_namespaces, libc.mount(b"x", b"/tmp", b"tmpfs", 0, None)]
 """
-    new_user_namespace = -1 if "--disable-userns" in sandbox._command else 0
-    assert answer(sandbox, program, [True, [0] * 6, new_user_namespace]).verdict == "passed"
+    assert answer(sandbox, program, [True, [0] * 6, [-1] * 3, -1]).verdict == "passed"
 
 
 def test_processes_are_limited_each_sandbox_for_itself(sandbox: Sandbox) -> None:

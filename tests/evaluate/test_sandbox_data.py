@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.evaluate.sandbox_worker import DEPTH, NotDataError, decode, encode
+from puna.evaluate.inside.data import DEPTH, NotDataError, decode, encode
 
 SCALARS = st.one_of(
     st.none(),

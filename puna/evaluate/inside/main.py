@@ -1,0 +1,136 @@
+"""The process that waits in a sandbox: for every judgement it makes a new one, in namespaces of its own.
+
+Starting Python and bubblewrap costs more than most judgements, so both are started once. What a judgement could leave
+to the next is made anew by the kernel: process, mount, IPC, network, host name and cgroup namespaces, and a `/tmp` in
+memory. The new process gives up the capability that this took before it does anything else.
+
+    judge ── b"s" + file descriptors ──▶ main ── clone ──▶ pid 1 of its own namespace: mount /tmp, drop all, `play`
+          ── b"e" ─────────────────────▶       ── kill ──▶ and with it every process that it started
+          ◀── exit code, 4 characters ──
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import sys
+
+from .data import Pipe, read_all
+from .filter import CLONE, MACHINES, Filter
+from .hold import hold
+from .test import test
+
+#: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWPID, NEWNET
+FRESH = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
+
+#: MS_NOSUID | MS_NODEV
+MOUNT_FLAGS = 2 | 4
+
+#: What programs and tests commonly import is imported once; not `random`, whose state would be everyone's.
+COMMON = ("bisect", "collections", "copy", "datetime", "functools", "hashlib", "heapq", "itertools")
+USEFUL = ("math", "operator", "re", "string", "typing")
+
+#: Most files in `/tmp`.
+FILES = 4096
+
+
+def main(role: str, channel_number: str, *limits: str) -> None:
+    """Serves judgements until the channel is closed.
+
+    Args:
+        role: "hold" or "test".
+        channel_number: file descriptor of a Unix socket to the judge.
+        limits: of a process: processor seconds, bytes of memory, processes, bytes of a file; and bytes of `/tmp`.
+    """
+    cpu_seconds, memory_bytes, processes, file_bytes, tmp_bytes = map(int, limits)
+    for name in COMMON + USEFUL:
+        __import__(name)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    serve(role, int(channel_number), cpu_seconds, tmp_bytes)
+
+
+def serve(role: str, channel_number: int, cpu_seconds: int, tmp_bytes: int) -> None:
+    """See the module."""
+    import gc
+    import socket
+
+    channel = socket.socket(fileno=channel_number)
+    calls = Filter()
+    gc.freeze()  # what is here stays shared with every process that is made
+    channel.sendall(b"   0")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 1, 4)
+        if not message:
+            return
+        child = fresh_process() if role == "hold" else os.fork()  # a test is trusted, and keeps to itself
+        if child == 0:
+            channel.close()
+            try:
+                if role == "hold":
+                    settle(tmp_bytes)
+                    calls.put_on()
+                resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+                play(role, descriptors)
+            finally:
+                os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.recv(1)
+        os.kill(child, signal.SIGKILL)
+        channel.sendall(b"%4d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def play(role: str, descriptors: list[int]) -> None:
+    """What a new process does: it holds a program whose words go to the last descriptor, or runs a test."""
+    if role == "hold":
+        questions, answers, words = descriptors
+        os.dup2(words, 1)
+        os.dup2(words, 2)
+        os.close(words)
+        hold(Pipe(questions, answers))
+        sys.stdout.flush()
+    else:
+        task, inbox, outbox, verdict = descriptors
+        test(read_all(task), Pipe(inbox, outbox), verdict)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def fresh_process() -> int:
+    """Forks into fresh namespaces; returns as `os.fork` does.
+
+    Raises:
+        OSError: the kernel refuses, or this processor's system calls are not known here.
+    """
+    if platform.machine() not in MACHINES:
+        raise OSError(f"the sandbox knows the system calls of {', '.join(MACHINES)}, not of {platform.machine()}")
+    child: int = _libc.syscall(CLONE[MACHINES[platform.machine()][1]], FRESH | signal.SIGCHLD, 0, 0, 0, 0)
+    if child < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return child
+
+
+def settle(tmp_bytes: int) -> None:
+    """Mounts an empty `/tmp`, then gives up every capability for good.
+
+    Raises:
+        OSError: the kernel refuses either.
+    """
+    options = f"size={tmp_bytes},nr_inodes={FILES},mode=1777".encode()
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    for result in (
+        _libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MOUNT_FLAGS, options),
+        _libc.capset(header, nothing),
+    ):
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.chdir("/tmp")

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from record import record
 
 from puna import devices
 from puna.config import Recipe, load_recipe
@@ -65,11 +67,11 @@ MASTERS = {"precision": "bf16", "recompute": "none", "optimizer": {"state_bits":
 IN_BACKWARD = {"precision": "bf16-pure", "recompute": "block",
                "optimizer": {"state_bits": 4, "in_backward": True, "max_grad_norm": None}}  # fmt: skip
 
-#: Name -> what to measure. fp32 masters with 8 bits of state leave room for activations, so nothing is recomputed.
+#: Name -> what to measure. 8 bits of state leave room for activations, so that nothing is recomputed.
 TRAINING = {
     "7b": Training("codellama-7b", None, 4096, 2, 4, fields=MASTERS),
     "7b, documents of 512": Training("codellama-7b", None, 4096, 2, 4, 512, MASTERS),
-    "7b, rows of 16384": Training("codellama-7b", None, 16384, 1, 2, fields=MASTERS),
+    "7b, rows of 16384": Training("codellama-7b", None, 16384, 1, 2, fields={**MASTERS, "precision": "bf16-pure"}),
     "34b width": Training("codellama-34b", 10, 4096, 2, 4, fields=MASTERS),
     "34b width, rows of 16384": Training("codellama-34b", 10, 16384, 1, 2, fields={**MASTERS}),
     "34b whole": Training("codellama-34b", None, 4096, 2, 1, fields=IN_BACKWARD),
@@ -85,7 +87,11 @@ def main() -> None:
     training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
     training.add_argument("case", choices=TRAINING)
     training.add_argument("--steps", type=int, default=4)
+    what.add_parser("gather", help="records rows that were printed to a file").add_argument("file", type=Path)
     args = parser.parse_args()
+    if args.what == "gather":
+        record("gpu", [json.loads(line) for line in args.file.read_text().splitlines()])
+        return
     device = devices.pick_device()
     if args.what == "train":
         rows = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]

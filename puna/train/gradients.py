@@ -25,11 +25,11 @@ from torch import Tensor
 from puna.errors import PunaError
 from puna.train.optimizer import (
     AdamW,
+    Chance,
     Place,
     is_sharded,
     local_part,
     placed_like,
-    random_bits,
     round_stochastically,
     seeds_of,
 )
@@ -183,10 +183,9 @@ class HostGradients(_Leaving):
         if grad.dtype != torch.bfloat16 or not grad.numel():
             return before.add_(grad)
         total = before.float().add_(grad)
-        shape = (len(total), total[0].numel())
-        key = f"{self.optimizer.seed}:{self.update}:{name}:sum of {count}"
-        chance = random_bits(seeds_of(key), Place.of(self.parameters[name]), shape, grad.device)
-        return round_stochastically(total, chance.view(total.shape))
+        seeds = seeds_of(f"{self.optimizer.seed}:{self.update}:{name}:sum of {count}")
+        bits = Chance.of(seeds, Place.of(self.parameters[name])).bits(total.view(len(total), -1))
+        return round_stochastically(total, bits.view(total.shape))
 
 
 class UpdatesInBackward(_Leaving):

@@ -40,11 +40,11 @@ class Blocks:
         self.by_chance = by_chance
         borders = levels[1:] if by_chance else (levels[:-1] + levels[1:]) / 2
         #: For every upper half of a fp32 number: how many borders lie below all numbers that begin with it.
-        self._first = torch.bucketize(lowest_by_upper_half(), borders, right=True).to(torch.uint8).to(device)
+        self.first = torch.bucketize(lowest_by_upper_half(), borders, right=True).to(torch.uint8).to(device)
         #: The border above each level; none above the last.
-        self._borders = F.pad(borders, (0, 1), value=torch.inf).to(device)
-        self._levels = levels.to(device)
-        self._gaps = F.pad(levels.diff(), (0, 1), value=torch.inf).to(device)
+        self.borders = F.pad(borders, (0, 1), value=torch.inf).to(device)
+        self.levels = levels.to(device)
+        self.gaps = F.pad(levels.diff(), (0, 1), value=torch.inf).to(device)
         bytes_ = torch.arange(256)
         by_byte = levels[:, None] if self.bits == 8 else torch.stack([levels[bytes_ >> 4], levels[bytes_ & 15]], 1)
         #: The one or two levels that a byte stands for.
@@ -71,7 +71,7 @@ class Blocks:
         shares = shares.flatten(1)[:, : exact.shape[1]].contiguous()
         found = self._borders_below(shares)
         if self.by_chance:
-            found += shares >= self._at(self._levels, found) + self._at(self._gaps, found) * ((chance() + 0.5) / 65536)
+            found += shares >= self._at(self.levels, found) + self._at(self.gaps, found) * ((chance() + 0.5) / 65536)
         codes.copy_(found if self.bits == 8 else found[:, ::2] * 16 + found[:, 1::2])
 
     def _borders_below(self, shares: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ class Blocks:
         Several times as fast as a binary search on a CPU. No two borders share an upper half.
         """
         upper_half = (shares.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-        found = self._at(self._first, upper_half)
-        return found + (shares >= self._at(self._borders, found))
+        found = self._at(self.first, upper_half)
+        return found + (shares >= self._at(self.borders, found))
 
     @staticmethod
     def _at(table: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ number's place in the whole weight: a step gives the same bits on one device and
 """
 
 import hashlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ PIECE = {"cpu": 1 << 16}
 PIECE_ELSEWHERE = 1 << 24
 
 #: Gives random bits, (rows, columns) of int32 from 0 to 2^16 - 1.
-Chance = Callable[[], Tensor]
+Bits = Callable[[], Tensor]
 
 
 class AdamW:
@@ -95,25 +96,33 @@ class AdamW:
         if not weight.numel():
             return
         state = {kind: local_part(tensors[name]) for kind, tensors in self.state.items() if name in tensors}
-        tensors = {"weight": weight, "grad": local_part(placed_like(grad, parameter).detach()), **state}
+        tensors = {"weight": weight, "grad": local_part(placed_like(grad, parameter).detach()).contiguous(), **state}
         rows = {kind: tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1) for kind, tensor in tensors.items()}
         place = Place.of(parameter)
-        seeds = {kind: seeds_of(f"{self.seed}:{update}:{name}:{kind}") for kind in ("weight", *MOMENTS)}
+        kinds = ("weight", *MOMENTS)
+        seeds = {kind: seeds_of(f"{self.seed}:{update}:{name}:{kind}") for kind in kinds}
         factors = self._factors(update, lr, grad_scale, decays=parameter.dim() > 1)
+        formats = self._formats[name]
+        if weight.device.type == "cuda" and (update_kernel := _update_kernel()) is not None:
+            if parameter.dim() == 1:
+                rows = {kind: tensor.view(1, -1) for kind, tensor in rows.items()}
+            blocks = {kind: codes.blocks for kind, codes in formats.items() if isinstance(codes, _Codes)}
+            chances = {kind: Chance.of(seeds[kind], place) for kind in kinds}
+            update_kernel(rows, blocks, factors, chances)
+            return
         n_rows, n_columns = rows["weight"].shape
         size = max(1, PIECE.get(weight.device.type, PIECE_ELSEWHERE) // n_columns)
-        update_piece = _update_piece if weight.device.type == "cpu" else _compiled_update_piece()
         for start in range(0, n_rows, size):
             piece = {kind: tensor[start : start + size] for kind, tensor in rows.items()}
             here = Place(place.row + start, place.column, place.columns)
-            update_piece(piece, self._formats[name], factors, seeds, here)
+            chances = {kind: Chance.of(seeds[kind], here) for kind in kinds}
+            _update_piece(piece, formats, factors, chances)
 
-    def _factors(self, update: int, lr: float, grad_scale: float, *, decays: bool) -> "_Factors":
+    def _factors(self, update: int, lr: float, grad_scale: float, *, decays: bool) -> "Factors":
         beta1, beta2 = self.settings.betas
         lacks1, lacks2 = (1 - beta1**update, 1 - beta2**update) if self.bias_correction else (1.0, 1.0)
         kept = 1 - lr * (self.settings.weight_decay if decays else 0.0)
-        changing = (torch.tensor(x, dtype=torch.float32) for x in (grad_scale, kept, -lr / lacks1, lacks2))
-        return _Factors(beta1, beta2, self.settings.eps, *changing)
+        return Factors(beta1, beta2, self.settings.eps, grad_scale, kept, -lr / lacks1, lacks2)
 
     def _formats_of(self, parameter: Tensor) -> dict[str, "_Format"]:
         formats: dict[str, _Format] = dict.fromkeys(("weight", *MOMENTS), _Numbers())
@@ -130,24 +139,20 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """What a step multiplies with. What changes from step to step is a tensor: compiled code takes it as it comes."""
+class Factors:
+    """What a step multiplies with."""
 
     beta1: float
     beta2: float
     eps: float
-    grad_scale: Tensor
-    weight_kept: Tensor
-    minus_lr: Tensor
-    square_lacks: Tensor
+    grad_scale: float
+    weight_kept: float
+    minus_lr: float
+    square_lacks: float
 
 
 def _update_piece(
-    piece: dict[str, Tensor],
-    formats: dict[str, "_Format"],
-    factors: _Factors,
-    seeds: dict[str, tuple[int, int]],
-    place: "Place",
+    piece: dict[str, Tensor], formats: dict[str, "_Format"], factors: Factors, chances: dict[str, "Chance"]
 ) -> None:
     """Moves some rows of a weight, in place: "weight", "grad" and the state's kinds, (rows, columns) each."""
     p, m, v = (formats[kind].read(piece, kind) for kind in ("weight", *MOMENTS))
@@ -155,16 +160,19 @@ def _update_piece(
     m.lerp_(g, 1 - factors.beta1)
     v.mul_(factors.beta2).addcmul_(g, g, value=1 - factors.beta2)
     root = (v / factors.square_lacks).sqrt_().add_(factors.eps)
-    p.mul_(factors.weight_kept).addcdiv_(m, root.div_(factors.minus_lr))
-    shape, device = tuple(piece["weight"].shape), piece["weight"].device
+    p.mul_(factors.weight_kept).addcdiv_(m, root, value=factors.minus_lr)
     for kind, exact in zip(("weight", *MOMENTS), (p, m, v), strict=True):
-        formats[kind].write(exact, piece, kind, partial(random_bits, seeds[kind], place, shape, device))
+        formats[kind].write(exact, piece, kind, partial(chances[kind].bits, exact))
 
 
 @cache
-def _compiled_update_piece() -> Callable[..., None]:
-    """As one kernel or two it reads and writes each number once, where an accelerator would do so dozens of times."""
-    return torch.compile(_update_piece, dynamic=True)
+def _update_kernel() -> Callable[..., None] | None:
+    """The update in one kernel, where Triton is there."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from puna.train import update_kernel
+
+    return update_kernel.update
 
 
 class _Format(Protocol):
@@ -173,7 +181,7 @@ class _Format(Protocol):
     def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
         """The numbers in fp32; they may be changed in place."""
 
-    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, bits: Bits) -> None:
         """Keeps what `read` gave and the step has changed."""
 
 
@@ -183,22 +191,22 @@ class _Numbers:
     def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
         return piece[kind].float() if piece[kind].dtype == torch.bfloat16 else piece[kind]
 
-    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, bits: Bits) -> None:
         if piece[kind].dtype == torch.bfloat16:
-            piece[kind].copy_(round_stochastically(exact, chance()))
+            piece[kind].copy_(round_stochastically(exact, bits()))
 
 
 class _Codes:
     """8 or 4 bits a number, and scales."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
 
     def read(self, piece: dict[str, Tensor], kind: str) -> Tensor:
-        return self._blocks.read(piece[kind], piece[f"{kind}_scales"])
+        return self.blocks.read(piece[kind], piece[f"{kind}_scales"])
 
-    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, chance: Chance) -> None:
-        self._blocks.write(exact, piece[kind], piece[f"{kind}_scales"], chance)
+    def write(self, exact: Tensor, piece: dict[str, Tensor], kind: str, bits: Bits) -> None:
+        self.blocks.write(exact, piece[kind], piece[f"{kind}_scales"], bits)
 
 
 @dataclass(frozen=True)
@@ -259,36 +267,51 @@ def seeds_of(key: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def random_bits(seeds: tuple[int, int], place: Place, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """16 random bits for each element of a part of a weight: a function of seeds and place in the whole.
+@dataclass(frozen=True)
+class Chance:
+    """Random bits for the elements of a part of a weight: a function of two seeds and of the place in the whole.
 
-    The number of an element, row times columns plus column, goes through the two multiplications of a 32-bit hash,
-    with a seed before each; the upper half comes out well mixed. Places 2^32 apart have the same bits.
-
-    Args:
-        seeds: from `seeds_of`, by what the bits are for.
-        place: where the part begins.
-        shape: (rows, columns) of the part.
-        device: that makes them.
-
-    Returns:
-        int32 of the shape given, evenly from 0 to 2^16 - 1.
-
-    Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018); shifts here keep the sign, which folds
-    the 32 bits to 30.
+    Attributes:
+        start: the number of the part's first element (row times columns plus column) plus a seed, as int32.
+        mix: the other seed, as int32.
+        columns: of the whole.
     """
-    first, second = seeds
-    rows = (torch.arange(shape[0], device=device) + place.row) * place.columns + (place.column + first)
-    columns = torch.arange(shape[1], device=device, dtype=torch.int32)
-    x = _low_half(rows)[:, None] + columns
-    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_(second - (1 << 31))
-    x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32))
-    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+    start: int
+    mix: int
+    columns: int
+
+    @classmethod
+    def of(cls, seeds: tuple[int, int], place: Place) -> "Chance":
+        """For the part that begins at `place`, with seeds from `seeds_of`."""
+        start = place.row * place.columns + place.column + seeds[0]
+        return cls(_int32(start), _int32(seeds[1]), place.columns)
+
+    def bits(self, like: Tensor) -> Tensor:
+        """16 random bits for each element.
+
+        The number of an element goes through the two multiplications of a 32-bit hash, with a seed before each; the
+        upper half comes out well mixed. Places 2^32 apart have the same bits.
+
+        Args:
+            like: (rows, columns of the part) on the device that makes them.
+
+        Returns:
+            int32 of the same shape, evenly from 0 to 2^16 - 1.
+
+        Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018); shifts here keep the sign, which
+        folds the 32 bits to 30.
+        """
+        rows, columns = (torch.arange(size, device=like.device, dtype=torch.int32) for size in like.shape)
+        x = (rows * self.columns + self.start)[:, None] + columns  # modulo 2^32
+        x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_(self.mix)
+        x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32))
+        return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
-def _low_half(x: Tensor) -> Tensor:
-    """int64 as int32, modulo 2^32."""
-    return ((x + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
+def _int32(x: int) -> int:
+    """Modulo 2^32."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _column_parts(parameter: Any) -> int:

@@ -97,7 +97,12 @@ class _Run:
         self.checkpoints = Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every)
         checkpoint = self.checkpoints.newest()
         self.model = self._make_model()
-        self.optimizer = AdamW(self.model.weights.items(), recipe.optimizer, seed=recipe.seed)
+        self.optimizer = AdamW(
+            self.model.weights.items(),
+            recipe.optimizer,
+            seed=recipe.seed,
+            bias_correction=recipe.arithmetic != "mindformers",
+        )
         self.gradients = gradients_of(
             self.optimizer,
             in_backward=recipe.optimizer.in_backward,
@@ -171,11 +176,14 @@ class _Run:
         recipe, started = self.recipe, time.perf_counter()
         layout = self.ranks.layout
         batch = self.loader.batch(self.step, rank=self.ranks.dp_rank, world_size=layout.dp_size)
-        update = self.step + 1
-        lr = learning_rate(update, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
+        update, is_mindformers = self.step + 1, recipe.arithmetic == "mindformers"
+        lr = learning_rate(
+            update - is_mindformers, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps
+        )
         result = train_step(
             self.model, self.gradients, batch, update=update, lr=lr,
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
+            is_mean_of_means=is_mindformers,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         self.step, self.tokens = update, self.tokens + recipe.batch_tokens

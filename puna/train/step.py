@@ -39,6 +39,7 @@ def train_step(
     lr: float,
     micro_batch_rows: int,
     max_grad_norm: float | None,
+    is_mean_of_means: bool = False,
 ) -> StepResult:
     """One optimizer step over the global batch; every rank calls it with its rows.
 
@@ -53,22 +54,25 @@ def train_step(
         lr: learning rate.
         micro_batch_rows: rows that go through the model at once.
         max_grad_norm: gradients are scaled down to this norm; None: they are used as they are.
+        is_mean_of_means: take the mean of each micro-batch and the mean of those, as MindFormers does, which weighs the
+            targets of a micro-batch that has few of them more.
     """
     layout = model.ranks.layout
     (counted,) = all_sum(float((batch.targets != IGNORE).sum()))
     n_targets = round(counted) // (layout.pp * layout.cp * layout.tp)  # ranks that hold the same rows count them too
     gradients.begin(update, lr)
-    loss_share = model.forward_backward(
-        batch, partial(_loss, model, n_targets=max(1, n_targets)), micro_batch_rows=micro_batch_rows
-    )
-    loss, squared_norm = all_sum(loss_share / layout.tp, gradients.squared_norm())
+    loss = partial(_loss, model, n_targets=max(1, n_targets))
+    if is_mean_of_means:
+        loss = partial(_mean_loss, model, n_means=layout.dp_size * len(batch.tokens) // micro_batch_rows)
+    loss_share = model.forward_backward(batch, loss, micro_batch_rows=micro_batch_rows)
+    mean_loss, squared_norm = all_sum(loss_share / layout.tp, gradients.squared_norm())
     norm = math.sqrt(squared_norm)
-    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    is_finite = math.isfinite(mean_loss) and math.isfinite(norm)
     if is_finite:
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
         gradients.optimizer.step(update, lr, grad_scale=scale, take=gradients.pop)
     gradients.clear()
-    return StepResult(loss, norm, n_targets, is_finite)
+    return StepResult(mean_loss, norm, n_targets, is_finite)
 
 
 def summed_loss(model: DistributedModel, batch: Batch, *, micro_batch_rows: int) -> tuple[float, int]:
@@ -81,3 +85,7 @@ def summed_loss(model: DistributedModel, batch: Batch, *, micro_batch_rows: int)
 
 def _loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, n_targets: int) -> Tensor:
     return summed_cross_entropy(hidden, head, targets, group=model.ranks.tp) / n_targets
+
+
+def _mean_loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, n_means: int) -> Tensor:
+    return _loss(model, hidden, head, targets, n_targets=max(1, int((targets != IGNORE).sum()))) / n_means

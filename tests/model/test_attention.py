@@ -196,6 +196,7 @@ def test_documents_are_found_where_numbers_change_and_at_every_row() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_flash_attention_over_packed_documents_is_the_reference(heads: tuple[int, int]) -> None:
     if not torch.accelerator.is_available():

@@ -167,6 +167,7 @@ def test_gradients_wait_on_the_host_only_if_something_must_be_known_first(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 def test_sums_in_page_locked_memory_equal_the_plain_way_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("puna.train.gradients.IN_FLIGHT_BYTES", 1 << 16)  # the backward pass must wait

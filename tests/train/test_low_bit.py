@@ -15,7 +15,7 @@ from puna.config import Optimizer
 from puna.model.optimizer_state import misfit, state_bytes, state_shapes
 from puna.testing import tiny_model
 from puna.train.low_bit import Blocks, lowest_by_upper_half, signed_levels, unsigned_levels
-from puna.train.optimizer import AdamW, Place, random_bits, seeds_of
+from puna.train.optimizer import AdamW, Chance, Place, seeds_of
 
 CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def test_rounding_by_chance_is_right_on_average_and_keeps_levels() -> None:
     levels = signed_levels(4)
     x = torch.full((4000, 64), 0.3)
     x[:, 0], x[:, 1], x[:, 2] = 1.0, levels[3], -0.5
-    chance = random_bits(seeds_of("test"), Place(0, 0, 64), (4000, 64), CPU)
+    chance = Chance.of(seeds_of("test"), Place(0, 0, 64)).bits(x)
     result = kept(x, levels, chance=chance)
     assert set(result[:, 3:].unique().tolist()) == {levels[11].item(), levels[12].item()}
     assert result[:, 3:].mean().item() == pytest.approx(0.3, abs=5 * 0.11 / (4000 * 61) ** 0.5)

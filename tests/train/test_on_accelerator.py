@@ -1,4 +1,4 @@
-"""What an accelerator computes against what this machine's CPU computes: whole steps, the loss, the optimizer."""
+"""What an accelerator computes against what this machine's CPU computes: whole steps, the loss, the logits."""
 
 import copy
 from collections.abc import Callable
@@ -9,16 +9,15 @@ import pytest
 import torch
 
 import puna
-from puna.config import Optimizer
 from puna.model.llama import compile_layers
 from puna.testing import tiny_model
 from puna.train.loss import reference_cross_entropy, summed_cross_entropy
 from puna.train.metrics import read_metrics
-from puna.train.optimizer import AdamW
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator"),
+    pytest.mark.filterwarnings("ignore"),  # torch's compiler warns of torch's own modules
 ]
 
 STEPS = 10
@@ -92,30 +91,6 @@ def test_the_chunked_loss_is_the_plain_formula(dtype: torch.dtype) -> None:
     for ours, expected in zip(*results, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert (ours.float() - expected.float()).norm() <= tolerance * expected.float().norm()
-
-
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_update_is_the_plain_one(bits: int, dtype: torch.dtype) -> None:
-    shapes = {"wide": (96, 192), "odd blocks": (40, 70), "norm": (128,)}
-    results = []
-    for device in (torch.device("cpu"), accelerator()):
-        generator = torch.Generator().manual_seed(0)
-        weights = {
-            name: torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device, dtype))
-            for name, shape in shapes.items()
-        }
-        adamw = AdamW(weights.items(), Optimizer(state_bits=bits), seed=0)  # type: ignore[arg-type]
-        for update in range(1, 6):
-            for weight in weights.values():
-                weight.grad = torch.randn(weight.shape, generator=generator).to(device, dtype)
-            adamw.step(update, 1e-3 * update, grad_scale=1 / update)
-        results.append({name: weight.detach().float().cpu() for name, weight in weights.items()})
-    for name in shapes:
-        difference = (results[0][name] - results[1][name]).abs()
-        # An average that lies between two levels, or a weight between two bf16 numbers, may fall to either side.
-        assert (difference > (1e-6 if dtype == torch.float32 else 0)).float().mean() < 0.01
-        assert difference.max() < 1e-2
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

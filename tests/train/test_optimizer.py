@@ -15,9 +15,7 @@ from puna.checkpoint import load_checkpoint, save_checkpoint
 from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.train import optimizer as optimizer_module
-from puna.train.optimizer import AdamW, Place, random_bits, round_stochastically, seeds_of
-
-CPU = torch.device("cpu")
+from puna.train.optimizer import AdamW, Chance, Place, round_stochastically, seeds_of
 
 
 def _parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:
@@ -29,7 +27,11 @@ def _parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parame
 
 
 def _bits(*shape: int, key: str = "key") -> Tensor:
-    return random_bits(seeds_of(key), Place(0, 0, shape[1]), (shape[0], shape[1]), CPU)
+    return bits_at(Place(0, 0, shape[1]), shape, key=key)
+
+
+def bits_at(place: Place, shape: tuple[int, ...], *, key: str = "key") -> Tensor:
+    return Chance.of(seeds_of(key), place).bits(torch.empty(shape))
 
 
 def test_ten_steps_equal_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +87,10 @@ def test_random_bits_are_even_and_know_nothing_of_their_neighbours() -> None:
 
 
 def test_random_bits_of_a_part_are_those_of_the_whole() -> None:
-    whole = random_bits(seeds_of("key"), Place(0, 0, 10), (12, 10), CPU)
-    assert torch.equal(random_bits(seeds_of("key"), Place(3, 4, 10), (5, 6), CPU), whole[3:8, 4:])
+    whole = bits_at(Place(0, 0, 10), (12, 10))
+    assert torch.equal(bits_at(Place(3, 4, 10), (5, 6)), whole[3:8, 4:])
     far = Place(2**31 // 10, 0, 10)  # past the int32 numbers
-    assert torch.equal(
-        random_bits(seeds_of("key"), far, (3, 10), CPU)[1:],
-        random_bits(seeds_of("key"), Place(far.row + 1, 0, 10), (2, 10), CPU),
-    )
+    assert torch.equal(bits_at(far, (3, 10))[1:], bits_at(Place(far.row + 1, 0, 10), (2, 10)))
 
 
 def test_updates_too_small_for_bf16_still_move_the_weights() -> None:

@@ -140,8 +140,9 @@ class Recipe(_Strict):
     optimizer: Optimizer = Optimizer()
     parallel: Parallel = Parallel()
     schedule: Schedule = Schedule()
-    recompute: Literal["none", "selective", "block"] = "none"
-    """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks."""
+    recompute: Literal["none", "selective", "block", "offload"] = "none"
+    """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks; whole
+    blocks, whose inputs wait in host memory."""
     compile: bool = False
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()

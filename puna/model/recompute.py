@@ -2,7 +2,7 @@
 
 `block` keeps the input of each layer alone. `selective` also keeps what is dear to compute, matrix products and
 attention, and computes norms, rotations and gates again; the compiler chooses likewise by itself, so on compiled layers
-`none` and `selective` are the same.
+`none` and `selective` are the same. `offload` keeps what `block` keeps, in host memory.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from puna.model.llama import Llama, compile_layers
+from puna.model.offload import Offload
 
 #: Operations whose results selective recomputation keeps.
 KEPT = {
@@ -31,7 +32,7 @@ def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool) -> None:
 
     Args:
         model: its weights may be on the meta device still.
-        recompute: "none", "selective" or "block".
+        recompute: "none", "selective", "block" or "offload".
         is_compiled: compile each layer when it is first used.
     """
     if is_compiled:  # first: what recomputes calls compiled code, while nothing around it could be compiled as a whole
@@ -41,8 +42,16 @@ def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool) -> None:
     again: Any = partial(checkpoint, use_reentrant=False)
     if recompute == "selective":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    if recompute == "offload":
+        again = partial(_offloaded, Offload(), again)
     for layer in model.model.layers:
         layer.forward = partial(again, layer.forward)
+
+
+def _offloaded(offload: Offload, again: Any, *args: Any) -> Any:
+    """Runs a layer that recomputes; its input, which alone is saved, is saved on the host."""
+    with offload.keeping():
+        return again(*args)
 
 
 def _policy(context: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -157,6 +157,7 @@ def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
 #: What helps where nothing fits: words -> fields of the recipe that are changed.
 _REMEDIES: dict[str, dict[str, Any]] = {
     "recompute=block": {"recompute": "block"},
+    "recompute=offload": {"recompute": "offload"},
     "micro_batch_rows=1": {"micro_batch_rows": 1},
     "optimizer.state_bits=8": {"state_bits": 8},
     "optimizer.in_backward=true": {"in_backward": True},

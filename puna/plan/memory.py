@@ -34,6 +34,9 @@ SOFTMAX_PIECE = {True: 1 << 19, False: 1 << 26}  # on a CPU, elsewhere
 UPDATE_PIECE = {True: 1 << 16, False: 1 << 24}
 UPDATE_TEMPORARIES = {"fp32": 2, "bf16": 8, "codes": 10}
 
+#: puna.model.offload: layers' inputs on their way to the host.
+OFFLOADS_IN_FLIGHT = 2
+
 #: puna.train.gradients: bytes of gradients on their way to the host.
 IN_FLIGHT_BYTES = 1 << 30
 
@@ -113,7 +116,9 @@ def layer_bytes(case: Case) -> LayerBytes:
     is_input_kept = stream if c == 4 else 0  # in bf16 the norm keeps its input in fp32, beside the layer's
     if case.recipe.recompute == "none":
         return LayerBytes(everything * R, 0, cast)
-    if case.recipe.recompute == "block":
+    if case.recipe.recompute == "offload" and not case.is_cpu:
+        return LayerBytes(0, (everything - is_input_kept + stream) * R, cast)
+    if case.recipe.recompute in ("block", "offload"):
         return LayerBytes(stream * R, (everything - is_input_kept) * R, cast)
     products = c * (Q + 2 * K) + 2 * c * D + 2 * c * F  # q, k, v; o and down, not yet summed over ranks; gate, up
     same = c * K + out + lse + 2 * c * F  # v, attention, gate and up are what is kept already
@@ -184,9 +189,11 @@ class _Rank:
     def _kept(self, n: int) -> tuple[float, float]:
         """Activations of `n` micro-batches in flight, and the casts that wait with them, when the last is forward."""
         stage = max(self.stages)
-        output = self.hidden / self.case.layout.tp if self.case.layout.pp > 1 else 0
+        stream = self.hidden / self.case.layout.tp
+        output = stream if self.case.layout.pp > 1 else 0
         cast = self.layer.cast * stage * n if self.case.recipe.recompute == "none" else 0
-        return n * (self.layer.kept * stage + output), cast
+        leaving = OFFLOADS_IN_FLIGHT * stream if self.case.recipe.recompute == "offload" else 0
+        return n * (self.layer.kept * stage + output) + leaving, cast
 
     def _rotations(self) -> float:
         """Rotations and ids."""

@@ -21,7 +21,7 @@ from puna.plan.weights import Weights
 #: The most that is tried of an axis, of runs of layers a rank, and of rows at once.
 MOST = {"tp": 16, "cp": 64, "stages_per_rank": 8, "micro_batch_rows": 16}
 
-RECOMPUTE = ("none", "selective", "block")
+RECOMPUTE = ("none", "selective", "block", "offload")
 
 
 @dataclass(frozen=True)

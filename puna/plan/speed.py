@@ -24,7 +24,7 @@ ROWS = {
     "sharding": "gathers of weights and sums of gradients that products do not hide",
     "copies": "sums of gradients over dp_replicate",
     "pipeline": "idle time, and what stages wait for each other",
-    "host": "gradients on their way to host memory and back",
+    "host": "gradients and activations on their way to host memory and back",
     "update": "the optimizer",
 }
 
@@ -111,7 +111,8 @@ def speed(case: Case, cluster: Cluster) -> Speed:
     rows = {name: layout.micro_batches * seconds for name, seconds in micro.items()}
     if layout.pp > 1:
         rows["pipeline"] = sum(micro.values()) * _idle(case) + layout.micro_batches * _sending(case, cluster)
-    rows["host"], rows["update"] = _host(case, device, sum(micro.values())), _update(case, device)
+    rows["host"] += _host(case, device, sum(micro.values()))
+    rows["update"] = _update(case, device)
     rows["copies"] = _copies(case, cluster)
     rows["sharding"] += _ends(case, cluster)
     seconds = sum(rows.values())
@@ -131,9 +132,13 @@ def _layer(case: Case, cluster: Cluster) -> dict[str, float]:
     elements = c * numbers * R * (FUSED if case.recipe.compile else 1) / _memory_rate(device)
     forward = products + attention + elements
     waits = max(0.0, KERNELS[case.recipe.compile] * KERNEL_SECONDS - forward)
-    again = {"none": 0.0, "selective": elements, "block": forward + waits}[case.recipe.recompute]
+    whole = forward + waits
+    again = {"none": 0.0, "selective": elements, "block": whole, "offload": whole}[case.recipe.recompute]
     rows = {"products": 3 * products, "attention": 3.5 * attention, "memory-bound": 3 * (elements + waits),
             "recomputation": again}  # fmt: skip
+    if case.recipe.recompute == "offload":  # out beside the forward pass, and back while the backward pass waits
+        carried = c * D * R / tp / (device.host_rate * 1e9 * LINK_SHARE)
+        rows["host"] = carried + max(0.0, carried - forward)
     times = 1 if case.recipe.recompute == "none" else 2
     if tp > 1:  # two gathers and two sums forward, as many backward, and forward again
         rows["tensor parallel"] = 4 * (1 + times) * cluster.seconds(c * D * R, tp, 1)

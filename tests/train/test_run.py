@@ -142,7 +142,7 @@ def test_the_cut_into_micro_batches_does_not_change_the_run(recipe: Make, tmp_pa
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize("mode", ["block", "selective", "offload"])
 def test_recomputation_changes_nothing(recipe: Make, tmp_path: Path, mode: str) -> None:
     puna.train(recipe(run_dir=str(tmp_path / "kept")))
     puna.train(recipe(recompute=mode, run_dir=str(tmp_path / "recomputed")))

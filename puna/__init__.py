@@ -22,6 +22,7 @@ _HOMES = {
     "train": "puna.train",
     "export": "puna.checkpoint",
     "convert": "puna.checkpoint",
+    "migrate": "puna.migrate",
     "generate": "puna.generate",
     "infill": "puna.generate",
     "chat": "puna.generate",

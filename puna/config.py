@@ -140,6 +140,9 @@ class Recipe(_Strict):
     optimizer: Optimizer = Optimizer()
     parallel: Parallel = Parallel()
     schedule: Schedule = Schedule()
+    arithmetic: Literal["sound", "mindformers"] = "sound"
+    """mindformers repeats the steps of MindFormers, for comparison: Adam without bias correction, update n at the rate
+    of n - 1 (the first moves nothing), the mean of the means of micro-batches instead of the mean over all targets."""
     recompute: Literal["none", "selective", "block", "offload"] = "none"
     """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks; whole
     blocks, whose inputs wait in host memory."""
@@ -164,6 +167,8 @@ class Recipe(_Strict):
                 f"micro_batch_rows={self.micro_batch_rows} must divide the {self.batch_rows} rows of a batch; "
                 f"use one of {fits}"
             )
+        if self.arithmetic == "mindformers" and self.parallel.cp > 1:
+            raise ValueError("arithmetic=mindformers takes the mean of whole rows; use parallel.cp=1")
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}")
         return self

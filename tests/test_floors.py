@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"tokenizer", "prompts", "config", "devices"},
     {"data", "model"},
     {"checkpoint", "parallel"},
-    {"train", "generate", "plan", "launch"},
+    {"train", "generate", "plan", "launch", "migrate"},
     {"evaluate"},
     {"cli", "demo", "report", "testing", "__main__", "__init__"},
 ]

@@ -331,7 +331,8 @@ def _info(job: _Job, shards: list[dict[str, Any]], size_bytes: int) -> dict[str,
 
 def _has_dialogs(job: _Job, totals: dict[str, Any]) -> bool:
     """Whether documents are questions and answers: made with a template, or with tokens that are not learnt."""
-    return "template" in job.options or totals["targets"] < totals["tokens"]
+    is_made_so = "template" in job.options or bool(job.options.get("faithful"))
+    return is_made_so or totals["targets"] < totals["tokens"]
 
 
 def _left_out_line(info: dict[str, Any], output: Path) -> str:

@@ -268,8 +268,10 @@ def test_faithful_rows_stay_whole_and_mask_what_follows_padding(tmp_path, tokeni
     write_mindrecord(tmp_path / "x.mindrecord", "wiki", IDS, [{"input_ids": row} for row in ids], **SMALL)
     prepare("mindrecord", tmp_path / "x.mindrecord", tmp_path / "x", tokenizer=tokenizer, workers=1, faithful=True)
     dataset = Dataset.open(tmp_path / "x")
-    assert dataset.tokens(0, 11).tolist() == [1, 5, 0, 7, 8, 2, 1, 9, 2, 1, 6]
-    assert dataset.is_target(0, 11).tolist() == [True, True, True, False, True, True, True, True, True, True, True]
+    assert dataset.lengths.tolist() == [6, 6]
+    assert dataset.tokens(0, 12).tolist() == ids.reshape(-1).tolist()
+    assert np.flatnonzero(~dataset.is_target(0, 12)).tolist() == [3]
+    assert dataset.info["fill"] == "whole-documents"
 
 
 def test_all_shards_of_a_file_are_prepared(theirs, tmp_path, tokenizer):

@@ -4,8 +4,8 @@
     qa     input_ids, labels    BOS question answer EOS 0 0 0 …        padding goes; targets are where labels are ids
 
 The old tool gave up on some dialogs and masked all their labels without a word; these are left out with one. Ids stay
-as they are, so the tokenizer must be the one that made them. `faithful` keeps rows whole and masks what MindFormers'
-loss masks: what follows an id that is the padding's, which is `<unk>`.
+as they are, so the tokenizer must be the one that made them. `faithful` keeps rows as they are, padding and all, and
+masks what MindFormers' loss masks: what follows an id that is the padding's, which is `<unk>`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ HELP = "MindRecord files with rows of ids (input_ids, labels); the .db is not ne
 OPTIONS = (
     HELD_OUT,
     Option("bos_id", int, 1, "Id that begins a text: a row without labels is cut before each; -1: it is one text."),
-    Option("faithful", bool, False, "Keep rows whole and mask what follows <unk>, as MindFormers' loss does."),
+    Option("faithful", bool, False, "Keep rows as they are, and mask as MindFormers' loss does: what follows <unk>."),
     Option("rebuild_index", bool, False, "Write the .db of each file that has lost it."),
 )
 DISTINCT = False
@@ -92,12 +92,14 @@ def _documents(id: str, source: str, row: dict[str, Any], options: Mapping[str, 
         return
     if options["faithful"]:
         is_target[1:] &= tokens[:-1] != _PADDING
+        yield Document(id, source, tokens=tokens, is_target=is_target)
+        return
     used = np.flatnonzero((tokens != _PADDING) | (is_target if labels is not None else False))
     stop = int(used[-1]) + 1 if len(used) else 0
     tokens, is_target = tokens[:stop], is_target[:stop]
     if not is_target.any():
         yield LeftOut(id, source, "nothing to learn", "all of its labels are masked" if stop else "padding alone")
-    elif labels is not None or options["faithful"] or options["bos_id"] < 0:
+    elif labels is not None or options["bos_id"] < 0:
         yield Document(id, source, tokens=tokens, is_target=is_target)
     else:
         starts = _starts(tokens, options["bos_id"])

@@ -1,0 +1,168 @@
+"""A YAML read, accounted for key by key, and written as a recipe with the steps that lead to its first run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from puna.checkpoint.formats.mindspore.model_config import read_yaml
+from puna.config import Recipe
+from puna.errors import PunaError
+from puna.files import file_aside
+from puna.migrate.keys import DIFFERENCES, GENERATION, NO_EFFECT, NOT_NEEDED, NOT_THERE, TRANSLATED
+from puna.migrate.recipe import SOME_STEPS, TRAIN_DATA, VALID_DATA, WEIGHTS, Settings, generation, recipe_of
+
+#: What became of a key -> the table that says it.
+FATES = {
+    "translated": TRANSLATED,
+    "for puna generate": GENERATION,
+    "not needed": NOT_NEEDED,
+    "had no effect": NO_EFFECT,
+    "not there": NOT_THERE,
+}
+
+#: What became of a key that no table has.
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Translated:
+    """What became of one key.
+
+    Attributes:
+        key: dotted.
+        value: in the YAML.
+        fate: "translated", "for puna generate", "not needed", "had no effect", "not there", "not there, was off" or
+            "unknown".
+        why: the fields that it went to, or the reason.
+    """
+
+    key: str
+    value: Any
+    fate: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a YAML became.
+
+    Attributes:
+        recipe: the training run; None: the YAML only predicts.
+        keys: what became of every key.
+        steps: commands to run before and then.
+        differences: what trains otherwise than in MindFormers.
+    """
+
+    recipe: Recipe | None
+    keys: list[Translated]
+    steps: list[str]
+    differences: list[str]
+
+    def to_yaml(self) -> str:
+        """The recipe with the commands above it; fields that have their default are left out.
+
+        Raises:
+            PunaError: there is none.
+        """
+        if self.recipe is None:
+            raise PunaError(f"a YAML for prediction has no recipe; run: {self.steps[-1]}")
+        lines = [f"#   {step}" for step in self.steps]
+        fields = self.recipe.model_dump(mode="json", exclude_unset=True)
+        return "\n".join(["# Before the first step:", *lines, yaml.safe_dump(fields, sort_keys=False)])
+
+
+def migrate(
+    source: Path | str, output: Path | str | None = None, *, faithful: bool = False, rows: int | None = None
+) -> Migration:
+    """Turns a YAML of MindFormers into a recipe.
+
+    Args:
+        source: the YAML.
+        output: the recipe's file to write; None: none is.
+        faithful: keep MindFormers' arithmetic, for comparison.
+        rows: of the training data, where its MindRecord files are elsewhere: steps are counted from them.
+
+    Raises:
+        PunaError: the YAML is none of a Llama of MindFormers, or `output` exists.
+        UsageError: a value in it is none that puna can take.
+    """
+    source = Path(source)
+    settings = Settings(by_type(read_yaml(source)))
+    keys = [accounted(key, value) for key, value in flattened(settings.content)]
+    if settings.get("run_mode", "train") == "predict":
+        steps = [*_conversion(settings, source, "CKPT"), generation(settings)]
+        return Migration(None, keys, steps, [])
+    data = settings.get("train_dataset.data_loader.dataset_dir", None)
+    if rows is None and data is not None:
+        rows = _count_rows(Path(str(data)))
+    recipe = recipe_of(settings, where=str(source), rows=rows, is_faithful=faithful)
+    steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
+    steps.append(f"puna train {output or 'recipe.yaml'}")
+    differences = [] if faithful else list(DIFFERENCES)
+    if settings.whole("lr_schedule.total_steps", -1) <= 0 and rows is None:
+        differences.append(f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it")
+    migration = Migration(recipe, keys, steps, differences)
+    if output is not None:
+        if Path(output).exists():
+            raise PunaError(f"{output} exists already; choose another place or remove it first")
+        with file_aside(output, "w") as file:
+            file.write(migration.to_yaml())
+    return migration
+
+
+def by_type(value: Any) -> Any:
+    """The same content with every list of entries that have a type, as callbacks are, turned into type -> entry."""
+    if isinstance(value, Mapping):
+        return {str(key): by_type(inner) for key, inner in value.items()}
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "type" in entry for entry in value):
+        return {str(entry["type"]): by_type({k: x for k, x in entry.items() if k != "type"}) or "on" for entry in value}
+    return value
+
+
+def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of the innermost values, and these."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flattened(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def accounted(key: str, value: Any) -> Translated:
+    """What became of a key: of itself, or of the nearest that it is inside of."""
+    name = key
+    while name:
+        for fate, table in FATES.items():
+            if name in table:
+                is_off = fate == "not there" and value is not True and value in (None, False, "", {}, [], 0, 1, "None")
+                return Translated(key, value, "not there, was off" if is_off else fate, table[name])
+        name = name.rpartition(".")[0]
+    return Translated(key, value, UNKNOWN, "puna does not know this key; see whether the run needs it")
+
+
+def _conversion(settings: Settings, source: Path, otherwise: str | None) -> list[str]:
+    checkpoint = settings.get("load_checkpoint", otherwise)
+    return [] if checkpoint is None else [f"puna convert {checkpoint} -o {WEIGHTS} --config {source}"]
+
+
+def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str]:
+    steps = []
+    for part, folder in (("train", TRAIN_DATA), ("eval", VALID_DATA)):
+        if part == "train" or recipe.data.valid:
+            data = settings.get(f"{part}_dataset.data_loader.dataset_dir", "X.mindrecord")
+            words = f"puna prepare mindrecord {data} -o {folder} --tokenizer tokenizer.model"
+            steps.append(f"{words} --faithful" if faithful else words)
+    return steps
+
+
+def _count_rows(path: Path) -> int | None:
+    """Rows of a MindRecord file or folder; None if it is not here."""
+    from puna.data.mindrecord import MindRecord
+
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix != ".db" and file.is_file()]
+        return sum(len(MindRecord.open(file)) for file in files)
+    return sum(len(record) for record in MindRecord.open_all(path)) if path.is_file() else None

@@ -1,0 +1,216 @@
+"""The recipe that a YAML of MindFormers stands for, and the command for one that only predicts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from puna.checkpoint.formats.mindspore.model_config import from_fields, known_as, model_fields
+from puna.config import Recipe, load_recipe
+from puna.errors import UsageError
+
+#: Where the YAML is to be found again in the recipe: names of what its user makes with puna first.
+TRAIN_DATA, VALID_DATA, WEIGHTS = "data/train", "data/valid", "weights"
+
+#: Steps where neither the YAML nor the data say how many there are.
+SOME_STEPS = 1000
+
+#: MindFormers' schedule -> ours.
+SCHEDULES = {
+    "CosineWithWarmUpLR": "cosine",
+    "LinearWithWarmUpLR": "linear",
+    "ConstantWarmUpLR": "constant",
+}
+
+#: MindFormers' compute_dtype -> precision.
+PRECISIONS = {"float16": "bf16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A YAML's values by dotted key, with MindFormers' defaults where it gives none."""
+
+    content: Mapping[str, Any]
+
+    def get(self, key: str, default: Any) -> Any:
+        """The value at a key; the default where there is none, or nothing in it."""
+        value: Any = self.content
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return default if value is None or value == "" else value
+
+    def number(self, key: str, default: float) -> float:
+        """A number at a key; YAML takes `1e-5` for a text.
+
+        Raises:
+            UsageError: the value is no number.
+        """
+        value = self.get(key, default)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{key} is {value!r}; a number was expected") from None
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number at a key."""
+        return int(self.number(key, default))
+
+
+def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: bool) -> Recipe:
+    """The recipe, checked.
+
+    Args:
+        settings: the YAML's.
+        where: its name, for messages.
+        rows: of the data, to count the steps of an epoch.
+        is_faithful: keep MindFormers' arithmetic.
+
+    Raises:
+        UsageError: a value is none that puna can take.
+        PunaError: the model is none that puna has.
+    """
+    config = from_fields(model_fields(settings.content, where), where)
+    names = known_as(config)
+    length = settings.whole("model.model_config.seq_length", 2048)
+    global_rows = batch_rows(settings)
+    steps = step_count(settings, rows, global_rows)
+    peak, end = peak_lr(settings), settings.number("lr_schedule.lr_end", 0)
+    has_weights = bool(settings.get("load_checkpoint", "")) or not names
+    layout = parallel(settings)
+    parts = layout.get("tp", 1)  # a row is shared by so many ranks
+    fields: dict[str, Any] = {
+        "model": names[0] if names else WEIGHTS,
+        "start": WEIGHTS if has_weights and names else None,
+        "data": {"train": TRAIN_DATA, "valid": VALID_DATA if settings.get("do_eval", False) else None},
+        "sequence_length": -(-(length + 1) // parts) * parts if is_faithful else length,
+        "run_dir": f"{str(settings.get('output_dir', './output')).removeprefix('./').rstrip('/')}/puna",
+        "steps": steps,
+        "micro_batch_rows": settings.whole("runner_config.batch_size", 1),
+        "precision": PRECISIONS.get(str(settings.get("model.model_config.compute_dtype", "float16")), "bf16"),
+        "optimizer": {
+            "peak_lr": peak,
+            "betas": betas(settings),
+            "eps": settings.number("optimizer.eps", 1e-8),
+            "weight_decay": settings.number("optimizer.weight_decay", 0.0),
+            "max_grad_norm": max_grad_norm(settings),
+        },
+        "schedule": {
+            "name": schedule(settings),
+            "warmup_steps": min(warmup_steps(settings, steps), steps),
+            "final_fraction": end / peak,
+        },
+        "parallel": layout,
+        "recompute": recompute(settings),
+        "checkpoint": {
+            "every": settings.whole("callbacks.CheckpointMonitor.save_checkpoint_steps", SOME_STEPS),
+            "keep": settings.whole("callbacks.CheckpointMonitor.keep_checkpoint_max", 5),
+        },
+        "log": {"every": settings.whole("callbacks.MFLossMonitor.per_print_times", 1)},
+        "device": "cpu" if settings.get("context.device_target", "Ascend") == "CPU" else "auto",
+        "seed": settings.whole("seed", 0),
+    }
+    fields["batch_tokens"] = global_rows * fields["sequence_length"]
+    if (every := settings.whole("eval_step_interval", -1)) > 0:
+        fields["validation"] = {"every": every}
+    if is_faithful:
+        fields["arithmetic"] = "mindformers"
+    return load_recipe(fields)
+
+
+def batch_rows(settings: Settings) -> int:
+    """Rows of a step over all devices, as MindFormers counts them."""
+    rows = settings.whole("runner_config.batch_size", 1) * settings.whole("parallel_config.data_parallel", 1)
+    if settings.whole("parallel_config.pipeline_stage", 1) > 1:
+        micro_batches = settings.whole("parallel_config.micro_batch_num", 1)
+        return rows * micro_batches * settings.whole("micro_batch_interleave_num", 1)
+    accumulated = settings.whole("runner_config.gradient_accumulation_steps", 1)
+    if settings.whole("parallel.parallel_mode", 1) == 0:
+        return rows * accumulated  # devices are data_parallel
+    return rows * accumulated * settings.whole("micro_batch_interleave_num", 1)
+
+
+def step_count(settings: Settings, rows: int | None, global_rows: int) -> int:
+    """Steps of the run: stated, or those of its epochs."""
+    stated = settings.whole("lr_schedule.total_steps", -1)
+    if stated > 0:
+        return stated
+    if rows is None:
+        return SOME_STEPS
+    return max(1, settings.whole("runner_config.epochs", 1) * (rows // global_rows))
+
+
+def warmup_steps(settings: Settings, steps: int) -> int:
+    """Updates until the peak."""
+    ratio = settings.get("lr_schedule.warmup_ratio", None)
+    if ratio is not None:
+        return int(settings.number("lr_schedule.warmup_ratio", 0) * steps)
+    return settings.whole("lr_schedule.warmup_steps", 0)
+
+
+def peak_lr(settings: Settings) -> float:
+    """The highest learning rate."""
+    own = settings.number("optimizer.learning_rate", 0)
+    return settings.number("lr_schedule.learning_rate", own or 1e-5)
+
+
+def betas(settings: Settings) -> list[float]:
+    """Of Adam: two keys, or one."""
+    pair = settings.get("optimizer.betas", None)
+    if pair is not None:
+        return [float(beta) for beta in pair]
+    return [settings.number("optimizer.beta1", 0.9), settings.number("optimizer.beta2", 0.999)]
+
+
+def max_grad_norm(settings: Settings) -> float | None:
+    """What gradients are scaled down to; None: they are not."""
+    is_clipped = settings.get("runner_wrapper.use_clip_grad", False)
+    return settings.number("runner_wrapper.max_grad_norm", 1.0) if is_clipped else None
+
+
+def schedule(settings: Settings) -> str:
+    """How the learning rate moves."""
+    name = str(settings.get("lr_schedule.type", "CosineWithWarmUpLR"))
+    if name not in SCHEDULES:
+        raise UsageError(f"lr_schedule.type {name!r} is none that puna has; choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def parallel(settings: Settings) -> dict[str, Any]:
+    """The layout."""
+    if not settings.get("use_parallel", False):
+        return {"dp_shard": 1}
+    axes = {
+        "pp": settings.whole("parallel_config.pipeline_stage", 1),
+        "cp": settings.whole("parallel_config.context_parallel", 1),
+        "tp": settings.whole("parallel_config.model_parallel", 1),
+    }
+    copies = settings.whole("parallel_config.data_parallel", 1)
+    is_sharded = settings.get("parallel.enable_parallel_optimizer", False)
+    axes |= {"dp_shard": copies} if is_sharded else {"dp_replicate": copies, "dp_shard": 1}
+    stages = settings.whole("model.model_config.pp_interleave_num", 1)
+    return {**axes, "stages_per_rank": stages, "schedule": "interleaved"} if stages > 1 else axes
+
+
+def recompute(settings: Settings) -> str:
+    """What is computed again in the backward pass: the most that any layer does."""
+    if _is_any(settings.get("recompute_config.recompute", False)):
+        return "block"
+    return "selective" if _is_any(settings.get("recompute_config.select_recompute", False)) else "none"
+
+
+def _is_any(value: Any) -> bool:
+    """Whether a switch is on for any layer: lists are for stages, names for operations."""
+    if isinstance(value, Mapping):
+        return any(_is_any(each) for each in value.values())
+    return any(_is_any(each) for each in value) if isinstance(value, list) else bool(value)
+
+
+def generation(settings: Settings) -> str:
+    """The command that completes a prompt as a YAML for prediction does."""
+    model = "model.model_config."
+    words = ["puna generate", WEIGHTS, "'def quick_sort(arr):'"]
+    words.append(f"--max-tokens {settings.whole(f'{model}max_decode_length', 1024)}")
+    if settings.get(f"{model}do_sample", True):
+        words.append(f"--temperature {settings.number(f'{model}temperature', 1.0):g}")
+        words.append(f"--top-k {settings.whole(f'{model}top_k', 5)} --top-p {settings.number(f'{model}top_p', 1.0):g}")
+    penalty = settings.number(f"{model}repetition_penalty", 1.0)
+    return " ".join([*words, *([f"--repetition-penalty {penalty:g}"] if penalty != 1 else [])])

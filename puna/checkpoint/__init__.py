@@ -7,9 +7,10 @@
 from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
 from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
-from puna.checkpoint.runs import load_checkpoint, newest_checkpoint, save_checkpoint
+from puna.checkpoint.runs import Checkpoints, load_checkpoint, newest_checkpoint
 
 __all__ = [
+    "Checkpoints",
     "convert",
     "export",
     "load",
@@ -18,6 +19,5 @@ __all__ = [
     "load_model",
     "newest_checkpoint",
     "resolve",
-    "save_checkpoint",
     "save_model",
 ]

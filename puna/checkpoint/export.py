@@ -2,8 +2,8 @@
 
 Only the weights are checked and read: optimizer states stay on the disk. What is written is what the run holds, to the
 last bit, unless another dtype is asked for; and it is the same whether one process saved the run or many ranks did, in
-whatever layout. A tensor that one rank wrote is passed on from the mapped file, one that several wrote is put together
-first; the disk is the limit, not the processor, so that more workers would not help.
+whatever layout. One process does it. A tensor that one rank wrote is passed on from the mapped file, one that several
+wrote is put together first.
 """
 
 from pathlib import Path

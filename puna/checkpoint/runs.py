@@ -46,8 +46,8 @@ class Checkpoints:
     """A run's checkpoints: saved in the background, found, checked and loaded by all its ranks together.
 
     Every rank of the process group makes one, and calls the same methods in the same order; what goes wrong on one rank
-    is raised on all. Without a process group it serves one process. While a save is going on its state is held a second
-    time, in host memory.
+    is raised on all. Without a process group it serves one process. From the first save on, a rank's part of the state
+    is held a second time, in host memory: each save copies into the memory of the one before.
 
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
@@ -173,22 +173,6 @@ class Checkpoints:
             if meetings.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-
-
-def save_checkpoint(
-    run_dir: Path | str,
-    step: int,
-    state: dict[str, Any],
-    meta: dict[str, Any],
-    *,
-    keep: int = 3,
-    keep_every: int | None = None,
-) -> Path:
-    """Saves once, and waits for it; see `Checkpoints.save`."""
-    checkpoints = Checkpoints(run_dir, keep=keep, keep_every=keep_every)
-    path = checkpoints.save(step, state, meta)
-    checkpoints.wait()
-    return path
 
 
 def checkpoints(run_dir: Path | str) -> dict[int, Path]:

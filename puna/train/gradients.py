@@ -56,7 +56,13 @@ def gradients_of(optimizer: AdamW, *, in_backward: bool, is_clipped: bool, micro
 
 
 class Gradients:
-    """Gradients on the device, in `.grad`: as many bytes as the weights have."""
+    """Gradients on the device, in `.grad`: as many bytes as the weights have.
+
+    Attributes:
+        if_not_finite: what becomes of the weights in a step whose gradient is not finite, in words.
+    """
+
+    if_not_finite = "the weights were left alone"
 
     def __init__(self, optimizer: AdamW) -> None:
         self.optimizer = optimizer
@@ -195,6 +201,8 @@ class UpdatesInBackward(_Leaving):
     finite leaves its own weight alone, on all ranks; others, which were finite, have moved theirs by then. The norm
     tells: it is not finite. Asking costs a wait for the device at every parameter.
     """
+
+    if_not_finite = "weights whose own gradient was finite have moved, the others were left alone"
 
     def pop(self, name: str) -> Tensor | None:
         """None: whatever there was has been used."""

@@ -189,7 +189,7 @@ class _Run:
         self.step, self.tokens = update, self.tokens + recipe.batch_tokens
         if not result.is_applied:
             self.skipped += 1
-            say(f"step {update}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were left alone")
+            say(f"step {update}: loss {result.loss}, gradient norm {result.grad_norm}; {self.gradients.if_not_finite}")
         return {
             "step": self.step,
             "loss": result.loss,
@@ -276,8 +276,8 @@ class _Run:
         first = self.step - in_a_row
         write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
         raise PunaError(
-            f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); the "
-            f"weights are as before them, the batches' rows are in {path}. Try a lower optimizer.peak_lr, or "
+            f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); "
+            f"{self.gradients.if_not_finite}, the batches' rows are in {path}. Try a lower optimizer.peak_lr, or "
             f"`puna inspect` the rows"
         )
 

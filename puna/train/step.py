@@ -21,7 +21,7 @@ class StepResult:
         loss: mean over every target of the global batch.
         grad_norm: 2-norm of the gradient of that loss, before clipping.
         n_targets: of the global batch.
-        is_applied: False when loss or gradient were not finite and the weights were left alone.
+        is_applied: False when loss or gradient were not finite; `Gradients.if_not_finite` says what that means.
     """
 
     loss: float
@@ -44,7 +44,7 @@ def train_step(
     """One optimizer step over the global batch; every rank calls it with its rows.
 
     The loss is the mean over every target of the global batch, so it depends neither on how the batch is cut into
-    micro-batches nor on how many ranks share it. A loss or gradient that is not finite never reaches the weights.
+    micro-batches nor on how many ranks share it. A gradient that is not finite never reaches the weights.
 
     Args:
         model: in training mode.

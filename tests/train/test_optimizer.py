@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from puna.checkpoint import load_checkpoint, save_checkpoint
+from puna.checkpoint import Checkpoints, load_checkpoint
 from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.train import optimizer as optimizer_module
@@ -148,7 +148,9 @@ def test_state_saved_and_loaded_continues_to_the_last_bit(state_bits: int, dtype
     weight = _whole(9, 80, 0, dtype)
     adamw = AdamW([("w", weight)], Optimizer(state_bits=state_bits), seed=0)
     _take_steps(adamw, lambda grad: grad)
-    path = save_checkpoint(tmp_path, 3, {"model": {"w": weight.detach()}, "optimizer": adamw.state}, {})
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(3, {"model": {"w": weight.detach()}, "optimizer": adamw.state}, {})
+    checkpoints.wait()
     other = _whole(9, 80, 1, dtype)
     continued = AdamW([("w", other)], Optimizer(state_bits=state_bits), seed=0)
     load_checkpoint(path, {"model": {"w": other.detach()}, "optimizer": continued.state})

@@ -219,6 +219,20 @@ def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(
 
 
 @pytest.mark.parametrize(
+    ("in_backward", "fate"),
+    [(False, "the weights were left alone"), (True, "whose own gradient was finite have moved")],
+)
+def test_what_became_of_the_weights_is_said(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], in_backward: bool, fate: str
+) -> None:
+    monkeypatch.setattr(run_module, "train_step", lambda *a, **k: StepResult(math.nan, math.nan, 1, False))
+    optimizer = {"in_backward": in_backward, "max_grad_norm": None}
+    with pytest.raises(PunaError, match=fate):
+        puna.train(recipe(optimizer=optimizer, micro_batch_rows=4))
+    assert fate in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"sequence_length": 4096, "batch_tokens": 4096}, "sequence_length=4096 is beyond the model's context of 2048"),

@@ -23,23 +23,27 @@ from puna.checkpoint.tensors import StoredTensor, open_pickled, write_pickled
 from puna.errors import PunaError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig
+from puna.model.split import SPLIT_DIM
 from puna.tokenizer import Tokenizer, load_tokenizer
 
-#: Meta's name -> Hugging Face's, and the dim that model parallelism splits; None: every rank has a copy.
-LAYOUT: dict[str, tuple[str, int | None]] = {
-    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),  # (V, D); dim 0 since Llama 3
-    "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
-    "layers.*.attention.wk.weight": ("model.layers.*.self_attn.k_proj.weight", 0),
-    "layers.*.attention.wv.weight": ("model.layers.*.self_attn.v_proj.weight", 0),
-    "layers.*.attention.wo.weight": ("model.layers.*.self_attn.o_proj.weight", 1),
-    "layers.*.feed_forward.w1.weight": ("model.layers.*.mlp.gate_proj.weight", 0),
-    "layers.*.feed_forward.w2.weight": ("model.layers.*.mlp.down_proj.weight", 1),
-    "layers.*.feed_forward.w3.weight": ("model.layers.*.mlp.up_proj.weight", 0),
-    "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight", None),
-    "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
-    "norm.weight": ("model.norm.weight", None),
-    "output.weight": ("lm_head.weight", 0),
+#: Meta's name -> Hugging Face's.
+NAMES: dict[str, str] = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.*.attention.wq.weight": "model.layers.*.self_attn.q_proj.weight",
+    "layers.*.attention.wk.weight": "model.layers.*.self_attn.k_proj.weight",
+    "layers.*.attention.wv.weight": "model.layers.*.self_attn.v_proj.weight",
+    "layers.*.attention.wo.weight": "model.layers.*.self_attn.o_proj.weight",
+    "layers.*.feed_forward.w1.weight": "model.layers.*.mlp.gate_proj.weight",
+    "layers.*.feed_forward.w2.weight": "model.layers.*.mlp.down_proj.weight",
+    "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.up_proj.weight",
+    "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+    "layers.*.ffn_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
 }
+
+#: Meta's model parallelism splits weights along the dims of `puna.model.split`, and the embedding along this one.
+EMBEDDING_DIM = 1  # of (V, D); 0 since Llama 3
 
 #: Tensors that are there and that no network reads: tables, computed anew.
 SKIPPED = ("rope.freqs",)
@@ -99,7 +103,7 @@ def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], t
         PunaError: the model has what Meta's format cannot say (biases, scaled positions, free head widths).
     """
     _refuse_unspeakable(config)
-    names = {hf: meta for meta, (hf, _) in LAYOUT.items()}
+    names = {hf: meta for meta, hf in NAMES.items()}
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     renamed = {}
@@ -161,10 +165,10 @@ def _params(path: Path, rope_theta: float | None) -> dict[str, Any]:
 
 def _translated(name: str, folder: Path) -> tuple[str, int | None]:
     number, pattern = _pattern(name)
-    if pattern not in LAYOUT:
+    if pattern not in NAMES:
         raise PunaError(f"{folder} holds {name}, which Meta's Llama does not have")
-    hf_name, dim = LAYOUT[pattern]
-    return hf_name.replace("*", number), dim
+    dim = EMBEDDING_DIM if pattern == "tok_embeddings.weight" else SPLIT_DIM[NAMES[pattern]]
+    return NAMES[pattern].replace("*", number), dim
 
 
 def _pattern(name: str) -> tuple[str, str]:

@@ -155,6 +155,11 @@ def device_name(device: "torch.device") -> str:
     return torch.get_device_module(device).get_device_name(device)
 
 
+def takes_cuda_kernels(device_type: str) -> bool:
+    """Whether kernels written for CUDA run on devices of a type, e.g. of "cuda" but not of "npu"."""
+    return device_type == "cuda"
+
+
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
     """The most floating-point operations a second that matrix products of `dtype` can reach; None: nobody knows.
 
@@ -183,6 +188,17 @@ def memory_gib(device: "torch.device") -> float:
     import torch
 
     return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def free_memory_bytes(device: "torch.device") -> int:
+    """What could still be allocated: of an accelerator's memory, or of this machine's."""
+    if device.type == "cpu":
+        meminfo = Path("/proc/meminfo")
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+        return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    import torch
+
+    return torch.get_device_module(device).mem_get_info(device)[0]
 
 
 def has_fast_bf16(device: "torch.device") -> bool:

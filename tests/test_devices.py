@@ -1,8 +1,10 @@
 """Devices: the machine is asked through torch.accelerator, and says what it can do."""
 
+import ast
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -149,3 +151,32 @@ def test_the_cpu_has_a_name(cpu_info):
 def test_importing_devices_loads_no_torch():
     code = "import sys, puna.devices; puna.devices.cpu_bf16_units(); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_nothing_but_devices_names_a_maker():
+    """So that an accelerator of another name, like Ascend's `npu`, is taken wherever there is one."""
+    package = Path(devices.__file__).parent
+    languages = {"data/corpora/code.py"}  # CUDA is one of those that are told apart
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if path == Path(devices.__file__) or name in languages:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            says = isinstance(node, ast.Constant) and str(node.value).partition(":")[0] in ("cuda", "npu")
+            if says or (isinstance(node, ast.Attribute) and node.attr in ("cuda", "npu")):
+                found.append(f"{name}:{node.lineno}")
+    assert found == []
+
+
+def test_an_accelerator_of_another_name_is_taken(monkeypatch):
+    """What `torch-npu` does: its devices are found through `torch.accelerator`, and no CUDA kernel is chosen for them."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("npu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(torch, "device", lambda name, index=None: SimpleNamespace(type=name, index=index))
+    assert devices.pick_device().type == "npu"
+    assert devices.pick_device().index == 3
+    assert devices.device_names() == ["cpu", *(f"npu:{i}" for i in range(8))]
+    assert not devices.takes_cuda_kernels("npu")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.devices import takes_cuda_kernels
 from puna.model.attention_in_blocks import attend_in_blocks
 
 #: Tokens of a document from which `attend_in_blocks` serves bf16 training on a CPU. fp32 gains nothing by it.
@@ -180,7 +181,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
 @cache
 def _varlen_attention(device: str, dtype: torch.dtype, is_grouped: bool) -> Callable[..., Any] | None:
     """Torch's flash attention over documents of any lengths, where it can serve; None elsewhere."""
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if not takes_cuda_kernels(device) or dtype not in (torch.bfloat16, torch.float16):
         return None
     from torch.nn.attention.varlen import varlen_attn
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from puna.config import Optimizer
+from puna.devices import takes_cuda_kernels
 from puna.errors import PunaError
 from puna.model.optimizer_state import MOMENTS, block_of, is_blockwise, misfit, state_shapes
 from puna.train.low_bit import Blocks, signed_levels, unsigned_levels
@@ -103,7 +104,7 @@ class AdamW:
         seeds = {kind: seeds_of(f"{self.seed}:{update}:{name}:{kind}") for kind in kinds}
         factors = self._factors(update, lr, grad_scale, decays=parameter.dim() > 1)
         formats = self._formats[name]
-        if weight.device.type == "cuda" and (update_kernel := _update_kernel()) is not None:
+        if takes_cuda_kernels(weight.device.type) and (update_kernel := _update_kernel()) is not None:
             if parameter.dim() == 1:
                 rows = {kind: tensor.view(1, -1) for kind, tensor in rows.items()}
             blocks = {kind: codes.blocks for kind, codes in formats.items() if isinstance(codes, _Codes)}

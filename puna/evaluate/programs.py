@@ -27,7 +27,7 @@ from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.samples import Log, Sample, data_file, read_samples
-from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox
+from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.files import file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 
@@ -77,7 +77,7 @@ class Programs(ABC):
         """What a model is asked."""
 
     @abstractmethod
-    def job(self, task: Task, sample: Sample) -> Job:
+    def job(self, task: Task, sample: Sample) -> Job | Script:
         """A sample as the sandbox takes it."""
 
     def function(self, task: Task) -> str:

@@ -11,19 +11,24 @@ so nothing that the program says, returns or exits with can be a verdict.
 **What it stops.** bubblewrap gives user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary uid
 (where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for root), no
 environment, and a read-only view of `/usr` and of the Python that runs it: no `/proc`, no `/home`. In it a process
-waits that has run no program; every program gets a new process in namespaces of its own once more, with a `/tmp` of its own
-in memory, no capabilities, system calls refused that no solution needs (`inside/filter.py`), and limits on processor
-time, wall time, memory, processes, files and output. When a judgement ends, the program's process namespace ends, and
-with it every process that was started in it; if the judge is killed, so are they. No two programs share anything that
-one could leave and the other find. The program never shares a process with the test: frames, monkeypatches, `__eq__`,
-exit codes and printed words reach nothing.
+waits that has run no program; every program gets a new process in namespaces of its own once more, with a `/tmp` of its
+own in memory, no capabilities, system calls refused that no solution needs (`inside/filter.py`), and limits on
+processor time, wall time, memory, processes, files and output. When a judgement ends, the program's process namespace
+ends, and with it every process that was started in it; if the judge is killed, so are they. No two programs share
+anything that one could leave and the other find. The program never shares a process with the test: frames,
+monkeypatches, `__eq__`, exit codes and printed words reach nothing.
 
 **What it does not stop.** A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a
-virtual machine. Memory is limited per process, so all processes of a program together may use `processes` times `memory_mib`,
-and System V shared memory more, until the wall time is over; a memory cgroup around puna limits the sum. A program can
-slow its neighbours down, which is why a timeout is judged once more, alone. It reads the arguments of the questions, as
-any function does, and it can tell time. Of a value that is not plain data (an object of an own class, a function) the
-test learns whether it is true; comparing it is a wrong answer. Programs have the standard library and nothing else.
+virtual machine. Memory is limited per process, so all processes of a program together may use `processes` times
+`memory_mib`, and System V shared memory more, until the wall time is over; a memory cgroup around puna limits the sum.
+A program can slow its neighbours down, which is why a timeout is judged once more, alone. It reads the arguments of the
+questions, as any function does, and it can tell time. Of a value that is not plain data (an object of an own class, a
+function) the test learns whether it is true; comparing it is a wrong answer. Programs have the standard library and
+nothing else.
+
+A `Script` is a program in another language with its tests in it, as those benchmarks have them. It is kept in as
+firmly, but the verdict is less safe: it must end with a random word that stands behind its tests, and a program that
+looks for that word in its own code could find it.
 """
 
 import contextlib
@@ -40,7 +45,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +140,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Script:
+    """An untrusted program in another language that holds its own tests and, where they are passed, ends with a word.
+
+    `files` are written, name by name; the last of `commands` runs the program, those before it compile. It passes if
+    all exit with 0 and the last line printed is `last_word`; `signs` are texts that say that a test failed.
+    """
+
+    files: Mapping[str, str]
+    commands: tuple[tuple[str, ...], ...]
+    last_word: str
+    signs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Judgement:
     """A verdict (one of `VERDICTS`), what led to it in one line, and the wall time it took."""
 
@@ -184,16 +203,16 @@ class Sandbox:
         uid = os.geteuid() or NOBODY
         return f"bubblewrap {self.version}, all namespaces, uid {uid}, Python {sys.version.split()[0]}"
 
-    def judge(self, job: Job) -> Judgement:
+    def judge(self, job: Job | Script) -> Judgement:
         """Runs one job, once."""
         return self.submit(job).result()
 
-    def submit(self, job: Job) -> Future[Judgement]:
+    def submit(self, job: Job | Script) -> Future[Judgement]:
         """Has one job run, once, by and by."""
         return self._threads.submit(self._judge, job)
 
     def judge_all(
-        self, jobs: Sequence[Job], *, done: Callable[[Judgement], object] = lambda _: None
+        self, jobs: Sequence[Job | Script], *, done: Callable[[Judgement], object] = lambda _: None
     ) -> list[Judgement]:
         """Runs all jobs, several at once; what timed out, or failed for the sandbox, is run once more, alone."""
         futures = [self.submit(job) for job in jobs]
@@ -221,15 +240,21 @@ class Sandbox:
         for place in self._places:
             place.close()
 
-    def _judge(self, job: Job) -> Judgement:
+    def _judge(self, job: Job | Script) -> Judgement:
         started = time.monotonic()
         try:
-            verdict, detail = _judged(self.limits, job, self._place("hold"), self._place("test"))
+            if isinstance(job, Script):
+                verdict, detail = _run(self.limits, job, self._place("run"))
+            else:
+                verdict, detail = _judged(self.limits, job, self._place("hold"), self._place("test"))
         except OSError as error:  # no more processes, no more memory, a sandbox that was killed from outside
-            for role in ("hold", "test"):
-                self._place(role).close()
+            for place in self._places_of_this_thread():
+                place.close()
             verdict, detail = "sandbox", str(error)
         return Judgement(verdict, detail, time.monotonic() - started)
+
+    def _places_of_this_thread(self) -> "list[_Place]":
+        return [place for place in vars(self._thread).values() if isinstance(place, _Place)]
 
     def _place(self, role: str) -> "_Place":
         """The sandbox that the calling thread has for one half of its judgements."""
@@ -273,6 +298,8 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
         return "timeout", f"no verdict after {limits.wall_seconds:g} s"
     if end == "flood":
         return "output", f"it printed more than {limits.output_kib} KiB"
+    if hold_code is None or test_code is None:
+        return "sandbox", "a sandbox was ended from outside"
     if kind not in VERDICTS and out_of_time and test_code in TIME_IS_UP:
         return "timeout", f"its answers cost the test more than {limits.cpu_seconds} s of processor time"
     if kind not in VERDICTS:
@@ -285,6 +312,43 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
     if detail == GONE:
         return kind, f"{detail} (exit code {hold_code})"
     return kind, detail
+
+
+def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str]:
+    """Runs a program in another language until it has ended or a limit is met."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as ending:
+        (ended, report), (printed, write) = (_pipe(ending) for _ in range(2))
+        task = ending.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
+        task.write(encode([dict(script.files), [list(command) for command in script.commands]]))
+        task.seek(0)
+        runner.begin(task, write, report)
+        report.close()
+        write.close()
+        heard = {ended: bytearray(), printed: bytearray()}
+        end = _listen(heard, ended, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
+        runner.end()
+    said = bytes(heard[ended]).split()
+    words = bytes(heard[printed]).decode(errors="replace").strip()
+    if end == "late":
+        return "timeout", f"not finished after {limits.wall_seconds:g} s"
+    if end == "flood":
+        return "output", f"it printed more than {limits.output_kib} KiB"
+    if len(said) != 3:
+        return "sandbox", f"nothing was run: {words[-1000:]}"
+    number, code, seconds = int(said[0]), int(said[1]), float(said[2])
+    shown = words[-1000:].replace("\n", " | ")
+    if code != 0 and seconds >= limits.cpu_seconds - 0.1:  # a shell goes on where a part of it was killed
+        return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
+    if number < len(script.commands) - 1:
+        return "error", f"it does not compile: {shown}"
+    if any(sign in words for sign in script.signs):
+        return "wrong", shown
+    if code != 0:
+        return "error", f"it ended with code {code}: {shown}"
+    if words.rpartition("\n")[2] != script.last_word:
+        return "error", f"it ended before its tests: {shown}"
+    return "passed", ""
 
 
 class _Place:
@@ -434,7 +498,8 @@ def _view(stage: Path) -> list[str]:
             view += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             view += ["--ro-bind", folder, folder]
-    view += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for path in ("/etc/ld.so.cache", *map(str, Path("/etc").glob("java-*-openjdk"))):  # Debian keeps Java's there
+        view += ["--ro-bind-try", path, path]
     for i, prefix in enumerate(_prefixes()):
         copy = stage / f"python-{i}"
         view += ["--ro-bind", str(copy if copy.exists() else prefix), prefix]

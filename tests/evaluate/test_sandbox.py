@@ -250,6 +250,7 @@ CHEATS = {
         "  try: os.kill(pid, 9)\n  except OSError: pass\n return 1",
         "wrong",
     ),
+    "kill the own process group": ("import os\ndef f(x): os.kill(0, 9)", "wrong"),
     "kill itself": ("import os\ndef f(x): os.kill(os.getpid(), 9)", "wrong"),
     "pretend a timeout": ("import os\ndef f(x): os._exit(137)", "error"),
     "crash the interpreter": ("import ctypes\ndef f(x): ctypes.string_at(0)", "error"),

@@ -2,5 +2,5 @@
 
 `main` is one process that waits, and makes for every judgement a process in fresh namespaces; `filter` is which system
 calls are refused to that; `hold` is what it does for the untrusted program, `test` for the trusted test, and `data` is
-what the two say to each other.
+what the two say to each other; `run` runs programs in other languages.
 """

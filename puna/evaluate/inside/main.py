@@ -18,9 +18,10 @@ import resource
 import signal
 import sys
 
-from .data import Pipe, read_all
+from .data import Pipe, decode, read_all
 from .filter import CLONE, MACHINES, Filter
 from .hold import hold
+from .run import run
 from .test import test
 
 #: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWPID, NEWNET
@@ -41,7 +42,7 @@ def main(role: str, channel_number: str, *limits: str) -> None:
     """Serves judgements until the channel is closed.
 
     Args:
-        role: "hold" or "test".
+        role: "hold", "test" or "run".
         channel_number: file descriptor of a Unix socket to the judge.
         limits: of a process: processor seconds, bytes of memory, processes, bytes of a file; and bytes of `/tmp`.
     """
@@ -49,9 +50,11 @@ def main(role: str, channel_number: str, *limits: str) -> None:
     for name in COMMON + USEFUL:
         __import__(name)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    # Other languages' machines reserve far more addresses than they use; for them what is written to counts.
+    memory = resource.RLIMIT_DATA if role == "run" else resource.RLIMIT_AS
+    resource.setrlimit(memory, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     serve(role, int(channel_number), cpu_seconds, tmp_bytes)
 
@@ -69,11 +72,11 @@ def serve(role: str, channel_number: int, cpu_seconds: int, tmp_bytes: int) -> N
         message, descriptors, _, _ = socket.recv_fds(channel, 1, 4)
         if not message:
             return
-        child = fresh_process() if role == "hold" else os.fork()  # a test is trusted, and keeps to itself
+        child = os.fork() if role == "test" else fresh_process()  # a test is trusted, and keeps to itself
         if child == 0:
             channel.close()
             try:
-                if role == "hold":
+                if role != "test":
                     settle(tmp_bytes)
                     calls.put_on()
                 resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
@@ -88,8 +91,12 @@ def serve(role: str, channel_number: int, cpu_seconds: int, tmp_bytes: int) -> N
 
 
 def play(role: str, descriptors: list[int]) -> None:
-    """What a new process does: it holds a program whose words go to the last descriptor, or runs a test."""
-    if role == "hold":
+    """What a new process does: it holds a program whose words go to the last descriptor, or runs a test or commands."""
+    if role == "run":
+        task, words, report = descriptors
+        files, commands = decode(read_all(task))
+        run(files, commands, words, report)
+    elif role == "hold":
         questions, answers, words = descriptors
         os.dup2(words, 1)
         os.dup2(words, 2)
@@ -119,11 +126,12 @@ def fresh_process() -> int:
 
 
 def settle(tmp_bytes: int) -> None:
-    """Mounts an empty `/tmp`, then gives up every capability for good.
+    """Leaves the process group, mounts an empty `/tmp`, then gives up every capability for good.
 
     Raises:
         OSError: the kernel refuses either.
     """
+    os.setsid()  # a signal to the own group reaches all of it, in whatever namespace
     options = f"size={tmp_bytes},nr_inodes={FILES},mode=1777".encode()
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()

@@ -170,7 +170,7 @@ def test_nothing_but_devices_names_a_maker():
 
 
 def test_an_accelerator_of_another_name_is_taken(monkeypatch):
-    """What `torch-npu` does: its devices are found through `torch.accelerator`, and no CUDA kernel is chosen for them."""
+    """As `torch-npu` makes one known: found through `torch.accelerator`, and no CUDA kernel is chosen for it."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("npu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)

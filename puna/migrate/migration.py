@@ -23,6 +23,9 @@ FATES = {
     "not there": NOT_THERE,
 }
 
+#: No YAML of MindFormers comes near so many.
+MOST_VALUES = 10_000
+
 #: What became of a key that no table has.
 UNKNOWN = "unknown"
 
@@ -90,7 +93,14 @@ def migrate(
         UsageError: a value in it is none that puna can take.
     """
     source = Path(source)
-    settings = Settings(by_type(read_yaml(source)))
+    try:
+        settings = Settings(by_type(read_yaml(source), iter(range(MOST_VALUES))))
+    except RecursionError:
+        raise PunaError(f"{source} holds itself; it is no configuration of MindFormers") from None
+    except StopIteration:
+        raise PunaError(
+            f"{source} has more than {MOST_VALUES:,} values; it is no configuration of MindFormers"
+        ) from None
     keys = [accounted(key, value) for key, value in flattened(settings.content)]
     if settings.get("run_mode", "train") == "predict":
         steps = [*_conversion(settings, source, "CKPT"), generation(settings)]
@@ -113,13 +123,25 @@ def migrate(
     return migration
 
 
-def by_type(value: Any) -> Any:
-    """The same content with every list of entries that have a type, as callbacks are, turned into type -> entry."""
-    if isinstance(value, Mapping):
-        return {str(key): by_type(inner) for key, inner in value.items()}
+def by_type(value: Any, room: Iterator[int]) -> Any:
+    """The same content with every list of entries that have a type, as callbacks are, turned into type -> entry.
+
+    Args:
+        value: of the YAML, in which a small file can repeat itself without end.
+        room: gives a number for every value that there is room for.
+
+    Raises:
+        StopIteration: there is no room left.
+    """
+    next(room)
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "type" in entry for entry in value):
-        return {str(entry["type"]): by_type({k: x for k, x in entry.items() if k != "type"}) or "on" for entry in value}
-    return value
+        value = {entry["type"]: {k: x for k, x in entry.items() if k != "type"} or "on" for entry in value}
+    if not isinstance(value, Mapping):
+        return value
+    made = {}
+    for key, inner in value.items():
+        made[str(key)] = by_type(inner, room)
+    return made
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -313,6 +313,18 @@ def test_what_is_no_yaml_of_mindformers_is_said(tmp_path, content):
         puna.migrate(tmp_path / "x.yaml")
 
 
+def test_a_yaml_that_repeats_itself_without_end_is_refused(tmp_path):
+    lines = ["a0: &a0 {x: 1}"]
+    for i in range(1, 12):
+        lines.append(f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}")
+    (tmp_path / "x.yaml").write_text("\n".join(lines))
+    with pytest.raises(PunaError, match=r"x\.yaml has more than 10,000 values"):
+        puna.migrate(tmp_path / "x.yaml")
+    (tmp_path / "y.yaml").write_text("a: &a {b: *a}")
+    with pytest.raises(PunaError, match=r"y\.yaml holds itself"):
+        puna.migrate(tmp_path / "y.yaml")
+
+
 def test_the_guide_names_every_key():
     guide = (Path(__file__).parents[2] / "docs/coming_from_mindformers.md").read_text(encoding="utf-8")
     keys = {key for table in (TRANSLATED, NOT_NEEDED, NO_EFFECT, NOT_THERE, GENERATION) for key in table}

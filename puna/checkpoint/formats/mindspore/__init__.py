@@ -77,8 +77,7 @@ def read(
     if folders:
         content = _merged(place, folders, strategy, pick)
     else:
-        file = place if place.is_file() else chosen_files({0: place}, pick)[0]
-        content = _open(file)
+        content = _open(place if place.is_file() else _chosen({0: place}, pick)[0])
     sorted_out = sort_out(content, str(place))
     if sorted_out.left_out:
         say(f"left out of the model: {sorted_out.left_out}")
@@ -137,9 +136,7 @@ def _open(file: Path) -> Mapping[str, StoredTensor | str]:
 def _merged(
     folder: Path, folders: dict[int, Path], strategy: str | Path | None, pick: str | None
 ) -> Mapping[str, StoredTensor | str]:
-    files = chosen_files(folders, pick)
-    if any(len([x for x in own.iterdir() if x.suffix in SUFFIXES]) > 1 for own in folders.values()):
-        say(f"of several checkpoints in each rank's folder {next(iter(files.values())).name} is taken (--pick)")
+    files = _chosen(folders, pick)
     if strategy is None and len(files) == 1:
         return _open(files[min(files)])
     ranks = {}
@@ -151,6 +148,13 @@ def _merged(
     return merge(ranks, read_strategies(_strategy_place(folder, strategy)), str(folder))
 
 
+def _chosen(folders: dict[int, Path], pick: str | None) -> dict[int, Path]:
+    files = chosen_files(folders, pick)
+    if any(sum(x.suffix in SUFFIXES for x in folder.iterdir()) > 1 for folder in folders.values()):
+        say(f"of several checkpoints {next(iter(files.values())).name} is taken (--pick chooses another)")
+    return files
+
+
 def _strategy_place(folder: Path, stated: str | Path | None) -> Path:
     if stated is not None:
         return Path(stated)
@@ -158,7 +162,8 @@ def _strategy_place(folder: Path, stated: str | Path | None) -> Path:
         if place.is_dir():
             return place
     raise PunaError(
-        f"{folder} has slices, but there is no {folder / 'strategy'}; give the strategy files with --strategy"
+        f"{folder} has slices, but there is no {folder / 'strategy'}; give the strategy files with --strategy, or "
+        "convert one rank's folder if each holds the whole model"
     )
 
 

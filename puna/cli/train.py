@@ -18,7 +18,11 @@ def train(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last numbers as JSON.")] = False,
 ) -> None:
-    """Train as RECIPE says; on an existing run folder, continue."""
+    """Train as RECIPE says; on an existing run folder, continue.
+
+    On many machines, `puna launch` prints what starts them. A torchrun of your own that restarts processes needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    """
     if nproc is not None:
         from puna.parallel.start import start_processes
 

@@ -80,7 +80,9 @@ def test_every_command_has_help() -> None:
     for command in [
         "prepare",
         "inspect",
+        "plan",
         "train",
+        "launch",
         "export",
         "convert",
         "generate",

@@ -1,0 +1,71 @@
+"""Attention of each sequence's newest token to all that it kept, where what was kept lies in blocks of a shared pool.
+
+A block table says where a sequence lies. With blocks of 4 tokens, a sequence of 6 with the table `[7, 2, …]` has
+tokens 0 to 3 in block 7, and 4 and 5 in the first half of block 2; the rest of block 2 and of the table counts for
+nothing. `attend_paged` is one operation by name, so that a compiled model holds it as it is; on a CUDA device it is the
+kernel of `paged_attention_kernel`, elsewhere the plain formula, `attend_paged_reference`.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from puna.devices import takes_cuda_kernels
+
+
+def attend_paged(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one query for each sequence to its tokens in the pool, the query's own included.
+
+    Shapes alone decide what is launched, so that a CUDA graph can hold it; it waits for nothing.
+
+    Args:
+        q: (n, N, H) the newest token of each sequence.
+        keys, values: (blocks, block_size, K, H) of q's type, the pool of one layer; N is a multiple of K.
+        block_tables: (n, max_blocks) int32; beyond a sequence's last block anything may stand.
+        lengths: (n,) int32 tokens of each sequence, the newest included; 0: the row stands empty.
+
+    Returns:
+        (n, N, H); zeros where the length is 0.
+    """
+    return torch.ops.puna.attend_paged(q, keys, values, block_tables, lengths)
+
+
+def attend_paged_reference(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+    """The formula of `attend_paged`: softmax(q k' / sqrt(H)) v in fp32 under a mask, over all that tables hold."""
+    n, heads, width = q.shape
+    block_size, kv_heads = keys.shape[1:3]
+    place = torch.arange(block_tables.shape[1] * block_size, device=q.device)  # (S,)
+    is_here = place < lengths[:, None]  # (n, S)
+    blocks = block_tables.long()[:, place // block_size].where(is_here, 0)
+    k, v = (pool[blocks, place % block_size].float() for pool in (keys, values))  # (n, S, K, H)
+    v = v.where(is_here[:, :, None, None], 0.0)  # no weight hides a NaN that was left there
+    scores = torch.einsum("nkgh,nskh->nkgs", q.float().view(n, kv_heads, -1, width), k) / width**0.5
+    is_hidden = ~is_here[:, None, None]
+    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1).masked_fill(is_hidden, 0.0)
+    return torch.einsum("nkgs,nskh->nkgh", weights, v).reshape(n, heads, width).to(q.dtype)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+    if takes_cuda_kernels(q.device.type) and (kernel := _kernel()) is not None:
+        return kernel(q, keys, values, block_tables, lengths)
+    return attend_paged_reference(q, keys, values, block_tables, lengths)
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """The kernel, where Triton is there."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from puna.generate.engine import paged_attention_kernel
+
+    return paged_attention_kernel.attend_paged
+
+
+# Not by torch.library.custom_op, which would load torch's compiler and Triton.
+_LIBRARY = torch.library.Library("puna", "FRAGMENT")
+_LIBRARY.define("attend_paged(Tensor q, Tensor keys, Tensor values, Tensor block_tables, Tensor lengths) -> Tensor")
+_LIBRARY.impl("attend_paged", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_paged", lambda q, keys, values, block_tables, lengths: q.new_empty(q.shape), "Meta")

@@ -1,0 +1,159 @@
+"""Attention to a pool of blocks: the formula against attention to tokens in order, the kernel against the formula."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from puna.generate.engine.paged_attention import attend_paged, attend_paged_reference
+from puna.model.attention import attend_reference
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+
+#: N, K, H, block_size, lengths.
+CASES = {
+    "grouped": (8, 2, 64, 16, (1, 100, 0, 257)),
+    "a head each": (3, 3, 32, 16, (65, 64)),
+    "one head for all": (20, 1, 16, 32, (200,)),
+    "narrow odd heads": (2, 1, 24, 16, (31, 0, 17)),
+}
+
+
+def scattered(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Queries of whole sequences, their keys and values in order, and the same in a shuffled pool, in tables, lengths.
+
+    What no sequence holds is NaN in the pool and far outside of it in the tables.
+    """
+    heads, kv_heads, width, block_size, lengths = shape
+    generator = torch.Generator().manual_seed(0)
+    n, most = len(lengths), max(lengths)
+    q = torch.randn(n, most, heads, width, generator=generator).to(dtype)
+    k, v = (torch.randn(n, most, kv_heads, width, generator=generator).to(dtype) for _ in range(2))
+    needed = [-(-length // block_size) for length in lengths]
+    order = iter(torch.randperm(sum(needed) + 3, generator=generator).tolist())
+    tables = torch.full((n, max(needed) + 2), 2**30, dtype=torch.int32)
+    keys, values = torch.full((2, sum(needed) + 3, block_size, kv_heads, width), float("nan"), dtype=dtype)
+    for row, length in enumerate(lengths):
+        for place in range(length):
+            if place % block_size == 0:
+                tables[row, place // block_size] = next(order)
+            block = int(tables[row, place // block_size])
+            keys[block, place % block_size] = k[row, place]
+            values[block, place % block_size] = v[row, place]
+    return tuple(x.to(device) for x in (q, k, v, keys, values, tables, torch.tensor(lengths, dtype=torch.int32)))
+
+
+def newest(q: Tensor, lengths: Tensor) -> Tensor:
+    """(n, N, H) of the last token of each sequence; of an empty one, whichever."""
+    return q[torch.arange(len(q), device=q.device), lengths.long() - 1]
+
+
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_the_newest_token_sees_what_it_would_see_in_order(
+    shape: tuple[int, int, int, int, tuple[int, ...]],
+) -> None:
+    q, k, v, keys, values, tables, lengths = scattered(shape)
+    found = attend_paged_reference(newest(q, lengths), keys, values, tables, lengths)
+    expected = newest(attend_reference(q, k, v), lengths).where(lengths[:, None, None] > 0, 0.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_model_holds_it_as_one_operation() -> None:
+    q, _, _, *pool, tables, lengths = scattered(CASES["grouped"])
+    arguments = (newest(q, lengths), *pool, tables, lengths)
+    torch.library.opcheck(torch.ops.puna.attend_paged.default, arguments)
+    compiled = torch.compile(lambda *x: attend_paged(*x) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), attend_paged_reference(*arguments) + 1)
+
+
+def test_the_kernel_is_loaded_only_where_it_is_used() -> None:
+    code = "import sys, puna.generate.engine.paged_attention; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "puna.generate.engine.paged_attention_kernel" not in loaded
+
+
+@needs_triton
+def test_the_kernel_interpreted_computes_the_formula() -> None:
+    code = "from tests.generate.test_paged_attention import interpret; interpret()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def interpret() -> None:
+    """Compares all cases on the CPU; the interpreter must be chosen before triton is imported.
+
+    Not in bf16, whose bits the interpreter's products take for integers.
+    """
+    _let_arrays_of_one_number_bound_loops()
+    for shape in CASES.values():
+        for dtype in (torch.float32, torch.float16):
+            for splits in (1, 3):
+                compare_kernel(shape, dtype, "cpu", splits)
+                print(shape, dtype, splits, "same")
+    from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
+    from puna.generate.engine.paged_attention_kernel import splits_to_fill
+
+    q, _, _, keys, values, tables, lengths = scattered(CASES["grouped"])
+    with pytest.raises(ValueError, match="must have the same strides"):
+        attend_by_kernel(newest(q, lengths), keys, values.transpose(1, 2).contiguous().transpose(1, 2), tables, lengths)
+    assert [splits_to_fill(132, programs, 32) for programs in (4, 32, 100, 132, 133, 1000)] == [32, 8, 2, 2, 1, 1]
+
+
+def _let_arrays_of_one_number_bound_loops() -> None:
+    """The interpreter of triton 3.6 relies on numpy to take them for integers, which 2.4 no longer does."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):  # type: ignore[no-untyped-def]
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def compare_kernel(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, device: str, splits: int | None
+) -> None:
+    """The kernel against the formula; queries and the pool are views into something larger, as an engine may have."""
+    from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
+
+    q, _, _, keys, values, tables, lengths = scattered(shape, dtype, device)
+    queries = torch.cat([newest(q, lengths)] * 2, dim=1)[:, : q.shape[2]]
+    keys, values = torch.stack([keys, values], dim=1).unbind(1)
+    found = attend_by_kernel(queries, keys, values, tables, lengths, splits=splits)
+    expected = attend_paged_reference(queries, keys, values, tables, lengths)
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [*CASES.values(), (32, 32, 128, 16, (1000, 3, 0, 77)), (64, 8, 128, 16, (4097,)), (32, 4, 64, 64, (50,) * 80)],
+)
+def test_the_kernel_computes_the_formula(shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype) -> None:
+    compare_kernel(shape, dtype, "cuda", None)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_replays_it_for_other_lengths() -> None:
+    q, _, _, keys, values, tables, lengths = scattered(CASES["grouped"], torch.bfloat16, "cuda")
+    arguments = (newest(q, lengths).contiguous(), keys, values, tables, lengths)
+    attend_paged(*arguments)  # builds the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend_paged(*arguments)
+    lengths -= torch.tensor([1, 50, 0, 3], dtype=torch.int32, device="cuda")
+    graph.replay()
+    torch.testing.assert_close(found, attend_paged_reference(*arguments), rtol=2e-2, atol=2e-2)

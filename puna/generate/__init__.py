@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from puna.errors import PunaError
-from puna.generate.loop import Completion, OnCompletion, OnText, complete
+from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
+from puna.generate.sequence import Completion, OnCompletion, OnText
 from puna.model.llama import Llama
 from puna.prompts import ChatTemplate, Message, chat_template, infill_prompt, infill_stops
 from puna.tokenizer import Tokenizer

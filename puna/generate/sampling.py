@@ -81,6 +81,16 @@ _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] =
 }
 
 
+def check_numbers(logits: Tensor) -> None:
+    """Refuses logits of any shape that are not numbers.
+
+    Raises:
+        PunaError: one of them is NaN.
+    """
+    if logits.isnan().any():
+        raise PunaError("the model's logits are not numbers: its weights are damaged, or too large for this dtype")
+
+
 def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Picks the next token.
 
@@ -90,11 +100,7 @@ def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch
         sampling: how to pick.
         generator: the sequence's own, on the CPU; advanced by one number a token unless the temperature is 0.
 
-    Raises:
-        PunaError: the logits are not numbers.
     """
-    if logits.isnan().any():
-        raise PunaError("the model's logits are not numbers: its weights are damaged, or too large for this dtype")
     if sampling.temperature == 0:
         return int(penalised(logits, is_seen, sampling.repetition_penalty).argmax())
     shares = distribution(logits, is_seen, sampling).double().cumsum(0)

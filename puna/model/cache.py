@@ -4,10 +4,40 @@ Slot s of a row holds the token at position s of that row: a row that is shorter
 its end, which no query sees and the next real token overwrites.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from puna.model.attention import attend_cached
 from puna.model.config import ModelConfig
+
+
+class LayerCache(Protocol):
+    """What one layer kept."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Keeps new keys and values, and lets the queries see them and all that was kept before.
+
+        Args:
+            q: (B, T, N, H).
+            k, v: (B, T, K, H).
+            positions: (B, T) of these tokens.
+
+        Returns:
+            (B, T, N, H).
+        """
+
+
+class Cache(Protocol):
+    """What the network asks of a cache."""
+
+    def make_room(self, positions: Tensor) -> None:
+        """Is told the positions (B, T) of the tokens that come, before the first layer."""
+
+    def layer(self, index: int) -> LayerCache:
+        """What layer `index` kept."""
 
 
 class KVCache:
@@ -47,13 +77,24 @@ class KVCache:
         if self.used > self.capacity:
             raise ValueError(f"position {self.used - 1} does not fit a cache of {self.capacity} slots")
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps a layer's new keys and values (B, T, K, H) at `positions`; returns all in use, (B, used, K, H) each."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, positions] = k
-        self.values[layer][rows, positions] = v
-        return self.keys[layer][:, : self.used], self.values[layer][:, : self.used]
+    def layer(self, index: int) -> "_Layer":
+        """What layer `index` kept."""
+        return _Layer(self, index)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forgets all rows but these, which become rows 0, 1, 2 and so on."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a `KVCache`."""
+
+    cache: KVCache
+    index: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        cache, rows = self.cache, torch.arange(len(positions), device=positions.device)[:, None]
+        keys, values = cache.keys[self.index], cache.values[self.index]
+        keys[rows, positions], values[rows, positions] = k, v
+        return attend_cached(q, keys[:, : cache.used], values[:, : cache.used], positions)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna.model.attention import Documents, attend, attend_cached
-from puna.model.cache import KVCache
+from puna.model.attention import Documents, attend
+from puna.model.cache import Cache, LayerCache
 from puna.model.config import ModelConfig
 
 
@@ -41,7 +41,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits of the token that follows each token.
 
@@ -62,7 +62,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """What the head multiplies: (B, T, D), normed. Arguments as for `forward`."""
         if positions is None:
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -89,24 +89,24 @@ class Decoder(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         documents: Documents | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
         """(B, T) ids to (B, T, D)."""
         x = self.embed_tokens(tokens)
         x = x if dtype is None else x.to(dtype)
         rotation = rotary_tables(positions, self.config)
-        for layer in self.layers:
-            x = layer(x, rotation, positions, documents, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, positions, documents, None if cache is None else cache.layer(index))
         return self.norm(x)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         positions: Tensor,
         documents: Documents | None,
-        cache: KVCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, positions, documents, cache)
@@ -127,9 +127,8 @@ class DecoderLayer(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.index = index
         self.attend = attend
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -144,16 +143,12 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         positions: Tensor,
         documents: Documents | None,
-        cache: KVCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is None:
-            out = self.attend(q, k, v, documents)
-        else:
-            k, v = cache.write(self.index, positions, k, v)
-            out = attend_cached(q, k, v, positions)
+        out = self.attend(q, k, v, documents) if cache is None else cache.attend(q, k, v, positions)
         return self.o_proj(out.flatten(-2))
 
 

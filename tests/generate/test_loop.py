@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
-from puna.generate.loop import _decode, _prefill, _Sequence
+from puna.generate.loop import _decode, _prefill
+from puna.generate.sequence import Sequence
 from puna.model.cache import KVCache
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
@@ -101,7 +102,7 @@ def test_prompts_of_different_lengths_together_equal_each_alone(model: Llama, sa
 def test_logits_of_a_padded_batch_are_those_of_a_plain_forward(
     model: Llama, prompts: list[list[int]], steps: int
 ) -> None:
-    sequences = [_Sequence(i, prompt, Sampling(), model, None, None) for i, prompt in enumerate(prompts)]
+    sequences = [Sequence(i, prompt, Sampling(), model.config, None) for i, prompt in enumerate(prompts)]
     cache = KVCache(model.config, len(prompts), 32)
     with torch.inference_mode():
         logits = _prefill(model, cache, sequences)

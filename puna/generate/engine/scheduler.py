@@ -1,0 +1,208 @@
+"""Who computes what in the next step.
+
+    running   [a: decodes 1] [b: decodes 1] [c: chunk of its prompt, 300 of 900]      one step, at most `step_tokens`
+    waiting   d, e, …        taken in, first come first served, while blocks, rows and tokens of the step last
+
+Sequences that decode come first and never wait for a prompt; what is left of a step's tokens goes to prompts, in
+chunks. When blocks run out, the youngest running sequence gives all of its own up and waits again, first in line; its
+tokens are computed again later, so nothing of the text is lost.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from puna.errors import PunaError
+from puna.generate.engine.blocks import ROOT, BlockPool, OutOfBlocks, key_of
+from puna.generate.engine.drafts import Drafter
+from puna.generate.sequence import Sequence
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence in the engine.
+
+    Attributes:
+        sequence: its tokens, and how they go on.
+        drafter: guesses what comes next; None: nothing is guessed.
+        blocks: hold its keys and values, in order.
+        computed: tokens whose keys and values are there.
+        drafts: guesses that are tried in this step, behind the newest token.
+    """
+
+    sequence: Sequence
+    drafter: Drafter | None = None
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    drafts: list[int] = field(default_factory=list)
+    is_cancelled: bool = False
+    #: Is called once it has ended, with the error if that was why.
+    on_end: Callable[[BaseException | None], None] | None = None
+    #: Of its full blocks that were made known, the number and the last key.
+    _known: int = 0
+    _key: bytes = ROOT
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and completion so far."""
+        return self.sequence.tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more is to be computed."""
+        return self.is_cancelled or self.sequence.finish is not None
+
+
+@dataclass
+class Chunk:
+    """What one sequence computes in a step: tokens `start` to `stop`, those beyond its own are drafts."""
+
+    running: Running
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its last token says what comes next."""
+        return self.stop >= len(self.running.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids to compute."""
+        tokens, beyond = self.running.tokens, self.stop - len(self.running.tokens)
+        return tokens[self.start : self.stop] + self.running.drafts[: max(0, beyond)]
+
+
+class Scheduler:
+    """Chooses the chunks of each step.
+
+    Args:
+        pool: of blocks.
+        step_tokens: most tokens of a step.
+        max_rows: most sequences that run at a time.
+    """
+
+    def __init__(self, pool: BlockPool, *, step_tokens: int, max_rows: int) -> None:
+        self.pool, self.step_tokens, self.max_rows = pool, step_tokens, max_rows
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.waiting and not self.running
+
+    def add(self, running: Running) -> None:
+        """Takes a sequence in.
+
+        Raises:
+            PunaError: it could outgrow the whole pool.
+        """
+        needed = -(-running.sequence.most_tokens // self.pool.size)
+        if needed > self.pool.n_blocks:
+            raise PunaError(
+                f"prompt {running.sequence.index} may grow to {running.sequence.most_tokens} tokens, and the cache "
+                f"holds {self.pool.n_blocks * self.pool.size}; lower max_tokens, or give the engine more memory"
+            )
+        self.waiting.append(running)
+
+    def next_step(self) -> list[Chunk]:
+        """The chunks of the next step, decoding ones first; empty where nothing is to be done."""
+        self.drop_finished()
+        left = self.step_tokens
+        chunks: list[Chunk] = []
+        for running in list(self.running):  # the oldest first: the youngest give way
+            if running in self.running and left > 0 and (chunk := self._chunk_of(running, left)):
+                chunks.append(chunk)
+                left -= chunk.stop - chunk.start
+        while self.waiting and left > 0 and len(self.running) < self.max_rows:
+            chunk = self._admit(self.waiting[0], left)
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            left -= chunk.stop - chunk.start
+        chunks = [chunk for chunk in chunks if chunk.running in self.running]
+        return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+
+    def advance(self, chunk: Chunk) -> None:
+        """Counts what a step has computed; call it when the sequence has taken its new tokens."""
+        running = chunk.running
+        running.computed = min(chunk.stop, len(running.tokens) - 1) if chunk.is_last else chunk.stop
+        running.drafts = []
+        self._make_known(running)
+
+    def drop_finished(self) -> None:
+        """Takes the blocks of those that ended or were cancelled."""
+        for running in [each for each in self.running if each.is_done]:
+            self.running.remove(running)
+            self._give_up(running)
+        self.waiting = deque(each for each in self.waiting if not each.is_done)
+
+    def _chunk_of(self, running: Running, left: int) -> Chunk | None:
+        """What a running sequence computes next; None: it had to give way."""
+        missing = len(running.tokens) - running.computed
+        if missing == 1 and running.drafter is not None:
+            most = min(left - 1, running.sequence.most_tokens - len(running.tokens) - 1)
+            running.drafts = running.drafter.guess(running.tokens, most) if most > 0 else []
+        stop = running.computed + min(missing + len(running.drafts), left)
+        while True:
+            try:
+                self._reach(running, stop)
+                return Chunk(running, running.computed, stop)
+            except OutOfBlocks:
+                if running.drafts:  # guesses are not worth another sequence's blocks
+                    running.drafts, stop = [], running.computed + min(missing, left)
+                    continue
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is running:
+                    return None
+
+    def _admit(self, running: Running, left: int) -> Chunk | None:
+        """Lets the first of those waiting in, with what is known of its beginning; None: blocks do not suffice."""
+        running.blocks = self.pool.find(
+            running.tokens[:-1]
+        )  # the last token is computed anyway: it says what comes next
+        n_known = len(running.blocks)
+        running.computed = n_known * self.pool.size
+        stop = min(len(running.tokens), running.computed + left)
+        needed = -(-(len(running.tokens) + 1) // self.pool.size) - n_known
+        if needed > self.pool.n_free and self.running:
+            self._give_up(running)
+            return None
+        try:
+            self._reach(running, stop)
+        except OutOfBlocks:
+            self._give_up(running)
+            return None
+        self.waiting.popleft()
+        self.running.append(running)
+        running._known, running._key = n_known, ROOT
+        for number in range(n_known):
+            running._key = key_of(running._key, self._tokens_of_block(running, number))
+        return Chunk(running, running.computed, stop)
+
+    def _reach(self, running: Running, stop: int) -> None:
+        """Gives a sequence blocks for its first `stop` tokens."""
+        while len(running.blocks) * self.pool.size < stop:
+            running.blocks.append(self.pool.take(running.blocks[-1] if running.blocks else None))
+
+    def _make_known(self, running: Running) -> None:
+        for number in range(running._known, running.computed // self.pool.size):
+            running._key = key_of(running._key, self._tokens_of_block(running, number))
+            self.pool.remember(running.blocks[number], running._key)
+            running._known = number + 1
+
+    def _tokens_of_block(self, running: Running, number: int) -> list[int]:
+        return running.tokens[number * self.pool.size : (number + 1) * self.pool.size]
+
+    def _preempt(self, running: Running) -> None:
+        self.running.remove(running)
+        self._give_up(running)
+        self.waiting.appendleft(running)
+
+    def _give_up(self, running: Running) -> None:
+        for block in reversed(running.blocks):  # the end of a text is forgotten before its beginning
+            self.pool.release(block)
+        running.blocks, running.computed, running.drafts = [], 0, []
+        running._known, running._key = 0, ROOT

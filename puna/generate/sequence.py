@@ -1,0 +1,152 @@
+"""A prompt and its completion as it grows: which token comes next, what text it spells, and when it ends."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from puna.errors import PunaError, UsageError
+from puna.generate.sampling import Sampling, check_numbers, choose
+from puna.generate.text import StoppableText
+from puna.model.config import ModelConfig
+from puna.tokenizer import Tokenizer
+
+#: Called with the number of a prompt and the next piece of its completion's text; the pieces add up to the text.
+OnText = Callable[[int, str], None]
+
+
+@dataclass
+class Completion:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        tokens: the ids chosen, without a stop id; where a stop string ended them, they spell more than `text`.
+        text: ends before the stop string; "" without a tokenizer.
+        finish: "stop" (a token or a string that ends), or "length" (`max_tokens`, or the model's context is full).
+        prompt_tokens: length of the prompt.
+    """
+
+    tokens: list[int]
+    text: str
+    finish: Literal["stop", "length"]
+    prompt_tokens: int
+
+
+#: Called with the number of a prompt and its completion.
+OnCompletion = Callable[[int, Completion], None]
+
+
+class Sequence:
+    """A prompt and what was chosen behind it.
+
+    Args:
+        index: number of the prompt, for messages and `on_text`.
+        prompt: ids, BOS included where the model wants it.
+        sampling: how to choose, and when to end.
+        config: of the model.
+        tokenizer: spells the text and knows EOS and EOT; None: ids alone, and the model's own `eos_token_id`.
+        on_text: is given the text while it grows.
+
+    Attributes:
+        tokens: prompt and completion.
+        most_tokens: their number at most.
+        finish: why it ended; None while it grows.
+
+    Raises:
+        PunaError: the prompt is empty, holds an id that the model does not know, or fills the model's context.
+        UsageError: stop strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Iterable[int],
+        sampling: Sampling,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        on_text: OnText | None = None,
+    ) -> None:
+        if sampling.stop and tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; give stop_ids instead")
+        self.index = index
+        self.tokens = list(prompt)
+        _check_prompt(index, self.tokens, config)
+        self.prompt_tokens = len(self.tokens)
+        self.most_tokens = min(len(self.tokens) + sampling.max_tokens, config.max_position_embeddings)
+        self.finish: Literal["stop", "length"] | None = None
+        #: Ids from here on only pad the vocabulary.
+        self.spelled = config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        self.sampling = sampling
+        self._stop_ids = _stop_ids(sampling, config, tokenizer)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._is_seen = torch.zeros(config.vocab_size, dtype=torch.bool)
+        self._is_seen[self.tokens] = True
+        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._text = StoppableText(sampling.stop)
+        self._on_text = on_text
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is that of the greatest logit, whatever came before."""
+        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1
+
+    def take(self, logits: Tensor) -> None:
+        """Chooses the next token by its logits (V,), on the CPU, and finishes if that was the last."""
+        check_numbers(logits)
+        logits[self.spelled :] = -torch.inf
+        self.take_id(choose(logits, self._is_seen, self.sampling, self._generator))
+
+    def take_id(self, id: int) -> None:
+        """Goes on with a token, and finishes if it was the last."""
+        if id in self._stop_ids:
+            self._end("stop")
+            return
+        self.tokens.append(id)
+        self._is_seen[id] = True
+        if self._stream:
+            self._give(self._text.push(self._stream.push(id)))
+        if self._text.is_stopped:
+            self._end("stop")
+        elif len(self.tokens) == self.most_tokens:
+            self._end("length")
+
+    def completion(self) -> Completion:
+        """The finished completion."""
+        assert self.finish is not None
+        return Completion(self.tokens[self.prompt_tokens :], self._text.text, self.finish, self.prompt_tokens)
+
+    def _end(self, finish: Literal["stop", "length"]) -> None:
+        if self._stream:
+            self._give(self._text.push(self._stream.finish()))
+            self._give(self._text.finish())
+        self.finish = "stop" if self._text.is_stopped else finish
+
+    def _give(self, text: str) -> None:
+        if text and self._on_text:
+            self._on_text(self.index, text)
+
+
+def _check_prompt(index: int, prompt: list[int], config: ModelConfig) -> None:
+    if len(prompt) == 0:
+        raise PunaError(f"prompt {index} is empty; it needs at least one token (BOS)")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        wrong = next(id for id in prompt if not 0 <= id < config.vocab_size)
+        raise PunaError(f"prompt {index} holds id {wrong}, but the model's vocabulary has {config.vocab_size} ids")
+    if len(prompt) >= config.max_position_embeddings:
+        raise PunaError(
+            f"prompt {index} has {len(prompt)} tokens and the model's context {config.max_position_embeddings}; "
+            "shorten it so that there is room for a completion"
+        )
+
+
+def _stop_ids(sampling: Sampling, config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    if sampling.ignore_eos:
+        return frozenset(sampling.stop_ids)
+    ends = {*config.eos_token_ids, *sampling.stop_ids}
+    if tokenizer is not None:
+        ends.add(tokenizer.eos_id)
+        if tokenizer.infilling is not None:
+            ends.add(tokenizer.infilling.eot_id)
+    return frozenset(id for id in ends if id is not None)

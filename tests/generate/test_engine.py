@@ -1,0 +1,295 @@
+"""The engine against the plain loop: the same tokens, whatever else runs, waits, gives way or is known already."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.errors import PunaError, UsageError
+from puna.generate import Completion, Sampling, complete
+from puna.generate.engine import Engine
+from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
+from puna.generate.engine.drafts import PromptLookup
+from puna.generate.engine.scheduler import Running
+from puna.model.llama import Llama
+from puna.testing import ScriptedModel, tiny_model
+from puna.tokenizer import Tokenizer, load_tokenizer
+
+SHARED = [1, *range(40, 60)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_folder: Path) -> Tokenizer:
+    return load_tokenizer(tiny_model_folder)
+
+
+def assert_all_free(engine: Engine) -> None:
+    assert engine.scheduler.is_idle
+    assert engine.pool.n_free == engine.pool.n_blocks
+    assert not any(engine.pool._holders)
+
+
+PROMPTS = st.one_of(
+    st.lists(st.integers(3, 511), min_size=1, max_size=30),
+    st.integers(1, 21).map(lambda n: SHARED[:n]),  # beginnings that are known already
+    st.lists(st.integers(3, 6), min_size=8, max_size=30),  # repeats itself: there is something to look up
+)
+SAMPLINGS = st.builds(
+    Sampling,
+    max_tokens=st.integers(1, 30),
+    temperature=st.sampled_from([0.0, 0.8]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    seed=st.integers(0, 9),
+    stop_ids=st.lists(st.integers(3, 511), max_size=30).map(tuple),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.tuples(PROMPTS, SAMPLINGS), min_size=1, max_size=8),
+    arrivals=st.lists(st.integers(0, 20), min_size=8, max_size=8),
+    cancelled=st.lists(st.integers(0, 40), max_size=3),
+    block_tokens=st.sampled_from([1, 4, 8]),
+    n_tokens=st.integers(64, 200),
+    step_tokens=st.integers(1, 40),
+    max_rows=st.integers(1, 6),
+    lookup=st.booleans(),
+)
+def test_every_schedule_gives_the_tokens_of_the_plain_loop(
+    model: Llama,
+    requests: list[tuple[list[int], Sampling]],
+    arrivals: list[int],
+    cancelled: list[int],
+    block_tokens: int,
+    n_tokens: int,
+    step_tokens: int,
+    max_rows: int,
+    lookup: bool,
+) -> None:
+    engine = Engine(
+        model, max_rows=max_rows, cache_tokens=n_tokens, step_tokens=step_tokens, block_tokens=block_tokens,
+        lookup=lookup,
+    )  # fmt: skip
+    entered = [
+        (arrival, engine._new(engine._sequence(index, prompt, sampling, None)))
+        for index, ((prompt, sampling), arrival) in enumerate(zip(requests, arrivals, strict=False))
+    ]
+    late = {step for step in cancelled if step > 0}
+    doomed = entered[-1][1] if late else None
+    for step in range(4000):
+        for arrival, running in entered:
+            if arrival == step:
+                engine.scheduler.add(running)
+        if step in late and doomed is not None:
+            doomed.is_cancelled = True
+        engine._step()
+        if step > 20 and engine.scheduler.is_idle:
+            break
+    engine.scheduler.drop_finished()
+    assert_all_free(engine)
+    for (prompt, sampling), (_, running) in zip(requests, entered, strict=False):
+        (expected,) = complete(model, None, [prompt], sampling)
+        if running is doomed and running.is_cancelled and running.sequence.finish is None:
+            found = running.tokens[len(prompt) :]
+            assert found == expected.tokens[: len(found)]
+        else:
+            assert running.sequence.completion() == expected
+
+
+def test_texts_streams_and_stops_are_those_of_the_loop(model: Llama, tokenizer: Tokenizer) -> None:
+    prompts = ["def add(a, b):", "import os\n", "class Thing", "for i in range("] * 3
+    samplings = [Sampling(max_tokens=30, temperature=0.9, seed=i, stop=("e", "\n\n")) for i in range(len(prompts))]
+    expected = complete(model, tokenizer, [tokenizer.encode(p, bos=True) for p in prompts], samplings)
+    texts = [""] * len(prompts)
+    ended: dict[int, Completion] = {}
+
+    def on_text(index: int, piece: str) -> None:
+        texts[index] += piece
+
+    engine = Engine(model, tokenizer, cache_tokens=256, block_tokens=8, max_rows=5)
+    found = engine.generate(prompts, samplings, on_text=on_text, on_completion=ended.__setitem__)
+    assert found == expected
+    assert texts == [completion.text for completion in expected]
+    assert [ended[i] for i in range(len(prompts))] == expected
+    assert_all_free(engine)
+
+
+def test_a_known_beginning_is_not_computed_again(model: Llama) -> None:
+    engine = Engine(model, cache_tokens=256, block_tokens=4)
+    seen: list[int] = []
+    hidden = model.hidden
+    prompt = list(range(3, 30))
+    try:
+        model.hidden = lambda tokens, **rest: seen.append(tokens.shape[1]) or hidden(tokens, **rest)  # type: ignore
+        first = engine.generate([prompt], Sampling(max_tokens=1))
+        again = engine.generate([prompt], Sampling(max_tokens=1))
+    finally:
+        del model.hidden
+    assert seen == [27, 3], "24 tokens, six blocks, were there"
+    assert first == again
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_read(model: Llama) -> None:
+    engine = Engine(model, cache_tokens=512, block_tokens=8, step_tokens=10, max_rows=4)
+    short = engine._new(engine._sequence(0, [5, 6], Sampling(max_tokens=50, ignore_eos=True), None))
+    engine.scheduler.add(short)
+    engine._step()
+    long = engine._new(engine._sequence(1, list(range(3, 103)), Sampling(max_tokens=1), None))
+    engine.scheduler.add(long)
+    for step in range(1, 11):
+        engine._step()
+        assert len(short.tokens) == 3 + step, "a token a step"
+        assert long.computed == min(9 * step, 99)
+    long.is_cancelled = short.is_cancelled = True
+    engine.scheduler.drop_finished()
+    assert_all_free(engine)
+
+
+def test_lookup_takes_fewer_steps_for_the_same_text() -> None:
+    steps = []
+    texts = []
+    script = [*range(20, 50), *range(20, 40), 99, *range(41, 50)] * 5
+    for lookup in (False, True):
+        engine = Engine(ScriptedModel(script, prompt_tokens=2), cache_tokens=2048, lookup=lookup)  # type: ignore
+        running = engine._new(engine._sequence(0, [7, 8], Sampling(max_tokens=300, ignore_eos=True), None))
+        engine.scheduler.add(running)
+        count = 0
+        while not running.is_done:
+            engine._step()
+            count += 1
+        steps.append(count)
+        texts.append(running.tokens)
+    assert texts[0] == texts[1] == [7, 8, *script]
+    assert steps[0] == 300
+    assert steps[1] < 100
+
+
+def test_a_text_that_repeats_is_continued_as_it_went_on() -> None:
+    lookup = PromptLookup()
+    assert lookup.guess([1, 2, 3, 4, 5], 8) == []
+    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 8) == [4, 5, 9, 2, 3]
+    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 2) == [4, 5]
+    lookup.learn(6, 0)
+    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 8) == [4, 5], "fewer where they were wrong"
+
+
+def test_streams_run_side_by_side_and_leaving_one_frees_its_blocks(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=512, block_tokens=8)
+
+    async def whole(prompt: str) -> str:
+        return "".join([piece async for piece in engine.stream(prompt, max_tokens=40, ignore_eos=True)])
+
+    async def beginning(prompt: str) -> str:
+        async for piece in engine.stream(prompt, max_tokens=400, ignore_eos=True):
+            return piece
+        return ""
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(whole("def f"), beginning("import"), whole("class A"))
+
+    first, piece, last = asyncio.run(all_of_them())
+    for text, prompt in ((first, "def f"), (last, "class A")):
+        tokens = tokenizer.encode(prompt, bos=True)
+        assert text == complete(model, tokenizer, [tokens], Sampling(max_tokens=40, ignore_eos=True))[0].text
+    assert piece
+    for _ in range(500):
+        with engine._lock:
+            if engine.scheduler.is_idle:
+                break
+        asyncio.run(asyncio.sleep(0.01))
+    assert_all_free(engine)
+
+
+def test_an_error_in_a_step_reaches_every_stream(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=512)
+    engine._compute = lambda chunks: 1 / 0  # type: ignore
+
+    async def read() -> None:
+        async for _ in engine.stream("x"):
+            pass
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(read())
+
+
+def test_what_cannot_be_served_is_refused_before_anything_runs(model: Llama) -> None:
+    engine = Engine(model, cache_tokens=64, block_tokens=8)
+    with pytest.raises(PunaError, match=r"prompt 1 may grow to 103 tokens, and the cache holds 64; lower max_tokens"):
+        engine.generate([[1], [1, 2, 3]], [Sampling(max_tokens=9), Sampling(max_tokens=100)])
+    with pytest.raises(PunaError, match="prompt 0 is empty"):
+        engine.generate([[]], Sampling())
+    with pytest.raises(UsageError, match="2 samplings for 1 prompts"):
+        engine.generate([[1]], [Sampling(), Sampling()])
+    with pytest.raises(UsageError, match="texts need a tokenizer"):
+        engine.generate(["a"], Sampling())
+    assert_all_free(engine)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 12))
+def test_blocks_are_held_known_or_free_and_never_two_of_these(actions: list[int], n_blocks: int) -> None:
+    pool = BlockPool(n_blocks, 2)
+    held: list[list[int]] = []
+    texts = [[1, 2, 3, 4], [1, 2, 9, 9], [7, 7]]
+    for action in actions:
+        if action < 3:
+            text = texts[action]
+            blocks = pool.find(text)
+            try:
+                while len(blocks) * 2 < len(text):
+                    blocks.append(pool.take(blocks[-1] if blocks else None))
+            except OutOfBlocks:
+                assert pool.n_free == 0
+            else:
+                key = b""
+                for i, block in enumerate(blocks):
+                    key = key_of(key, text[2 * i : 2 * i + 2])
+                    pool.remember(block, key)
+            held.append(blocks)
+        elif held:
+            for block in held.pop(action % len(held)):
+                pool.release(block)
+    counts = [sum(blocks.count(block) for blocks in held) for block in range(n_blocks)]
+    assert pool._holders == counts
+    assert pool.n_free == counts.count(0)
+    assert not set(pool._free) & set(pool._kept)
+
+
+def test_sampled_tokens_follow_the_distribution_with_guesses_as_without(model: Llama) -> None:
+    """Chi-squared over the third token of 2,000 completions, each with a seed of its own."""
+    prompt = [7, 8, 9, 7, 8, 9, 7, 8]
+    counts = []
+    for lookup in (False, True):
+        engine = Engine(model, max_rows=64, lookup=lookup)
+        samplings = [Sampling(max_tokens=2, temperature=0.3, seed=seed, ignore_eos=True) for seed in range(2000)]
+        found = engine.generate([prompt] * 2000, samplings)
+        counts.append(torch.bincount(torch.tensor([c.tokens[0] for c in found]), minlength=512).double())
+    with torch.inference_mode():
+        chances = (model(torch.tensor([prompt]))[0, -1].double() / 0.3).softmax(0)
+    for found_counts in counts:
+        likely = chances * 2000 >= 5
+        rest = torch.stack([found_counts[~likely].sum(), chances[~likely].sum() * 2000])
+        squares = ((found_counts - chances * 2000).square() / (chances * 2000))[likely].sum()
+        if rest[1] >= 5:
+            squares += (rest[0] - rest[1]).square() / rest[1]
+        freedom = int(likely.sum())
+        assert squares < freedom + 5 * (2 * freedom) ** 0.5
+    assert torch.equal(*counts)
+
+
+def test_running_is_a_sequence_of_its_own() -> None:
+    """Two requests of equal content are two requests."""
+    config = tiny_model().config
+    from puna.generate.sequence import Sequence
+
+    one, other = (Running(Sequence(0, [1], Sampling(), config, None)) for _ in range(2))
+    assert one != other

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 4 layouts.py recipe.json layouts.json results.json
 
-`recipe.json` is a recipe's content, `layouts.json` maps a name to overrides. Rank 0 writes, for each name, the losses,
+`recipe.json` is a recipe's content, `layouts.json` maps a name to overrides, of the model's sizes too. Rank 0 writes, for each name, the losses,
 gradient norms, the loss of a batch that is only measured, and a fingerprint of the rows that all ranks read.
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from puna.config import load_recipe
-from puna.model.config import preset
+from puna.model.config import ModelConfig, preset
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
@@ -39,8 +39,9 @@ CONFIG = replace(preset("tiny-64"), num_hidden_layers=4, num_attention_heads=8, 
 
 def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The numbers of ten steps, on as many ranks as there are."""
-    recipe = load_recipe(content, overrides)
-    config, device = CONFIG, torch.device("cpu")
+    changes = {name: value for name, value in overrides.items() if name in ModelConfig.__dataclass_fields__}
+    recipe = load_recipe(content, {name: value for name, value in overrides.items() if name not in changes})
+    config, device = replace(CONFIG, **changes), torch.device("cpu")
     layout = Layout.of(recipe, config, dist.get_world_size() if dist.is_initialized() else 1)
     ranks = Ranks.of(layout, device)
 

@@ -43,6 +43,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp 4": {"pp": 4, "micro_batch_rows": 2},
         "tp 2, dp_shard 2": {"tp": 2, "dp_shard": 2, "micro_batch_rows": 2},
         "tp 2, dp_replicate 2": {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "micro_batch_rows": 4},
+        "tp 2, dp_shard 2, parts that are not even": {
+            "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "intermediate_size": 178, "vocab_size": 514,
+        },
+        "dp_shard 4, the head is the embedding": {"dp_shard": 4, "tie_word_embeddings": True},
+        "tp 2, dp_shard 2, the head is the embedding": {
+            "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "tie_word_embeddings": True,
+        },
         "dp_replicate 2, dp_shard 2": {"dp_replicate": 2, "dp_shard": 2},
         "dp_replicate 2, dp_shard 2, gradients on the host": {
             "dp_replicate": 2, "dp_shard": 2, "optimizer.in_backward": True,
@@ -66,8 +73,11 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
-#: Changes of a recipe that change the numbers, on one process as on several.
-CHANGES = {"optimizer.max_grad_norm", "optimizer.state_bits", "precision"}
+#: Changes of recipe and model that change the numbers, on one process as on several.
+CHANGES = {
+    "optimizer.max_grad_norm", "optimizer.state_bits", "precision",
+    "intermediate_size", "vocab_size", "tie_word_embeddings",
+}  # fmt: skip
 
 #: Change -> how near the numbers are where they are rounded coarsely, and fp32's last bit can decide which way.
 TOLERANCE = {"precision": 2e-2, "optimizer.state_bits": 1e-3}

@@ -214,19 +214,21 @@ def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
 
     Source: RoFormer (arXiv:2104.09864), eq. 15; theta from Code Llama (arXiv:2308.12950), section 2.4.
     """
-    frequencies = rotary_frequencies(config).to(positions.device)
+    frequencies = rotary_frequencies(config, positions.device)
     angles = positions.double()[..., None, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().float(), angles.sin().float()
 
 
-def rotary_frequencies(config: ModelConfig) -> Tensor:
+def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Radians per position of each channel pair, (H/2,) float64, with the config's scaling applied.
+
+    They are formed on the device that asks, so that a CUDA graph can hold it.
 
     Source: for `llama3`, the function that Meta published with Llama 3.1 (long wavelengths are stretched by `factor`,
     short ones kept, those between blended).
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling: dict[str, Any] = config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":

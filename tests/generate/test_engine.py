@@ -1,18 +1,21 @@
 """The engine against the plain loop: the same tokens, whatever else runs, waits, gives way or is known already."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from puna.errors import PunaError, UsageError
 from puna.generate import Completion, Sampling, complete
 from puna.generate.engine import Engine
 from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
 from puna.generate.engine.drafts import PromptLookup
+from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.scheduler import Running
 from puna.model.llama import Llama
 from puna.testing import ScriptedModel, tiny_model
@@ -284,6 +287,52 @@ def test_sampled_tokens_follow_the_distribution_with_guesses_as_without(model: L
         freedom = int(likely.sum())
         assert squares < freedom + 5 * (2 * freedom) ** 0.5
     assert torch.equal(*counts)
+
+
+class EagerGraph:
+    """Computes a step anew where a CUDA graph would be replayed."""
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self.step, self.logits = step, step()
+
+    def replay(self) -> None:
+        """Leaves the logits where the step left its first ones."""
+        self.logits.copy_(self.step())
+
+
+def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_the_loop(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[EagerGraph] = []
+
+    def capture(self: DecodeGraphs, step: Callable[[], Tensor]) -> tuple[EagerGraph, Tensor]:
+        recorded.append(EagerGraph(step))
+        return recorded[-1], recorded[-1].logits
+
+    monkeypatch.setattr("puna.generate.engine.engine.takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr("puna.generate.engine.cache.takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
+    samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
+    engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5)
+    assert engine.generate(prompts, samplings) == complete(model, None, prompts, samplings)
+    assert len(recorded) > 3, "several numbers of rows and blocks"
+    assert_all_free(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_on_a_gpu_it_gives_the_tokens_of_the_loop(is_compiled: bool) -> None:
+    model = tiny_model(head_dim=64).cuda()
+    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)] * 2
+    samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
+    engine = Engine(model, cache_tokens=2000, block_tokens=16, max_rows=7, step_tokens=33, compile=is_compiled)
+    found = engine.generate(prompts, samplings)
+    for one, other in zip(found, complete(model, None, prompts, samplings), strict=True):
+        assert one.tokens == other.tokens
+    assert_all_free(engine)
 
 
 def test_running_is_a_sequence_of_its_own() -> None:

@@ -8,13 +8,17 @@ themselves. On the CPU a sequence whose blocks are neighbours is read in place; 
 sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
+from puna.generate.engine.paged_attention import attend_paged
 from puna.generate.engine.scheduler import Chunk
 from puna.model.attention import Span, attend_spans
 from puna.model.config import ModelConfig
@@ -31,16 +35,18 @@ class PagedCache:
         device: where they live.
 
     Attributes:
-        keys, values: (layers, blocks, block_tokens, K, H).
+        keys, values: (layers, blocks + 1, block_tokens, K, H); the last block is for rows that stand empty.
     """
 
     def __init__(
         self, config: ModelConfig, n_blocks: int, block_tokens: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_hidden_layers, n_blocks, block_tokens, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, n_blocks + 1, block_tokens, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.block_tokens, self.device = block_tokens, device
         self.step: Step | None = None
+        #: Wraps what a layer does with the cache: compiled layers leave it out, for it differs from layer to layer.
+        self.around: Callable[[Any], Any] = lambda attend: attend
 
     def make_room(self, positions: Tensor) -> None:
         """The scheduler has."""
@@ -48,7 +54,7 @@ class PagedCache:
     def layer(self, index: int) -> "_Layer":
         """What layer `index` kept."""
         assert self.step is not None
-        return _Layer(self.keys[index], self.values[index], self.step)
+        return _Layer(self.around(partial(_attend_layer, self.keys[index], self.values[index], self.step)))
 
 
 @dataclass(eq=False)
@@ -120,23 +126,24 @@ class Seen:
 class _Layer:
     """One layer of the pool in a step."""
 
-    keys: Tensor
-    values: Tensor
-    step: Step
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """As `LayerCache`, for (1, T, …) tokens end to end."""
-        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        keys.index_copy_(0, self.step.slots, k[0])
-        values.index_copy_(0, self.step.slots, v[0])
-        n = self.step.n_decoding
-        out = []
-        if self.step.tables is not None:
-            out.append(torch.ops.puna.attend_paged(q[0, :n], self.keys, self.values, *self.step.tables))
-        for seen in self.step.others:
-            out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
-            n += seen.n_queries
-        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+def _attend_layer(
+    pool_keys: Tensor, pool_values: Tensor, step: Step, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
+) -> Tensor:
+    """As `LayerCache.attend`, for (1, T, …) tokens end to end."""
+    keys, values = pool_keys.flatten(0, 1), pool_values.flatten(0, 1)
+    keys.index_copy_(0, step.slots, k[0])
+    values.index_copy_(0, step.slots, v[0])
+    n = step.n_decoding
+    out = []
+    if step.tables is not None:
+        out.append(attend_paged(q[0, :n], pool_keys, pool_values, *step.tables))
+    for seen in step.others:
+        out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
+        n += seen.n_queries
+    return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -253,6 +253,24 @@ def test_yaml_that_extends_the_context():
         from_fields({**FIELDS, "extend_method": "YARN"}, "x")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_heads", "many"),
+        ("num_heads", 0),
+        ("hidden_size", []),
+        ("theta", None),
+        ("multiple_of", 0),
+        ("num_heads", 7),
+    ],
+)
+def test_values_that_no_model_has_are_said(field, value):
+    fields = {**FIELDS, field: value}
+    del fields["intermediate_size"]
+    with pytest.raises(PunaError, match=r"a value of model\.model_config|is not divisible by num_attention_heads"):
+        from_fields(fields, "x")
+
+
 def test_the_feed_forward_width_of_code_llama_34b_follows_from_its_yaml():
     fields = {"hidden_size": 8192, "num_layers": 48, "num_heads": 64, "n_kv_heads": 8, "multiple_of": 256,
               "theta": 1e6, "seq_length": 4096}  # fmt: skip
@@ -310,6 +328,26 @@ def _edit(path, change):
     change(content)
     path.unlink()
     write_ckpt(path, content)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dev_matrix": ["a"], "tensor_map": [0]},
+        {"dev_matrix": [1e400], "tensor_map": [0]},
+        {"dev_matrix": [], "tensor_map": [0]},
+        {"dev_matrix": [2], "tensor_map": [5]},
+        {"dev_matrix": [2], "tensor_map": 0},
+        {"dev_matrix": [1 << 30, 2], "tensor_map": [0]},
+        {"dev_matrix": [2], "tensor_map": [-1], "opt_weight_shard_size": 3},
+        {"dev_matrix": [2], "tensor_map": [0], "param_split_shape": [3, 5]},
+        {},
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(tmp_path, layout):
+    (tmp_path / "s.json").write_text(json.dumps({"parallel_layout_item": {"w": layout}}))
+    with pytest.raises(PunaError, match=r"s\.json is no strategy file of MindSpore, or damaged"):
+        read_strategies(tmp_path / "s.json")
 
 
 def test_damaged_strategy_files_are_named(fixtures, tmp_path):

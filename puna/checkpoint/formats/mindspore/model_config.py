@@ -85,37 +85,33 @@ def model_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def from_fields(fields: Mapping[str, Any], where: str, rope_theta: float | None = None) -> ModelConfig:
-    """The shape that the fields of `model.model_config` describe; what they leave out has LlamaConfig's defaults."""
+    """The shape that the fields of `model.model_config` describe; what they leave out has LlamaConfig's defaults.
+
+    Raises:
+        PunaError: they describe a network that puna's is not, or a value is none.
+    """
     if fields.get("type", "LlamaConfig") != "LlamaConfig":
         raise PunaError(f"{where} describes {fields['type']}, not LlamaConfig; puna has no such network")
-    theta = float(fields.get("theta", 10_000.0))
-    if rope_theta not in (None, theta):
-        raise PunaError(f"{where} states theta {theta:g}, not {rope_theta:g}; leave out --rope-theta")
-    heads, hidden = int(fields.get("num_heads", 32)), int(fields.get("hidden_size", 4096))
-    context = int(fields.get("max_position_embedding") or fields.get("seq_length", 2048))
-    method, factor = fields.get("extend_method"), fields.get("scaling_factor", 1.0)
-    scaling = None
-    if method == "PI":
-        scaling = {"rope_type": "linear", "factor": float(factor)}
-    elif method == "NTK":
-        theta *= float(factor)
-    elif method not in NO_EXTENSION:
-        raise PunaError(f"{where}: extend_method {method!r} is not supported, only None, PI and NTK")
-    config = ModelConfig(
-        vocab_size=int(fields.get("vocab_size", 32000)),
-        hidden_size=hidden,
-        intermediate_size=feed_forward_width(fields, hidden),
-        num_hidden_layers=int(fields.get("num_layers", 32)),
-        num_attention_heads=heads,
-        num_key_value_heads=int(fields.get("n_kv_heads") or heads),
-        rope_theta=theta,
-        max_position_embeddings=context,
-        rms_norm_eps=float(fields.get("rms_norm_eps", 1e-5)),
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        bos_token_id=fields.get("bos_token_id", 1),
-        eos_token_id=fields.get("eos_token_id", 2),
-    )
+    try:
+        theta, scaling = _rotary(fields, where, rope_theta)
+        heads, hidden = int(fields.get("num_heads", 32)), int(fields.get("hidden_size", 4096))
+        config = ModelConfig(
+            vocab_size=int(fields.get("vocab_size", 32000)),
+            hidden_size=hidden,
+            intermediate_size=feed_forward_width(fields, hidden),
+            num_hidden_layers=int(fields.get("num_layers", 32)),
+            num_attention_heads=heads,
+            num_key_value_heads=int(fields.get("n_kv_heads") or heads),
+            rope_theta=theta,
+            max_position_embeddings=int(fields.get("max_position_embedding") or fields.get("seq_length", 2048)),
+            rms_norm_eps=float(fields.get("rms_norm_eps", 1e-5)),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            bos_token_id=fields.get("bos_token_id", 1),
+            eos_token_id=fields.get("eos_token_id", 2),
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise PunaError(f"{where}: a value of model.model_config is none that a model can have ({error})") from None
     return replace(config, max_position_embeddings=_trained_context(config))
 
 
@@ -208,6 +204,20 @@ def _recognised(sizes: dict[str, int], where: str, rope_theta: float | None) -> 
         )
     config = PRESETS[(fitting or names)[0]]
     return config if fitting else replace(config, rope_theta=rope_theta, max_position_embeddings=4096)
+
+
+def _rotary(fields: Mapping[str, Any], where: str, rope_theta: float | None) -> tuple[float, dict[str, Any] | None]:
+    theta = float(fields.get("theta", 10_000.0))
+    if rope_theta not in (None, theta):
+        raise PunaError(f"{where} states theta {theta:g}, not {rope_theta:g}; leave out --rope-theta")
+    method, factor = fields.get("extend_method"), fields.get("scaling_factor", 1.0)
+    if method in NO_EXTENSION:
+        return theta, None
+    if method == "PI":
+        return theta, {"rope_type": "linear", "factor": float(factor)}
+    if method == "NTK":
+        return theta * float(factor), None
+    raise PunaError(f"{where}: extend_method {method!r} is not supported, only None, PI and NTK")
 
 
 def _trained_context(config: ModelConfig) -> int:

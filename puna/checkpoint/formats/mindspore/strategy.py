@@ -29,6 +29,9 @@ Strategy = dict[int, dict[str, "Layout"]]
 #: What MindSpore calls all that are there, for the number of shards of the optimizer.
 _ALL = -1
 
+#: What reading JSON of another kind, or a damaged one, may end in.
+_MISREADINGS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
 #: No training run had more devices; a larger number is a sign of damage.
 _MOST_DEVICES = 1 << 20
 
@@ -157,7 +160,15 @@ def _read(path: Path) -> Strategy:
             prefix = re.match(r"(\d+)-", name)
             layouts = strategy.setdefault(int(prefix[1]) if prefix else stage, {})
             layouts[name[prefix.end() :] if prefix else name] = _layout(name, fields)
-    except (wire.BrokenMessage, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        wire.BrokenMessage,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise PunaError(f"{path} is no strategy file of MindSpore, or damaged ({error})") from None
     if not strategy:
         raise PunaError(f"{path} holds no layout of any parameter")
@@ -165,10 +176,10 @@ def _read(path: Path) -> Strategy:
 
 
 def _layout(name: str, fields: dict[str, Any]) -> Layout:
-    matrix = tuple(fields["matrix"])
+    matrix = tuple(int(size) for size in fields["matrix"])
     maps = fields["maps"]
     axes = [(axis,) for axis in maps[0]] if len(maps) == 1 else [tuple(dim) for dim in maps]
-    axes = [tuple(axis for axis in dim if axis != -1) for dim in axes]
+    axes = [tuple(int(axis) for axis in dim if axis != -1) for dim in axes]
     if fields["uneven"]:
         raise ValueError(f"{name} is cut into uneven parts, which puna does not read")
     if not matrix or min(matrix) < 1 or math.prod(matrix) > _MOST_DEVICES:

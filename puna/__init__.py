@@ -22,11 +22,13 @@ _HOMES = {
     "train": "puna.train",
     "export": "puna.checkpoint",
     "convert": "puna.checkpoint",
+    "quantize": "puna.checkpoint",
     "migrate": "puna.migrate",
     "generate": "puna.generate",
     "infill": "puna.generate",
     "chat": "puna.generate",
     "evaluate": "puna.evaluate",
+    "compare": "puna.evaluate.comparing",
 }
 
 __all__ = [*_HOMES, "__version__"]

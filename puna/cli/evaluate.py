@@ -9,6 +9,7 @@ import typer
 from puna.cli import app
 from puna.cli.generate import AsJson, Device, Dtype
 from puna.evaluate import benchmarks
+from puna.progress import say
 
 
 @app.command()
@@ -69,11 +70,16 @@ def evaluate(
         "batch": batch,
         "workers": workers,
     }
-    results = []
+    results, folders = [], []
     several = len(models or []) > 1
     for model in models or [""]:
         folder = output / _folder_name(model) if several and output is not None else output
+        folders += [folder] if folder is not None else []
         results.append(score(benchmark, model or None, dtype=dtype, device=device, output=folder, **options))
+    if output is not None:
+        from puna.report.evaluation import write_evaluation
+
+        say(f"report: {write_evaluation(folders, output / 'report.html')}")
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else {"benchmark": benchmark, "results": results}))
     elif len(results) == 1:

@@ -4,11 +4,13 @@
 `benchmarks/`; programs that a model wrote run in `sandbox.py` and nowhere else.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
+from puna.files import write_json
 from puna.twins import make_callable
 
 make_callable(__name__)
@@ -21,6 +23,7 @@ def evaluate(
     tokenizer: Any = None,
     dtype: Any = None,
     device: Any = None,
+    output: Path | str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Scores a model, or samples that were made before, on a benchmark.
@@ -31,7 +34,9 @@ def evaluate(
         tokenizer: the model's; that of its folder by default.
         dtype: of the weights of a model that is loaded; as stored by default.
         device: where a model that is loaded goes; an accelerator by default, if there is one.
-        options: the benchmark's own: `samples`, `data`, `output`, `protocol` … where programs are judged, `corpus`,
+        output: a folder for the result, and for the answers and verdicts where the benchmark has such; a run that was
+            killed goes on with what is there.
+        options: the benchmark's own: `samples`, `data`, `protocol` … where programs are judged, `corpus`,
             `cases` … for completion; None leaves one at its default.
 
     Returns:
@@ -44,6 +49,8 @@ def evaluate(
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
     benchmarks.check_options(module, options)
+    if output is not None and "output" in inspect.signature(module.evaluate).parameters:
+        options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
     if name is not None:
         from puna.checkpoint import load
@@ -57,4 +64,8 @@ def evaluate(
             "or give tokenizer=puna.load_tokenizer(folder)"
         )
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
-    return result if name is None else {"benchmark": result["benchmark"], "model": name} | result
+    if name is not None:
+        result = {"benchmark": result["benchmark"], "model": name} | result
+    if output is not None:
+        write_json(Path(output) / "result.json", result)
+    return result

@@ -5,7 +5,7 @@ rest is here, the same for all. Generation and judging overlap, and what an `out
 
     tasks ──▶ Ask ──Completer──▶ Sample ──▶ samples.jsonl
                     in batches      │
-                                    └─▶ Job ──Sandbox──▶ Judgement ──▶ verdicts.jsonl ──▶ pass@k ──▶ result.json
+                                    └─▶ Job ──Sandbox──▶ Judgement ──▶ verdicts.jsonl ──▶ pass@k
                                              at the same time
 """
 
@@ -121,7 +121,7 @@ class Programs(ABC):
             samples: instead of a model, a file of samples; any number a task, at least one.
             data: the official file, or the folder that holds it; by default the folder PUNA_DATA.
             variant: which of the benchmark's files, where it has several.
-            output: a folder for samples, verdicts and result; a run that was killed goes on with what is there.
+            output: a folder for samples and verdicts; a run that was killed goes on with what is there.
             protocol: of `PROTOCOLS`.
             samples_per_task: other than the protocol's.
             seed: of the samples; each has random numbers of its own.
@@ -176,7 +176,9 @@ class Programs(ABC):
                 judge.submit(sample)
             judgements = judge.finish()
             judged = time.monotonic()
-        result = {
+        if folder is not None:
+            _write_details(folder, given, judgements)
+        return {
             **settings,
             **_scored(given, judgements),
             "paper": {model: dict(row) for model, row in self.figures.get(self.variant(path), {}).items()},
@@ -185,10 +187,6 @@ class Programs(ABC):
             **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
-        if folder is not None:
-            _write_details(folder, given, judgements)
-            write_json(folder / "result.json", result)
-        return result
 
     def _file(self, variant: str | None) -> str:
         if variant is None:
@@ -265,7 +263,9 @@ class _Judge:
     def __init__(self, benchmark: Programs, tasks: Mapping[str, Task], sandbox: Sandbox, log: Log) -> None:
         self._benchmark, self._tasks, self._sandbox, self._log = benchmark, tasks, sandbox, log
         self._known = {
-            (line["task_id"], line["answer"]): Judgement(line["verdict"], line["detail"], line["seconds"])
+            (line["task_id"], line["answer"]): Judgement(
+                line["verdict"], line["detail"], line["seconds"], line.get("printed", "")
+            )
             for line in log.lines
         }
         self._running: dict[Sample, Future[Judgement]] = {}
@@ -316,7 +316,8 @@ def _checksum(sample: Sample) -> str:
 
 
 def _verdict(judgement: Judgement) -> dict[str, Any]:
-    return {"verdict": judgement.verdict, "detail": judgement.detail, "seconds": round(judgement.seconds, 3)}
+    line = {"verdict": judgement.verdict, "detail": judgement.detail, "seconds": round(judgement.seconds, 3)}
+    return line | ({"printed": judgement.printed} if judgement.printed else {})
 
 
 # ---- results

@@ -76,6 +76,9 @@ START_SECONDS = 30.0
 #: Longest wait for a judgement's processes to be gone.
 END_SECONDS = 5.0
 
+#: So much of the end of what a program printed is kept.
+SHOWN_CHARACTERS = 1000
+
 #: How a process ends that has used up its processor time.
 TIME_IS_UP = (-signal.SIGXCPU, -signal.SIGKILL)
 
@@ -155,11 +158,12 @@ class Script:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict (one of `VERDICTS`), what led to it in one line, and the wall time it took."""
+    """A verdict (one of `VERDICTS`), what led to it in one line, the wall time it took, the end of what was printed."""
 
     verdict: str
     detail: str
     seconds: float
+    printed: str = ""
 
     @property
     def is_doubtful(self) -> bool:
@@ -244,14 +248,15 @@ class Sandbox:
         started = time.monotonic()
         try:
             if isinstance(job, Script):
-                verdict, detail = _run(self.limits, job, self._place("run"))
+                found = _run(self.limits, job, self._place("run"))
             else:
-                verdict, detail = _judged(self.limits, job, self._place("hold"), self._place("test"))
+                found = _judged(self.limits, job, self._place("hold"), self._place("test"))
         except OSError as error:  # no more processes, no more memory, a sandbox that was killed from outside
             for place in self._places_of_this_thread():
                 place.close()
-            verdict, detail = "sandbox", str(error)
-        return Judgement(verdict, detail, time.monotonic() - started)
+            found = ("sandbox", str(error), "")
+        verdict, detail, printed = found
+        return Judgement(verdict, detail, time.monotonic() - started, printed[-SHOWN_CHARACTERS:])
 
     def _places_of_this_thread(self) -> "list[_Place]":
         return [place for place in vars(self._thread).values() if isinstance(place, _Place)]
@@ -276,8 +281,8 @@ class Sandbox:
 # ---- one judgement
 
 
-def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tuple[str, str]:
-    """Starts both halves, reads until the test has spoken or a limit is met, and ends both."""
+def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tuple[str, str, str]:
+    """Starts both halves, reads until the test has spoken or a limit is met, ends both: verdict, detail, words."""
     started = time.monotonic()
     with contextlib.ExitStack() as ending:
         (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (_pipe(ending) for _ in range(4))
@@ -293,7 +298,15 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
         end = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         out_of_time = time.monotonic() - started >= limits.cpu_seconds  # a lower bound: a signal alone could be forged
         hold_code, test_code = holder.end(), tester.end()
-    kind, _, detail = bytes(heard[verdict]).decode(errors="replace").strip().partition("\t")
+    said, words = (bytes(text).decode(errors="replace").strip() for text in heard.values())
+    return *_verdict(limits, said, words, end, out_of_time, hold_code, test_code), words
+
+
+def _verdict(
+    limits: Limits, said: str, words: str, end: str, out_of_time: bool, hold_code: int | None, test_code: int | None
+) -> tuple[str, str]:
+    """What the test said, unless a limit was met or it could not say anything; and why."""
+    kind, _, detail = said.partition("\t")
     if end == "late":
         return "timeout", f"no verdict after {limits.wall_seconds:g} s"
     if end == "flood":
@@ -305,8 +318,7 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
     if kind not in VERDICTS:
         return "sandbox", f"the test ended with code {test_code} and no verdict"
     if detail == NOT_STARTED:
-        words = bytes(heard[printed]).decode(errors="replace").strip()
-        return kind, f"{detail}: {words[-1000:]}"
+        return kind, f"{detail}: {words[-SHOWN_CHARACTERS:]}"
     if detail == GONE and out_of_time and hold_code in TIME_IS_UP:
         return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
     if detail == GONE:
@@ -314,8 +326,8 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
     return kind, detail
 
 
-def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str]:
-    """Runs a program in another language until it has ended or a limit is met."""
+def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str, str]:
+    """Runs a program in another language until it has ended or a limit is met: verdict, detail, words."""
     started = time.monotonic()
     with contextlib.ExitStack() as ending:
         (ended, report), (printed, write) = (_pipe(ending) for _ in range(2))
@@ -328,16 +340,19 @@ def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str]:
         heard = {ended: bytearray(), printed: bytearray()}
         end = _listen(heard, ended, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         runner.end()
-    said = bytes(heard[ended]).split()
     words = bytes(heard[printed]).decode(errors="replace").strip()
+    return *_verdict_of_script(limits, script, bytes(heard[ended]).split(), words, end), words
+
+
+def _verdict_of_script(limits: Limits, script: Script, said: list[bytes], words: str, end: str) -> tuple[str, str]:
     if end == "late":
         return "timeout", f"not finished after {limits.wall_seconds:g} s"
     if end == "flood":
         return "output", f"it printed more than {limits.output_kib} KiB"
     if len(said) != 3:
-        return "sandbox", f"nothing was run: {words[-1000:]}"
+        return "sandbox", f"nothing was run: {words[-SHOWN_CHARACTERS:]}"
     number, code, seconds = int(said[0]), int(said[1]), float(said[2])
-    shown = words[-1000:].replace("\n", " | ")
+    shown = words[-SHOWN_CHARACTERS:].replace("\n", " | ")
     if code != 0 and seconds >= limits.cpu_seconds - 0.1:  # a shell goes on where a part of it was killed
         return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
     if number < len(script.commands) - 1:

@@ -6,6 +6,9 @@
         "curves": [{"title", "x", "y", "lines": [{"name", "points": [[x, y], …]}]}],      see `chart.line_chart`
         "scores": {"columns": ["before", "after"], "notes": ["…"],
                    "rows": [{"name", "unit", "better": "higher" | "lower", "values": [2.9, 1.8]}]},
+        "tables": [{"title", "columns": ["", "pass@1"], "rows": [["model", "33.5%"]], "notes": ["…"]}],     all text
+        "grid": [{"name": "model", "cells": [{"task", "verdict", "share", "count"}]}],     a square a task
+        "failures": [{"title", "verdict", "detail", "code", "printed"}],
         "samples": [{"title", "note", "parts": [["given" | "written", "text"], …]}],
         "stages": [{"title", "command", "seconds", "said"}],
         "run": {"machine": "…", …},                               what ran, and where
@@ -31,7 +34,9 @@ from puna.files import file_aside
 from puna.report.chart import line_chart
 
 #: The parts of a page, in the order in which it shows them.
-PARTS = ("title", "lead", "facts", "scores", "curves", "samples", "stages", "run", "recipes")
+PARTS = (
+    "title", "lead", "facts", "scores", "tables", "curves", "grid", "failures", "samples", "stages", "run", "recipes"
+)  # fmt: skip
 
 #: Packages whose versions decide what comes out.
 PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "pyarrow", "safetensors")

@@ -26,7 +26,7 @@ from puna.evaluate.completing import Ask, Completer
 from puna.evaluate.corpus import document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
 from puna.evaluate.pass_at_k import bootstrap
-from puna.files import file_aside, write_json
+from puna.files import file_aside
 from puna.progress import Progress
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def evaluate(
         seed: of the choice of documents, lines and blocks.
         batch: prompts that are completed together.
         max_tokens: most tokens of a line; a block has `BLOCK_TOKENS` times as many.
-        output: a folder for every case with its completion, and the result.
+        output: a folder for every case with its completion.
 
     Returns:
         `{"benchmark", "exact_match", "edit_similarity", "block_exact_match", …, "bits_per_byte", "intervals", …}`;
@@ -136,7 +136,10 @@ def evaluate(
             values[f"{prefix}edit_similarity"] = [one.similarity for one in found]
     size_bytes = sum(size for _, _, size in surprises)
     bits = [nats / math.log(2) / size_bytes * len(documents) for nats, _, _ in surprises]  # their mean is the score
-    result = {
+    if output is not None:
+        with file_aside(Path(output) / "cases.jsonl", "w") as file:
+            file.writelines(json.dumps(one.record()) + "\n" for found in scored.values() for one in found)
+    return {
         "benchmark": "completion",
         **{name: sum(found) / len(found) for name, found in values.items()},
         "bits_per_byte": sum(bits) / len(bits),
@@ -152,11 +155,6 @@ def evaluate(
         "corpus": str(corpus),
         "seconds": {"completing": round(completed - started, 3), "reading": round(read - completed, 3)},
     }
-    if output is not None:
-        with file_aside(Path(output) / "cases.jsonl", "w") as file:
-            file.writelines(json.dumps(one.record()) + "\n" for found in scored.values() for one in found)
-        write_json(Path(output) / "result.json", result)
-    return result
 
 
 # ---- cases

@@ -25,7 +25,6 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
 from puna.evaluate.corpus import choose_documents, read_documents
 from puna.evaluate.paper import table
-from puna.files import write_json
 from puna.progress import Progress
 
 #: Fractions of the way at which the key stands; those of the paper.
@@ -64,7 +63,6 @@ def evaluate(
     cases: int = 64,
     seed: int = 0,
     batch: int = 1,
-    output: Path | str | None = None,
 ) -> dict[str, Any]:
     """Share of the keys that the model finds, by the length of the prompt and the place of the key.
 
@@ -76,7 +74,6 @@ def evaluate(
         cases: prompts of each length and position.
         seed: of keys and code.
         batch: prompts that are completed together.
-        output: a folder for the result.
 
     Returns:
         `{"benchmark", "retrieved", "cells": {"8000@0.2": share, …}, "cases", …}`.
@@ -105,7 +102,7 @@ def evaluate(
                     found += sum(is_found(key, answer) for key, answer in zip(keys, answers, strict=True))
                     progress.advance(len(numbers))
                 cells[f"{one}@{position}"] = found / cases
-    result = {
+    return {
         "benchmark": "key_retrieval",
         "retrieved": sum(cells.values()) / len(cells),
         "cells": cells,
@@ -114,9 +111,6 @@ def evaluate(
         "seed": seed,
         "corpus": str(corpus) if corpus else "Python's standard library",
     }
-    if output is not None:
-        write_json(Path(output) / "result.json", result)
-    return result
 
 
 def prompt(tokenizer: Any, lines: Sequence[str], key: int, length: int, position: float, seed: str) -> str:

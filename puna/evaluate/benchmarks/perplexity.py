@@ -16,7 +16,6 @@ from typing import Any
 from puna.errors import PunaError, UsageError
 from puna.evaluate.corpus import unseen_documents
 from puna.evaluate.likelihood import losses
-from puna.files import write_json
 from puna.progress import Progress
 
 #: Where the first span ends; each of the others is twice as long as all before it.
@@ -34,7 +33,6 @@ def evaluate(
     length: int | None = None,
     max_documents: int = 200,
     seed: int = 0,
-    output: Path | str | None = None,
 ) -> dict[str, Any]:
     """Perplexity on files that the model has not seen, by the position of the token in its file.
 
@@ -46,7 +44,6 @@ def evaluate(
             has room for and `ENOUGH` documents, or all, have.
         max_documents: how many documents are taken, in the order of a hash of seed and id.
         seed: of that order.
-        output: a folder for the result.
 
     Returns:
         `{"benchmark", "perplexity", "by_position": [{"from", "to", "perplexity", "tokens"}], "documents", "length"}`.
@@ -69,7 +66,7 @@ def evaluate(
             for start, stop in sums:
                 sums[start, stop] += float(found[start - 1 : stop - 1].sum())
             progress.advance()
-    result = {
+    return {
         "benchmark": "perplexity",
         "perplexity": math.exp(sum(sums.values()) / len(long_enough) / (length - 1)),
         "by_position": [
@@ -86,9 +83,6 @@ def evaluate(
         "seed": seed,
         "corpus": str(corpus),
     }
-    if output is not None:
-        write_json(Path(output) / "result.json", result)
-    return result
 
 
 def spans(length: int) -> list[tuple[int, int]]:

@@ -37,14 +37,23 @@ def hold(pipe: Pipe) -> None:
     while True:
         match decode(pipe.receive()):
             case ["call", arguments, keywords]:
-                pipe.send(_answer(function, _with_objects(arguments, made), _with_objects(keywords, made)))
+                _send(pipe, _answer(function, _with_objects(arguments, made), _with_objects(keywords, made)))
             case ["make", name, arguments, keywords]:
                 given = _with_objects(arguments, made), _with_objects(keywords, made)
-                pipe.send(_handle(partial(_new, module.__dict__, name, *given), made))
+                _send(pipe, _handle(partial(_new, module.__dict__, name, *given), made))
             case ["get", Handle(number), name]:
-                pipe.send(_handle(partial(getattr, made[number], name), made))
+                _send(pipe, _handle(partial(getattr, made[number], name), made))
             case ["set", Handle(number), name, value]:
-                pipe.send(_answer(setattr, (made[number], name, _with_objects(value, made)), {}))
+                _send(pipe, _answer(setattr, (made[number], name, _with_objects(value, made)), {}))
+
+
+def _send(pipe: Pipe, answer: bytes) -> None:
+    """Sends an answer; what the program has printed goes before it."""
+    try:  # noqa: SIM105  contextlib would have to be imported
+        sys.stdout.flush()
+    except BaseException:  # whatever the program has made of it
+        pass
+    pipe.send(answer)
 
 
 def _new(names: dict[str, Any], name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

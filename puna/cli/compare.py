@@ -1,0 +1,42 @@
+"""`puna compare`: two results of one benchmark side by side."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from puna.cli import app
+from puna.cli.generate import AsJson
+
+#: Most tasks that are named on the screen.
+MOST_NAMED = 20
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="Folder of a run of puna evaluate … -o FIRST.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Folder of another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what two results differ by, and which tasks changed."""
+    from puna.evaluate.comparing import compare as compared
+
+    result = compared(first, second)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{'':24} {'first':>10} {'second':>10} {'difference':>12}")
+    for name, value in result["difference"].items():
+        print(f"{name:24} {result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}")
+    if result["interval"]:
+        low, high = result["interval"]
+        says = "more than chance" if low > 0 or high < 0 else "it may be chance"
+        print(f"share that passes, 95 of 100: {low:+.4f} to {high:+.4f} over {result['tasks']} tasks: {says}")
+    for what in ("gained", "lost"):
+        print(f"{what} {len(result[what])}: {_named(result[what])}" if result[what] else f"{what} none")
+
+
+def _named(tasks: list[Any]) -> str:
+    more = len(tasks) - MOST_NAMED
+    return ", ".join(tasks[:MOST_NAMED]) + (f" and {more} more (--json has all)" if more > 0 else "")

@@ -1,0 +1,157 @@
+"""Two results side by side, and the page: it says what the folders hold, and nothing a model wrote is markup."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import puna
+from puna.cli import run
+from puna.errors import PunaError
+from puna.evaluate import evaluate
+from puna.report.evaluation import evaluation_results, write_evaluation
+
+TASKS = [
+    {
+        "task_id": f"Tiny/{i}",
+        "prompt": f"def f{i}(x):\n",
+        "entry_point": f"f{i}",
+        "test": f"def check(candidate):\n    assert candidate(2) == {i}\n",
+    }
+    for i in range(4)
+]
+
+
+def scored(folder: Path, answers: list[str], **options: Any) -> Path:
+    """A folder with the results of one answer a task."""
+    folder.mkdir()
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    lines = [{"task_id": f"Tiny/{i}", "completion": answer} for i, answer in enumerate(answers)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate(
+        "humaneval", samples=folder / "samples.jsonl", data=folder / "tasks.jsonl", output=folder / "run", **options
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def folders(bubblewrap: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("runs")
+    right = [f"    return {i}\n" for i in range(4)]
+    wrong = "    print('<b>seen</b>')\n    return '</pre><script>alert(1)</script>'\n"
+    first = scored(place / "first", [right[0], wrong, right[2], "    return (\n"])
+    second = scored(place / "second", [right[0], right[1], wrong, right[3]])
+    return first, second
+
+
+def test_what_changed_is_named(folders: tuple[Path, Path]) -> None:
+    result = puna.compare(*folders)
+    assert (result["gained"], result["lost"], result["tasks"]) == (["Tiny/1", "Tiny/3"], ["Tiny/2"], 4)
+    assert result["difference"] == {"pass@1": 0.25}
+    assert (result["first"]["pass@1"], result["second"]["pass@1"]) == (0.5, 0.75)
+    low, high = result["interval"]
+    assert low < 0.25 < high
+    same = puna.compare(folders[0], folders[0])
+    assert (same["gained"], same["lost"], same["interval"]) == ([], [], [0.0, 0.0])
+
+
+def test_the_command_says_it_in_a_table_and_in_json(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = map(str, folders)
+    assert run(["compare", first, second]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"pass@1 +0.5000 +0.7500 +\+0.2500", printed)
+    assert "it may be chance" in printed
+    assert "gained 2: Tiny/1, Tiny/3\nlost 1: Tiny/2" in printed
+    assert run(["compare", first, second, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == puna.compare(first, second)
+
+
+def test_what_does_not_compare_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(PunaError, match=r"holds no result; a run of puna evaluate … -o DIR writes one"):
+        puna.compare(tmp_path, folders[0])
+    other = tmp_path / "other"
+    other.mkdir()
+    result = json.loads((folders[0] / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps(result | {"data": {"file": "x", "sha256": "0"}}))
+    with pytest.raises(PunaError, match=r"do not compare: their data is .* and .*'sha256': '0'"):
+        puna.compare(folders[0], other)
+    (other / "result.json").write_text(json.dumps(result))
+    lines = (folders[0] / "details.jsonl").read_text().splitlines(keepends=True)
+    (other / "details.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(PunaError, match=r"only one of them has the task Tiny/3"):
+        puna.compare(folders[0], other)
+
+
+def test_cases_of_completion_compare_too(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").write_text("import os\n\n\ndef f():\n    return os.getcwd()\n")
+    options: dict[str, Any] = {"corpus": tmp_path / "code", "max_tokens": 3, "device": "cpu"}
+    for name in ("one", "two"):
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / name, **options)
+    result = puna.compare(tmp_path / "one", tmp_path / "two")
+    assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
+    assert result["difference"]["bits_per_byte"] == 0
+
+
+def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    results = evaluation_results([folders[0]])
+    (scores,) = [table for table in results["tables"] if table["title"] == "Scores"]
+    assert scores["columns"] == ["", "pass@1"]
+    assert scores["rows"][0] == ["samples.jsonl", "50.0% (0.0% to 100.0%)"]
+    assert ["paper: 7B", "33.5%"] in scores["rows"]
+    (row,) = results["grid"]
+    assert [(cell["task"], cell["verdict"]) for cell in row["cells"]] == [
+        ("Tiny/0", "passed"),
+        ("Tiny/1", "wrong"),
+        ("Tiny/2", "passed"),
+        ("Tiny/3", "error"),
+    ]
+    wrong, error = results["failures"]
+    assert (wrong["title"], wrong["verdict"], wrong["printed"]) == ("Tiny/1", "wrong", "<b>seen</b>")
+    assert "SyntaxError" in error["detail"]
+    assert {"sandbox", "limits", "data", "answers", "packages", "puna"} <= results["run"].keys()
+
+    page = write_evaluation([folders[0]], tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;seen&lt;/b&gt;" in page
+    assert 'title="Tiny/1: wrong"' in page
+    assert not re.search(r"(src|href)=", page)
+
+
+def test_several_models_stand_in_one_table_and_one_page(
+    bubblewrap: str, tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    models = [str(tmp_path / "CodeLlama-7b-hf"), str(tmp_path / "ours")]
+    for model in models:
+        Path(model).symlink_to(tiny_model_folder)
+    command = ["evaluate", "humaneval", *models, "--data", str(tmp_path / "tasks.jsonl"), "--max-tokens", "2"]
+    assert run([*command, "--device", "cpu", "-o", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "report: " in captured.err
+    header, first, second = captured.out.splitlines()
+    assert header.split() == ["pass@1"]
+    assert first.split() == [models[0], "0.0000", "(0.335)"]
+    assert second.split() == [models[1], "0.0000"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(model in page for model in models)
+    assert page.count('class="card grid-row"') == 2
+    assert run([*command, "--device", "cpu", "--json"]) == 0
+    assert [one["model"] for one in json.loads(capsys.readouterr().out)["results"]] == models
+
+
+def test_scores_by_position_become_a_curve(tmp_path: Path) -> None:
+    spans = [{"from": 1, "to": 255, "perplexity": 9.0}, {"from": 256, "to": 511, "perplexity": 7.5}]
+    result = {"benchmark": "perplexity", "perplexity": 8.1, "by_position": spans, "model": "ours"}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    results = evaluation_results([tmp_path])
+    assert results["curves"][0]["lines"][0]["points"] == [[255, 9.0], [511, 7.5]]
+    assert results["tables"][0]["rows"] == [["ours", "8.100"]]
+    assert "<svg" in write_evaluation([tmp_path], tmp_path / "page.html").read_text()

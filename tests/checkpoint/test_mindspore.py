@@ -298,6 +298,20 @@ def test_of_several_checkpoints_the_latest_that_all_ranks_have_is_taken(fixtures
         convert(tmp_path / "output/checkpoint", tmp_path / "d", rope_theta=1e6)
 
 
+def test_copies_that_were_saved_once_are_taken_from_whoever_has_them(tmp_path):
+    """As `remove_redundancy` saves them."""
+    save_model(tiny_model(), tmp_path / "hf")
+    slices = convert(tmp_path / "hf", tmp_path / "slices", to="mindspore", layout="dp=2,mp=2")
+    lost = "model.layers.0.attention.wq.weight"
+    _edit(slices / "rank_2/checkpoint_2.ckpt", lambda content: content.pop(lost))
+    _edit(slices / "rank_1/checkpoint_1.ckpt", lambda content: content.pop("model.norm_out.weight"))
+    merged = convert(slices, tmp_path / "merged")
+    assert (merged / "model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+    _edit(slices / "rank_0/checkpoint_0.ckpt", lambda content: content.pop(lost))
+    with pytest.raises(PunaError, match=r"rank_0 lacks model\.layers\.0\.attention\.wq\.weight, and no other rank"):
+        convert(slices, tmp_path / "no")
+
+
 def test_slices_that_do_not_fit_together_are_told(fixtures, tmp_path):
     source = tmp_path / "slices"
     shutil.copytree(fixtures / "distributed/mp2pp2_fp16", source)

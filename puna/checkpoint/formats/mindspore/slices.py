@@ -85,16 +85,13 @@ def merge(ranks: Mapping[int, Mapping[str, StoredTensor]], strategy: Strategy, w
         raise PunaError(f"{where} holds rank_{more[0]}, of which its strategy files do not speak; add the missing ones")
     merged: dict[str, StoredTensor] = {}
     for stage, layouts in sorted(strategy.items()):
-        own = [ranks[stage * devices + rank] for rank in range(devices)]
-        for name in own[0]:
+        own = {rank: ranks[rank] for rank in range(stage * devices, (stage + 1) * devices)}
+        for name in dict.fromkeys(name for rank in own.values() for name in rank):
             if name not in layouts:
                 raise PunaError(f"the strategy of {where} does not say how {name} of stage {stage} is cut")
             if name not in merged:
-                slices = [_slice(name, rank, stage * devices + i, where) for i, rank in enumerate(own)]
-                merged[name] = _merged(name, slices, layouts[name], where)
-        for i, rank in enumerate(own):
-            if extra := [name for name in rank if name not in own[0]]:
-                raise PunaError(f"{where}/rank_{stage * devices + i} holds {extra[0]}, which another rank lacks")
+                slices = {rank: held[name] for rank, held in own.items() if name in held}
+                merged[name] = _merged(name, slices, layouts[name], where, first_rank=stage * devices)
     return merged
 
 
@@ -151,35 +148,32 @@ def _step(file: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _slice(name: str, rank: Mapping[str, StoredTensor], number: int, where: str) -> StoredTensor:
-    if name not in rank:
-        raise PunaError(f"{where}/rank_{number} lacks {name}, which another rank of its stage holds")
-    return rank[name]
-
-
 def _layout_of(name: str, layouts: Mapping[str, Layout]) -> Layout:
     if name not in layouts:
         raise PunaError(f"the strategy does not say how {name} is cut")
     return layouts[name]
 
 
-def _merged(name: str, slices: list[StoredTensor], layout: Layout, where: str) -> StoredTensor:
-    """The whole of the slices that the ranks of a stage hold, copies left out."""
-    first = slices[0]
-    parts = layout.parts()
+def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: str, *, first_rank: int) -> StoredTensor:
+    """The whole of the slices that the ranks of a stage hold; of copies one must be there, and one is taken."""
+    first, parts = next(iter(slices.values())), layout.parts()
     if len(parts) != len(first.shape) or any(count > 1 for count in parts[2:]):
         raise PunaError(f"{where}: {name} has shape {first.shape}, but its strategy has {len(parts)} dims")
-    for piece in slices:
+    for piece in slices.values():
         if (piece.shape, piece.dtype) != (first.shape, first.dtype):
             raise PunaError(f"{piece.where}: {name} is {piece.shape} {piece.dtype}, not {first.shape} {first.dtype}")
-    if len(parts) < 2 and math.prod(parts) == 1:
-        return StoredTensor(first.shape, first.dtype, first.where, lambda: _the_same(name, slices))
     if math.prod(parts) == 1:
-        return first
+        if len(parts) == 2:
+            return first
+        return StoredTensor(first.shape, first.dtype, first.where, lambda: _the_same(name, list(slices.values())))
     grid: dict[tuple[int, int], StoredTensor] = {}
-    for rank, piece in enumerate(slices):
-        row, column = [*layout.place(rank), 0][:2]
-        grid.setdefault((row, column), piece)
+    places = {
+        rank: (*layout.place(rank - first_rank), 0)[:2] for rank in range(first_rank, first_rank + layout.devices)
+    }
+    for rank, piece in slices.items():
+        grid.setdefault(places[rank], piece)
+    if lost := [rank for rank, place in places.items() if place not in grid]:
+        raise PunaError(f"{where}/rank_{lost[0]} lacks {name}, and no other rank holds that part of it")
     height, columns = first.shape[0], parts[1] if len(parts) > 1 else 1
     shape = tuple(size * count for size, count in zip(first.shape, parts, strict=True))
 

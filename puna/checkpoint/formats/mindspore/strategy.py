@@ -160,15 +160,7 @@ def _read(path: Path) -> Strategy:
             prefix = re.match(r"(\d+)-", name)
             layouts = strategy.setdefault(int(prefix[1]) if prefix else stage, {})
             layouts[name[prefix.end() :] if prefix else name] = _layout(name, fields)
-    except (
-        wire.BrokenMessage,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except (wire.BrokenMessage, *_MISREADINGS) as error:
         raise PunaError(f"{path} is no strategy file of MindSpore, or damaged ({error})") from None
     if not strategy:
         raise PunaError(f"{path} holds no layout of any parameter")

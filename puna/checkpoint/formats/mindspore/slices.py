@@ -166,7 +166,7 @@ def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: s
         if len(parts) == 2:
             return first
         return StoredTensor(first.shape, first.dtype, first.where, lambda: _the_same(name, list(slices.values())))
-    grid: dict[tuple[int, int], StoredTensor] = {}
+    grid: dict[tuple[int, ...], StoredTensor] = {}  # row and column of a part -> it
     places = {
         rank: (*layout.place(rank - first_rank), 0)[:2] for rank in range(first_rank, first_rank + layout.devices)
     }

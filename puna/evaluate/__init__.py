@@ -10,7 +10,6 @@ from typing import Any
 
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
-from puna.files import write_json
 from puna.twins import make_callable
 
 make_callable(__name__)
@@ -67,5 +66,7 @@ def evaluate(
     if name is not None:
         result = {"benchmark": result["benchmark"], "model": name} | result
     if output is not None:
+        from puna.files import write_json  # here, so that the sandbox needs no more than Python
+
         write_json(Path(output) / "result.json", result)
     return result

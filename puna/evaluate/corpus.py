@@ -1,4 +1,5 @@
-"""Files that a model has not seen, as a benchmark takes them: a folder of code, or the held-out part of a prepared one.
+"""Files that a model has not seen, as a benchmark takes them: a folder of code, the held-out part of a prepared one,
+or one file.
 
 Which documents are taken, and in which order, follows from a seed and their ids, not from where they stand: a score on
 `max_documents` of them is a score on the same ones wherever it is taken.
@@ -31,11 +32,13 @@ def unseen_documents(benchmark: str, corpus: Path | str | None, most: int, seed:
 
 
 def read_documents(corpus: Path) -> "list[Document]":
-    """The texts of a prepared folder (its held-out part, where there is one), or of a folder of code.
+    """The texts of a prepared folder (its held-out part, where there is one), of a folder of code, or of one file.
 
     Raises:
         PunaError: there is nothing to read, or it is not plain text.
     """
+    if corpus.is_file():
+        return [_of_file(corpus)]
     prepared = next((folder for folder in (corpus / "held_out", corpus) if (folder / "dataset.json").exists()), None)
     documents = _of_code(corpus) if prepared is None else _of_dataset(prepared)
     if not documents:
@@ -52,6 +55,15 @@ def document_hash(seed: int, document: "Document") -> int:
     """A number that depends on seed, source and id of a document alone."""
     key = f"{seed}\0{document.source}\0{document.id}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def _of_file(path: Path) -> "Document":
+    from puna.data.documents import Document
+
+    try:
+        return Document(path.name, path.parent.name, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise PunaError(f"{path} is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv") from None
 
 
 def _of_code(folder: Path) -> "list[Document]":

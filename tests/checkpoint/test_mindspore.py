@@ -15,7 +15,7 @@ from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
 from puna.checkpoint.formats.mindspore.model_config import from_fields
 from puna.checkpoint.formats.mindspore.strategy import Layout, read_strategies, write_strategy
 from puna.checkpoint.huggingface import open_weights
-from puna.checkpoint.tensors import StoredTensor
+from puna.checkpoint.tensors import StoredTensor, open_safetensors
 from puna.cli import run
 from puna.errors import PunaError, UsageError
 from puna.model.config import preset
@@ -194,6 +194,9 @@ def test_safetensors_of_mindspore_are_read(model_ckpt, tmp_path):
 
 
 def test_two_tensors_that_mindspore_saved_as_safetensors(fixtures, tmp_path):
+    whole = open_ckpt(fixtures / "ckpt/tiny_llama_fp32.ckpt")
+    for name, stored in open_safetensors(fixtures / "ckpt/two_tensors.safetensors").items():
+        assert torch.equal(stored.read(), whole[name].read().to(stored.dtype))
     with pytest.raises(PunaError, match=r"two_tensors\.safetensors holds no weights of layer|lacks model\.tok_emb"):
         convert(fixtures / "ckpt/two_tensors.safetensors", tmp_path / "hf", rope_theta=1e6)
 

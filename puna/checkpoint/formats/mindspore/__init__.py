@@ -48,7 +48,7 @@ def recognises(place: Path) -> bool:
         return _is_mindspore(place)
     if (place / "config.json").exists():
         return False
-    return any(_is_mindspore(file) for file in place.iterdir()) or bool(rank_folders(place))
+    return any(file.is_file() and _is_mindspore(file) for file in place.iterdir()) or bool(rank_folders(place))
 
 
 def read(

@@ -191,7 +191,9 @@ def parallel(settings: Settings) -> dict[str, Any]:
 
 
 def recompute(settings: Settings) -> str:
-    """What is computed again in the backward pass: the most that any layer does."""
+    """What is computed again in the backward pass, or waits in host memory: the most that any layer does."""
+    if settings.get("swap_config.swap", False):
+        return "offload"
     if _is_any(settings.get("recompute_config.recompute", False)):
         return "block"
     return "selective" if _is_any(settings.get("recompute_config.select_recompute", False)) else "none"

@@ -224,6 +224,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"recompute_config.recompute": True}, "recompute", "block"),
         ({"recompute_config.recompute": [0, 5]}, "recompute", "block"),
         ({"recompute_config.select_recompute": {"feed_forward.mul": True}}, "recompute", "selective"),
+        ({"swap_config": {"swap": True, "default_prefetch": 1}}, "recompute", "offload"),
         ({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}]}, "log.every", 10),
         ({"callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 20}]}, "checkpoint.every", 20),
         ({"callbacks": [{"type": "CheckpointMonitor", "keep_checkpoint_max": 2}]}, "checkpoint.keep", 2),

@@ -341,10 +341,13 @@ def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str, st
         end = _listen(heard, ended, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         runner.end()
     words = bytes(heard[printed]).decode(errors="replace").strip()
-    return *_verdict_of_script(limits, script, bytes(heard[ended]).split(), words, end), words
+    elapsed = time.monotonic() - started
+    return *_verdict_of_script(limits, script, bytes(heard[ended]).split(), words, end, elapsed), words
 
 
-def _verdict_of_script(limits: Limits, script: Script, said: list[bytes], words: str, end: str) -> tuple[str, str]:
+def _verdict_of_script(
+    limits: Limits, script: Script, said: list[bytes], words: str, end: str, elapsed: float
+) -> tuple[str, str]:
     if end == "late":
         return "timeout", f"not finished after {limits.wall_seconds:g} s"
     if end == "flood":
@@ -353,7 +356,8 @@ def _verdict_of_script(limits: Limits, script: Script, said: list[bytes], words:
         return "sandbox", f"nothing was run: {words[-SHOWN_CHARACTERS:]}"
     number, code, seconds = int(said[0]), int(said[1]), float(said[2])
     shown = words[-SHOWN_CHARACTERS:].replace("\n", " | ")
-    if code != 0 and seconds >= limits.cpu_seconds - 0.1:  # a shell goes on where a part of it was killed
+    is_killed = code in TIME_IS_UP and elapsed >= limits.cpu_seconds
+    if is_killed or (code != 0 and seconds >= limits.cpu_seconds - 0.1):  # a shell goes on where a part was killed
         return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"
     if number < len(script.commands) - 1:
         return "error", f"it does not compile: {shown}"

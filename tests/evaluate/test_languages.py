@@ -27,7 +27,7 @@ def patient(bubblewrap: str) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def quick(bubblewrap: str) -> Iterator[Sandbox]:
-    with Sandbox(Limits(**{**vars(LIMITS), "cpu_seconds": 2, "wall_seconds": 20}), workers=1) as sandbox:
+    with Sandbox(Limits(**{**vars(LIMITS), "cpu_seconds": 1, "wall_seconds": 30}), workers=1) as sandbox:
         yield sandbox
 
 
@@ -60,7 +60,6 @@ COMPLETIONS: dict[str, dict[str, str]] = {
         "wrong": "  return string.size() + 1;",
         "does not compile": "  return strnig.size();",
         "leaves": '  std::puts("passed"); std::exit(0);',
-        "timeout": "  for (volatile int i = 0;;) i = i + 1;",
     },
     "js": {
         "passed": "  return string.length;\n}",
@@ -93,7 +92,9 @@ VERDICTS = {"does not compile": "error", "leaves": "error"}
 
 
 @pytest.mark.parametrize("language", FILES)
-def test_verdicts_in_each_language(language: str, quick: Sandbox, request: pytest.FixtureRequest) -> None:
+def test_verdicts_in_each_language(
+    language: str, patient: Sandbox, quick: Sandbox, request: pytest.FixtureRequest
+) -> None:
     installed(language)
     benchmark = MultiPLE()
     if language in ("java", "php"):  # no official file here
@@ -105,7 +106,7 @@ def test_verdicts_in_each_language(language: str, quick: Sandbox, request: pytes
         assert benchmark.variant(path) == language
     for kind, completion in COMPLETIONS[language].items():
         sample = benchmark.sample(task, completion + task["stop_tokens"][0] + " and more", is_chat=False)
-        judgement = quick.judge(benchmark.job(task, sample))
+        judgement = (quick if kind == "timeout" else patient).judge(benchmark.job(task, sample))
         expected = VERDICTS.get(kind, kind)
         if language == "sh" and kind == "wrong":
             expected = "error"  # its test ends with an exit code and no word
@@ -135,7 +136,7 @@ def test_every_canonical_solution_of_humaneval_x_passes_but_for_the_three_known_
     assert {id.split("/")[1] for id, judgement in verdicts.items() if judgement.verdict != "passed"} == failing
 
 
-def test_what_a_program_in_another_language_may_use_is_limited(quick: Sandbox) -> None:
+def test_what_a_program_in_another_language_may_use_is_limited(patient: Sandbox) -> None:
     installed("js")
     reach = {
         "net": "const s = require('net').connect(53, '1.1.1.1'); s.on('error', e => { console.log(e.code); });",
@@ -143,7 +144,7 @@ def test_what_a_program_in_another_language_may_use_is_limited(quick: Sandbox) -
         "memory": "let a = []; while (true) a.push(Buffer.alloc(64 << 20, 1));",
         "output": "while (true) require('fs').writeSync(1, 'x'.repeat(10000));",
     }
-    found = {name: quick.judge(languages.script("js", code)) for name, code in reach.items()}
+    found = {name: patient.judge(languages.script("js", code)) for name, code in reach.items()}
     assert {name: judgement.verdict for name, judgement in found.items() if name in ("memory", "output")} == {
         "memory": "error",
         "output": "output",

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 4 layouts.py recipe.json layouts.json results.json
 
-`recipe.json` is a recipe's content, `layouts.json` maps a name to overrides, of the model's sizes too. Rank 0 writes, for
-each name, the losses, gradient norms, the loss of a batch that is only measured, and a fingerprint of the rows that all
+`recipe.json` is a recipe's content, `layouts.json` maps a name to overrides, of the model too. Rank 0 writes, for each
+name, the losses, gradient norms, the loss of a batch that is only measured, and a fingerprint of the rows that all
 ranks read.
 """
 

@@ -160,6 +160,13 @@ def takes_cuda_kernels(device_type: str) -> bool:
     return device_type == "cuda"
 
 
+def multiplies_fp8(device: "torch.device") -> bool:
+    """Whether a device multiplies 8-bit floating-point numbers (e4m3) that are scaled by the row."""
+    import torch
+
+    return takes_cuda_kernels(device.type) and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
     """The most floating-point operations a second that matrix products of `dtype` can reach; None: nobody knows.
 
@@ -193,12 +200,17 @@ def memory_gib(device: "torch.device") -> float:
 def free_memory_bytes(device: "torch.device") -> int:
     """What could still be allocated: of an accelerator's memory, or of this machine's."""
     if device.type == "cpu":
-        meminfo = Path("/proc/meminfo")
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-        return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return _free_host_bytes()
     import torch
 
-    return torch.get_device_module(device).mem_get_info(device)[0]
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def has_fast_bf16(device: "torch.device") -> bool:

@@ -15,6 +15,7 @@ FLOORS: list[set[str]] = [
     {"files", "progress"},
     {"tokenizer", "prompts", "config", "devices"},
     {"data", "model"},
+    {"quantized"},
     {"checkpoint", "parallel"},
     {"train", "generate", "plan", "launch", "migrate"},
     {"evaluate"},

@@ -1,12 +1,14 @@
 """Weights on disk: the Hugging Face layout, training checkpoints, and the ways between formats.
 
 `huggingface` reads and writes the only layout in which weights leave puna, `runs` keeps a training run's checkpoints,
-`export` turns the latter into the former, and `convert` does so for other systems' files (`formats/`, one file each).
+`export` turns the latter into the former, `convert` does so for other systems' files (`formats/`, one file each), and
+`quantize` makes a folder's weights smaller.
 """
 
 from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
 from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
+from puna.checkpoint.quantize import quantize
 from puna.checkpoint.runs import Checkpoints, load_checkpoint, newest_checkpoint
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "load_config",
     "load_model",
     "newest_checkpoint",
+    "quantize",
     "resolve",
     "save_model",
 ]

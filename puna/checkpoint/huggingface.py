@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from puna.checkpoint.room import check_room
 from puna.checkpoint.tensors import (
     StoredTensor,
     dtype_name,
@@ -25,10 +26,11 @@ from puna.checkpoint.tensors import (
     write_safetensors,
 )
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: Endings of tensors that old checkpoints carry and no network reads.
@@ -58,7 +60,7 @@ def load(
             the model has no embedding for.
     """
     folder = resolve(folder)
-    config = load_config(folder)
+    config, _ = load_quantized_config(folder)
     tokenizer = load_tokenizer_of(folder)
     if tokenizer is not None and hasattr(tokenizer, "check_vocab_size"):
         tokenizer.check_vocab_size(config.vocab_size)
@@ -70,35 +72,60 @@ def load_model(
 ) -> Llama:
     """Loads a model alone; arguments and errors as for `load`."""
     folder = resolve(folder)
-    return build_model(load_config(folder), open_weights(folder), dtype=dtype, device=device)
+    config, quantization = load_quantized_config(folder)
+    return build_model(config, open_weights(folder), quantization=quantization, dtype=dtype, device=device)
 
 
 def build_model(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     *,
+    quantization: Quantization | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> Llama:
     """Makes a model of stored tensors, reading one at a time.
 
+    A quantised model computes in the dtype that its other weights have, in bf16 where that is fp16.
+
     Raises:
-        PunaError: the tensors are not exactly those of the model.
+        PunaError: the tensors are not exactly those of the model, or there is no room for them.
+        UsageError: a quantised model was asked to compute in fp16.
     """
-    with torch.device("meta"):
-        model = Llama(config)
-    for name, stored in fit(config, tensors).items():
-        values = stored.read()
-        copy = torch.empty(values.shape, dtype=dtype_of(dtype) or values.dtype, device=device)
-        copy.copy_(values)
+    dtype, device = dtype_of(dtype), torch.device(device)
+    tensors = fit(config, tensors, quantization)
+    if quantization is not None:
+        dtype = _compute_dtype(dtype, tensors[EMBEDDING].dtype)
+    check_room(config, tensors, dtype, device)
+    model = model_without_memory(config, quantization)
+    for name, stored in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(copy))
+        _fill(model.get_submodule(owner), leaf, stored, dtype, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if quantization is not None:
+        model.compute_dtype = dtype
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
     return model
 
 
-def fit(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _fill(module: nn.Module, leaf: str, stored: StoredTensor, dtype: torch.dtype | None, device: torch.device) -> None:
+    empty = getattr(module, leaf)
+    is_parameter = isinstance(empty, nn.Parameter)
+    if not is_parameter and stored.dtype != empty.dtype:
+        raise PunaError(
+            f"{stored.where}: {leaf} of a quantised layer is {stored.dtype}, its scheme wants {empty.dtype}"
+        )
+    values = stored.read()
+    copy = torch.empty(values.shape, dtype=(is_parameter and dtype) or values.dtype, device=device).copy_(values)
+    setattr(module, leaf, nn.Parameter(copy) if is_parameter else copy)
+
+
+def fit(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], quantization: Quantization | None = None
+) -> dict[str, StoredTensor]:
     """The stored tensors that make the model of `config`, in the model's order.
 
     A tied model's head, and what `HARMLESS_EXTRAS` lists, is left out.
@@ -106,7 +133,7 @@ def fit(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, S
     Raises:
         PunaError: a tensor is missing, unknown or of the wrong shape; the message names it.
     """
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config, quantization)
     where = _place(tensors)
     if missing := [name for name in shapes if name not in tensors]:
         raise PunaError(f"{where} lacks {_some(missing)}, which config.json asks for; fetch or make the weights again")
@@ -122,10 +149,17 @@ def fit(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, S
     return {name: tensors[name] for name in shapes}
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a model, a tied head left out."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+def parameter_shapes(config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, a tied head left out."""
+    model = model_without_memory(config, quantization)
+    return {name: tuple(values.shape) for name, values in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _compute_dtype(asked: torch.dtype | None, stored: torch.dtype) -> torch.dtype:
+    if asked == torch.float16:
+        raise UsageError("quantised weights are multiplied in bf16 or fp32; take one of these instead of fp16")
+    dtype = asked or stored
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def load_config(folder: Path | str, *, rope_theta: float | None = None) -> ModelConfig:
@@ -136,20 +170,32 @@ def load_config(folder: Path | str, *, rope_theta: float | None = None) -> Model
         rope_theta: wavelength base of the rotary positions, for a `config.json` that states none.
 
     Raises:
-        PunaError: there is no `config.json`, or it describes a network that puna does not have.
+        PunaError: there is no `config.json`, it describes a network that puna does not have, or the weights are
+            quantised.
     """
+    config, quantization = load_quantized_config(folder, rope_theta=rope_theta)
+    if quantization is not None:
+        path = Path(folder) / "config.json"
+        raise PunaError(f"{path}: the weights are quantised; use the checkpoint that they were made from")
+    return config
+
+
+def load_quantized_config(
+    folder: Path | str, *, rope_theta: float | None = None
+) -> tuple[ModelConfig, Quantization | None]:
+    """As `load_config`, of weights that may be quantised: says how."""
     path = Path(folder) / "config.json"
     if not path.exists() and (Path(folder) / "checkpoints").is_dir():
         raise PunaError(f"{folder} is a training run, not a model; write one with `puna export {folder} -o DIR`")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise PunaError(f"{path} is not a JSON object")
-    if fields.get("quantization_config"):
-        raise PunaError(f"{path}: the weights are quantised; use the checkpoint that they were made from")
+    quantized = fields.get("quantization_config")
+    quantization = Quantization.from_json(quantized, str(path)) if quantized else None
     config = ModelConfig.from_json(fields if rope_theta is None else {"rope_theta": rope_theta, **fields}, str(path))
     if rope_theta not in (None, config.rope_theta):
         raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
-    return config
+    return config, quantization
 
 
 def load_tokenizer_of(folder: Path) -> Tokenizer | None:
@@ -205,8 +251,10 @@ def save_model(
     """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
 
     Raises:
-        PunaError: the folder exists.
+        PunaError: the folder exists, or the model is quantised.
     """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise PunaError("a quantised model is not saved from memory; copy the folder that it was loaded from")
     tensors = {name: StoredTensor.of(values) for name, values in model.named_parameters()}
     write_model(folder, model.config, tensors, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
@@ -217,6 +265,7 @@ def write_model(
     tensors: Mapping[str, StoredTensor],
     *,
     tokenizer: Tokenizer | None = None,
+    quantization: Quantization | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes stored tensors in Hugging Face layout, one in memory at a time; the folder appears when it is whole.
@@ -226,15 +275,18 @@ def write_model(
         config: the model's shape.
         tensors: exactly the model's.
         tokenizer: goes along; None: none does.
+        quantization: how the tensors are quantised; None: they are not.
         max_shard_bytes: most bytes of a file, unless one tensor is larger.
 
     Raises:
         PunaError: the folder exists, or the tensors are not those of the model.
     """
-    tensors = fit(config, tensors)
+    tensors = fit(config, tensors, quantization)
     with folder_aside(folder) as aside:
         dtypes = {tensor.dtype for tensor in tensors.values()}
         fields = config.to_json()
+        if quantization is not None:
+            fields["quantization_config"] = quantization.to_json()
         if len(dtypes) == 1:
             fields["torch_dtype"] = dtype_name(dtypes.pop())
         write_json(aside / "config.json", fields)

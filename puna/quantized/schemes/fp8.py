@@ -1,0 +1,64 @@
+"""fp8: weights and activations of 8 bits with a floating point (e4m3); one scale a row of either.
+
+The scales of the activations are found as they come. A device that multiplies such numbers reads half the bytes of bf16
+and multiplies twice as fast; on others the same numbers are multiplied in the activations' dtype, which holds them
+exactly: slower than bf16, but with the same result.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.devices import multiplies_fp8
+from puna.quantized.linear import Form, QuantizedLinear
+
+FP8 = torch.float8_e4m3fn
+GREATEST = torch.finfo(FP8).max
+
+
+class Linear(QuantizedLinear):
+    """Multiplies fp8 numbers, and with the scales of both factors afterwards."""
+
+    HEAD = None  # it is 1 or 2 % of a large model's bytes, and its error goes straight into the logits
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    @staticmethod
+    def form(out_features: int, in_features: int, group_size: int | None) -> Form:
+        """Rounded weights and their scales."""
+        return {"weight": ((out_features, in_features), FP8), "weight_scale": ((out_features, 1), torch.float32)}
+
+    @staticmethod
+    def quantize(weight: Tensor, group_size: int | None) -> dict[str, Tensor]:
+        """The greatest weight of a row becomes the greatest number of the format."""
+        rounded, scale = round_rows(weight)
+        return {"weight": rounded, "weight_scale": scale}
+
+    @staticmethod
+    def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
+        """Rounded weights times their scales."""
+        return tensors["weight"].float() * tensors["weight_scale"]
+
+    def product(self, x: Tensor) -> Tensor:
+        """(rows, in) to (rows, out)."""
+        rounded, scale = round_rows(x)
+        if multiplies_fp8(x.device):
+            by_column = self.weight_scale.t()
+            return torch._scaled_mm(rounded, self.weight.t(), scale, by_column, out_dtype=torch.bfloat16).to(x.dtype)
+        out = F.linear(rounded.to(x.dtype), self.weight.to(x.dtype))
+        return (out * scale * self.weight_scale.t()).to(x.dtype)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """As for every scheme, of activations that were rounded as well."""
+        rounded, scale = round_rows(x)
+        return super().reference(rounded.float() * scale)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as fp8 numbers, (rows, n), and the fp32 scales, (rows, 1), to multiply them with."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / GREATEST
+    return (x / scale).clamp(-GREATEST, GREATEST).to(FP8), scale

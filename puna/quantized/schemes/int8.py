@@ -1,0 +1,54 @@
+"""int8: weights of 8 bits, one scale a row; activations as they are.
+
+    row of W   0.5  -1.0  0.25   ->   scale 1/127, codes  64  -127  32
+
+The scale is rounded before the codes are chosen, so that its rounding costs nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.quantized.linear import Form, QuantizedLinear
+
+#: Rows of activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the codes
+#: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
+PACKED_ROWS = 24
+
+
+class Linear(QuantizedLinear):
+    """Multiplies with the codes, and with the scales afterwards."""
+
+    HEAD = "int8"
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    @staticmethod
+    def form(out_features: int, in_features: int, group_size: int | None) -> Form:
+        """Codes and scales."""
+        return {
+            "weight": ((out_features, in_features), torch.int8),
+            "weight_scale": ((out_features, 1), torch.bfloat16),
+        }
+
+    @staticmethod
+    def quantize(weight: Tensor, group_size: int | None) -> dict[str, Tensor]:
+        """The greatest weight of a row becomes 127."""
+        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).bfloat16()
+        codes = torch.where(scale > 0, weight / scale.float(), 0).round().clamp(-127, 127)
+        return {"weight": codes.to(torch.int8), "weight_scale": scale}
+
+    @staticmethod
+    def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
+        """Codes times scales."""
+        return tensors["weight"].float() * tensors["weight_scale"].float()
+
+    def product(self, x: Tensor) -> Tensor:
+        """(rows, in) to (rows, out)."""
+        scale = self.weight_scale.to(x.dtype).view(-1)
+        if x.device.type == "cpu" and len(x) <= PACKED_ROWS:
+            return torch.ops.aten._weight_int8pack_mm(x, self.weight, scale)
+        return F.linear(x, self.weight.to(x.dtype)) * scale

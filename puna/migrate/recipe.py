@@ -1,5 +1,6 @@
 """The recipe that a YAML of MindFormers stands for, and the command for one that only predicts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +47,19 @@ class Settings:
         """
         value = self.get(key, default)
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            raise UsageError(f"{key} is {value!r}; a number was expected") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise UsageError(f"{key} is {value!r}; a number was expected")
+        return number
 
     def whole(self, key: str, default: int) -> int:
-        """A whole number at a key."""
-        return int(self.number(key, default))
+        """A whole number at a key; errors as for `number`."""
+        value = self.number(key, default)
+        if not value.is_integer():
+            raise UsageError(f"{key} is {value!r}; a whole number was expected")
+        return int(value)
 
 
 def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: bool) -> Recipe:
@@ -76,7 +83,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
     peak, end = peak_lr(settings), settings.number("lr_schedule.lr_end", 0)
     has_weights = bool(settings.get("load_checkpoint", "")) or not names
     layout = parallel(settings)
-    parts = layout.get("tp", 1)  # a row is shared by so many ranks
+    parts = max(1, layout.get("tp", 1))  # a row is shared by so many ranks
     fields: dict[str, Any] = {
         "model": names[0] if names else WEIGHTS,
         "start": WEIGHTS if has_weights and names else None,
@@ -96,7 +103,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
         "schedule": {
             "name": schedule(settings),
             "warmup_steps": min(warmup_steps(settings, steps), steps),
-            "final_fraction": end / peak,
+            "final_fraction": end / peak if peak else 0.0,
         },
         "parallel": layout,
         "recompute": recompute(settings),
@@ -135,7 +142,7 @@ def step_count(settings: Settings, rows: int | None, global_rows: int) -> int:
         return stated
     if rows is None:
         return SOME_STEPS
-    return max(1, settings.whole("runner_config.epochs", 1) * (rows // global_rows))
+    return max(1, settings.whole("runner_config.epochs", 1) * (rows // max(1, global_rows)))
 
 
 def warmup_steps(settings: Settings, steps: int) -> int:
@@ -152,11 +159,11 @@ def peak_lr(settings: Settings) -> float:
     return settings.number("lr_schedule.learning_rate", own or 1e-5)
 
 
-def betas(settings: Settings) -> list[float]:
-    """Of Adam: two keys, or one."""
+def betas(settings: Settings) -> Any:
+    """Of Adam: one key, or two."""
     pair = settings.get("optimizer.betas", None)
     if pair is not None:
-        return [float(beta) for beta in pair]
+        return pair
     return [settings.number("optimizer.beta1", 0.9), settings.number("optimizer.beta2", 0.999)]
 
 

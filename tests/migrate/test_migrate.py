@@ -314,6 +314,16 @@ def test_what_is_no_yaml_of_mindformers_is_said(tmp_path, content):
         puna.migrate(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize("key", TRANSLATED)
+def test_no_value_breaks_it_without_a_word(written, key):
+    for value in ("x", -1, 0, 1.5, 3, True, float("inf"), float("nan"), [], [1, 2, 3], {"a": 1}, ["a"], "1e-5"):
+        changes = {"callbacks": {}, key: value} if key.startswith("callbacks") else {key: value}
+        try:
+            puna.migrate(written(changes))
+        except PunaError as error:
+            assert len(str(error)) > 10  # noqa: PT017
+
+
 def test_a_yaml_that_repeats_itself_without_end_is_refused(tmp_path):
     lines = ["a0: &a0 {x: 1}"]
     for i in range(1, 12):

@@ -21,8 +21,8 @@ from puna.checkpoint.tensors import StoredTensor, counted
 from puna.errors import PunaError
 from puna.quantized import Quantization, QuantizedLinear
 
-#: Weights that are quantised at once: schemes take several times their bytes meanwhile.
-WEIGHTS_AT_ONCE = 1 << 20
+#: Weights that are quantised at once: schemes take several times their bytes meanwhile, best in the cache.
+WEIGHTS_AT_ONCE = 1 << 18
 
 
 def quantize(

@@ -65,11 +65,12 @@ class Linear(QuantizedLinear):
         """Of all `RANGES` the best for each group; scales and zeros are rounded before the codes are chosen."""
         assert group_size is not None
         groups = weight.unflatten(1, (-1, group_size))
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        candidates = [_codes(groups, (high - low) * share / 15, (high + low) / 2) for share in RANGES]
-        errors = torch.stack([(_values(*one) - groups).square().sum(-1, keepdim=True) for one in candidates])
-        best = errors.argmin(0)
-        codes, scale, zero = (_chosen(torch.stack(some), best) for some in zip(*candidates, strict=True))
+        best = _fitted(groups, RANGES[0])
+        for share in RANGES[1:]:
+            other = _fitted(groups, share)
+            is_better = other[0] < best[0]
+            best = tuple(torch.where(is_better, new, old) for new, old in zip(other, best, strict=True))
+        _, codes, scale, zero = best
         pairs = codes.flatten(1).to(torch.uint8).unflatten(1, (-1, 2))
         return {
             "weight": pairs[..., 0] << 4 | pairs[..., 1],
@@ -112,21 +113,18 @@ class Linear(QuantizedLinear):
         return torch.cat([x @ _transposed_weight(*part) for part in parts], dim=1)
 
 
-def _codes(groups: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 to 15, scale and zero, such that the codes span a range around `middle`."""
-    scale = scale.bfloat16().float()
-    zero = (middle + scale / 2).bfloat16().float()  # of the 16 codes, 8 lie below the zero and 7 above
+def _fitted(groups: Tensor, share: float) -> tuple[Tensor, ...]:
+    """For (out, groups, n) weights and codes that span a share of a group's range: squared error, codes, scale, zero."""
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) * share / 15).bfloat16().float()
+    zero = ((low + high + scale) / 2).bfloat16().float()  # of the 16 codes, 8 lie below the zero and 7 above
     codes = torch.where(scale > 0, (groups - zero) / scale, 0).round().add(8).clamp(0, 15)
-    return codes, scale, zero
+    error = (_values(codes, scale, zero) - groups).square().sum(-1, keepdim=True)
+    return error, codes, scale, zero
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes - 8) * scale + zero
-
-
-def _chosen(candidates: Tensor, best: Tensor) -> Tensor:
-    """Of (C, out, groups, n) the candidate `best` (out, groups, 1) of each group."""
-    return candidates.gather(0, best.expand(candidates.shape[1:])[None])[0]
 
 
 def _unpaired(pairs: Tensor) -> Tensor:

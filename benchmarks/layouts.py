@@ -1,0 +1,208 @@
+"""Two processes that share the weights, beside one process with two threads, and beside transformers' model so shared.
+
+    python benchmarks/layouts.py [--steps 5] [--eager] [--precision bf16|fp32|auto] [--vocab 32000]
+
+The same model (8 layers x 512, rows of 1,024, random tokens, same start) takes the same global batch in turn, step by
+step: in one process with two threads; in two gloo processes of one thread each with dp_shard 2; and in the same two
+processes with transformers' LlamaForCausalLM, torch's `fully_shard` around each layer and around the whole, and torch's
+fused AdamW. Whoever's turn it is not waits without computing. Each runs eager and compiled, and in two processes with
+weights gathered once or twice a step; the best median of each counts. Losses must agree.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from record import record
+from train_step import LR, _batch
+
+from puna import devices
+from puna.config import Optimizer, Parallel
+from puna.data.loader import Batch
+from puna.model.config import ModelConfig, preset
+from puna.model.llama import Llama, init_weights, initial_weight
+from puna.model.recompute import prepare_layers
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from puna.train.gradients import Gradients
+from puna.train.optimizer import AdamW
+from puna.train.step import train_step
+
+RANKS = 2
+ALONE, SHARED, PEER = "puna, one process", "puna, dp_shard 2", "transformers, fully_shard"
+GOALS = {"of_one_process": 0.9, "of_the_peer": 1.5}
+
+#: Takes the step of a number and returns the loss of the global batch.
+Step = Callable[[int], float]
+
+
+def main() -> None:
+    """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
+    args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = "bf16" if devices.cpu_bf16_units() else "fp32"
+    seconds, losses = measure(args)
+    tokens = args.rows * args.length
+    rows = [
+        {
+            "contender": name,
+            "precision": args.precision,
+            "tokens_per_second": tokens / statistics.median(times),
+            "seconds": times,
+            "losses": losses[name],
+        }
+        for name, times in seconds.items()
+    ]
+    best = {who: max(row["tokens_per_second"] for row in rows if row["contender"].startswith(who))
+            for who in (ALONE, SHARED, PEER)}  # fmt: skip
+    ratios = {"of_one_process": best[SHARED] / best[ALONE], "of_the_peer": best[SHARED] / best[PEER]}
+    record("layouts", rows, {"ratios": ratios, "goals": GOALS, "config": shape(args).to_json(),
+                             "missed": ", ".join(name for name in GOALS if ratios[name] < GOALS[name])})  # fmt: skip
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Contender -> seconds of each step after the first, and losses of all."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for their turn sleep, as under the command line
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ends: list[Connection] = []
+        processes = []
+        for number in (None, *range(RANKS)):
+            here, there = context.Pipe()
+            ends.append(here)
+            processes.append(context.Process(target=serve, args=(number, Path(folder), args, there), daemon=True))
+            processes[-1].start()
+        alone, *ranks = ends
+        of_contender = {name: [alone] for name in alone.recv()}
+        for rank in ranks:  # all have the same
+            of_contender |= dict.fromkeys(rank.recv(), ranks)
+        seconds: dict[str, list[float]] = {name: [] for name in of_contender}
+        losses: dict[str, list[float]] = {name: [] for name in of_contender}
+        for update in range(1, args.steps + 2):
+            for name, workers in of_contender.items():
+                started = time.perf_counter()
+                for worker in workers:
+                    worker.send((name, update))
+                loss, *_ = [worker.recv() for worker in workers]
+                losses[name].append(loss)
+                if update > 1:  # the first warms up and compiles
+                    seconds[name].append(time.perf_counter() - started)
+        for end in ends:
+            end.send(None)
+        for process in processes:
+            process.join()
+    tolerance = 1e-4 if args.precision == "fp32" else 3e-2
+    for update, of_update in enumerate(zip(*losses.values(), strict=True), start=1):
+        assert max(of_update) - min(of_update) < tolerance * max(of_update), f"losses of step {update}: {of_update}"
+    return seconds, losses
+
+
+def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connection) -> None:
+    """Takes steps when told to, as one of the ranks or as the process that is alone."""
+    torch.set_num_threads(1 if rank is not None else RANKS)
+    batch = _batch(args.rows, args.length, args.vocab)
+    contenders: dict[str, Step] = {}
+    if rank is not None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+        share = args.rows // RANKS
+        batch = batch[rank * share : (rank + 1) * share]
+    for is_compiled in (False,) if args.eager else (False, True):
+        how = "compiled" if is_compiled else "eager"
+        if rank is None:
+            contenders[f"{ALONE}, {how}"] = puna_step(args, batch, Layout(), Parallel(), is_compiled=is_compiled)
+            continue
+        for reshard in (True, False):
+            more = f"{how}, gathered {'twice' if reshard else 'once'}"
+            settings = Parallel(dp_shard=RANKS, reshard=reshard)
+            contenders[f"{SHARED}, {more}"] = puna_step(
+                args, batch, Layout(dp_shard=RANKS), settings, is_compiled=is_compiled
+            )
+            contenders[f"{PEER}, {more}"] = peer_step(args, batch, reshard=reshard, is_compiled=is_compiled)
+    end.send(list(contenders))
+    while (order := end.recv()) is not None:
+        name, update = order
+        end.send(contenders[name](update))
+    if rank is not None:
+        dist.destroy_process_group()
+
+
+def puna_step(args: argparse.Namespace, batch: Batch, layout: Layout, settings: Parallel, *, is_compiled: bool) -> Step:
+    """One of puna's, under a layout."""
+    device, config = torch.device("cpu"), shape(args)
+    model = DistributedModel.build(
+        config, Ranks.of(layout, device), settings, device, dtype=torch.float32, compute_dtype=compute_dtype(args),
+        prepare=partial(prepare_layers, recompute="none", is_compiled=is_compiled),
+    )  # fmt: skip
+    model.fill(lambda name, whole: initial_weight(name, whole, config, seed=0))
+    gradients = Gradients(AdamW(model.weights.items(), Optimizer(weight_decay=0.0), seed=0))
+    return lambda update: (
+        train_step(
+            model, gradients, batch, update=update, lr=LR, micro_batch_rows=len(batch.tokens), max_grad_norm=1.0
+        ).loss
+    )
+
+
+def peer_step(args: argparse.Namespace, batch: Batch, *, reshard: bool, is_compiled: bool) -> Step:
+    """The same with transformers' model, sharded by torch, and torch's fused AdamW."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = shape(args)
+    fields: dict[str, Any] = {**config.to_json(), "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**fields)).train()
+    start = Llama(config)
+    init_weights(start, seed=0)
+    model.load_state_dict(start.state_dict())
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(args), reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        if is_compiled:
+            layer.compile()
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    tokens = torch.from_numpy(batch.tokens).long()
+
+    def step(update: int) -> float:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        return mean.item() / RANKS
+
+    return step
+
+
+def shape(args: argparse.Namespace) -> ModelConfig:
+    """The model that all train."""
+    return replace(preset("tiny-512"), vocab_size=args.vocab)
+
+
+def compute_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """Of activations; None: that of the weights, which are fp32."""
+    return torch.bfloat16 if args.precision == "bf16" else None
+
+
+if __name__ == "__main__":
+    main()

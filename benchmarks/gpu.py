@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py limits                 products and copies at their best
     python benchmarks/gpu.py attention              the kernels that may serve attention, forward and backward
-    python benchmarks/gpu.py train CASE [--steps 4] a training step; cases are listed by --help
+    python benchmarks/gpu.py train CASE [--steps 3] a training step; cases are listed by --help
+    python benchmarks/gpu.py generate MODEL         prompts and decoding of the engine, bf16
 
 `benchmarks/gpu.sh` runs all of it within ten minutes and gathers the rows; each case is a process of its own, prints
 its row as JSON and needs no file but this package. Weights are random, drawn on the device; rows are one document each.
@@ -12,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from puna.data.loader import Batch, stack
 from puna.data.rows import IGNORE, Row
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
+from puna.model.llama import Llama
 from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
@@ -39,6 +41,12 @@ from puna.plan.search import weights_of
 from puna.train.gradients import gradients_of
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
+
+#: Sequences that decode together.
+ROWS = (1, 2, 8, 64, 256)
+
+#: Calls between two looks at the clock.
+AT_ONCE = 10
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ IN_BACKWARD = {"precision": "bf16-pure", "recompute": "block",
 
 #: Name -> what to measure. 8 bits of state leave room for activations, so that nothing is recomputed.
 TRAINING = {
-    "7b": Training("codellama-7b", None, 4096, 2, 4, fields=MASTERS),
-    "7b, documents of 512": Training("codellama-7b", None, 4096, 2, 4, 512, MASTERS),
+    "7b": Training("codellama-7b", None, 4096, 2, 8, fields=MASTERS),
+    "7b, documents of 512": Training("codellama-7b", None, 4096, 2, 8, 512, MASTERS),
     "7b, rows of 16384": Training("codellama-7b", None, 16384, 1, 2, fields={**MASTERS, "precision": "bf16-pure"}),
     "34b width": Training("codellama-34b", 10, 4096, 2, 4, fields=MASTERS),
     "34b width, rows of 16384": Training("codellama-34b", 10, 16384, 1, 2, fields={**MASTERS}),
@@ -86,7 +94,8 @@ def main() -> None:
     what.add_parser("attention")
     training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
     training.add_argument("case", choices=TRAINING)
-    training.add_argument("--steps", type=int, default=4)
+    training.add_argument("--steps", type=int, default=3)
+    what.add_parser("generate").add_argument("model", choices=["codellama-7b", "codellama-34b"])
     what.add_parser("gather", help="records rows that were printed to a file").add_argument("file", type=Path)
     args = parser.parse_args()
     if args.what == "gather":
@@ -94,11 +103,13 @@ def main() -> None:
         return
     device = devices.pick_device()
     if args.what == "train":
-        rows = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]
+        rows: Iterable[dict[str, Any]] = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]
+    elif args.what == "generate":
+        rows = generate(args.model, device)
     else:
         rows = {"limits": limits, "attention": attention}[args.what](device)
     for row in rows:
-        print(json.dumps({"what": args.what, "device": devices.device_name(device), **row}))
+        print(json.dumps({"what": args.what, "device": devices.device_name(device), **row}), flush=True)
 
 
 def limits(device: torch.device) -> list[dict[str, Any]]:
@@ -128,8 +139,9 @@ def attention(device: torch.device) -> list[dict[str, Any]]:
         return attend_
 
     def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(q, k, v, Documents.of(np.arange(q.shape[1])[None] // 512, device))
+        return attend(q, k, v, documents[q.shape[1]])
 
+    documents = {n: Documents.of(np.arange(n)[None] // 512, device) for n in (4096, 16384)}
     rows = []
     for heads, kv_heads in ((32, 32), (64, 8)):
         for length in (4096, 16384):
@@ -200,17 +212,72 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def generate(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Tokens a second by number of rows, and the share of the copy's rate at which weights are read for them."""
+    from puna.generate import Sampling
+    from puna.generate.engine import Engine
+
+    copied = next(row["rate"] for row in limits(device) if "copy" in row["limit"])
+    config = preset(name)
+    with torch.device("meta"):
+        model = Llama(config).bfloat16()
+    model.to_empty(device=device)
+    _draw(dict(model.named_parameters()))
+    read = 2 * config.matmul_parameter_count
+    engine = Engine(model, max_rows=256, cache_tokens=1 << 16, compile=True)
+    random = np.random.default_rng(0)
+
+    def start(rows: int, prompt: int) -> None:
+        for index in range(rows):
+            ids = random.integers(3, config.vocab_size, prompt).tolist()
+            settings = Sampling(max_tokens=200, ignore_eos=True)
+            engine.scheduler.add(engine._new(engine._sequence(index, ids, settings, None)))
+
+    def stop() -> None:
+        for running in [*engine.scheduler.running, *engine.scheduler.waiting]:
+            running.is_cancelled = True
+        engine.scheduler.drop_finished()
+
+    def timed() -> float:
+        torch.accelerator.synchronize(device)
+        started = time.perf_counter()
+        engine._step()
+        torch.accelerator.synchronize(device)
+        return time.perf_counter() - started
+
+    for rows in ROWS:
+        start(rows, 100)
+        while any(running.computed < 100 for running in engine.scheduler.running) or engine.scheduler.waiting:
+            engine._step()
+        seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
+        stop()
+        step = statistics.median(seconds)
+        yield {"model": name, "decoding rows": rows, "tokens_per_second": rows / step,
+               "share_of_copy_rate": read / step / copied}  # fmt: skip
+    for prompt in (1024, 4096):
+        seconds = []
+        for _ in range(4):
+            start(1, prompt)
+            seconds.append(timed())
+            stop()
+        step = statistics.median(seconds[1:])
+        flops = flops_per_token(config, prompt, convention="causal") / 3 * prompt
+        yield {"model": name, "prompt tokens": prompt, "tokens_per_second": prompt / step,
+               "flops_per_second": flops / step}  # fmt: skip
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, *, least: float = 0.3) -> float:
-    """Median seconds of a call, over some calls that together take `least` seconds or more."""
+    """Median seconds of a call, over some runs of ten calls that together take `least` seconds or more."""
     found: list[float] = []
     for _ in range(3):
         work()
-    while sum(found) < least or len(found) < 5:
+    while sum(found) * AT_ONCE < least or len(found) < 5:
         torch.accelerator.synchronize(device)
         started = time.perf_counter()
-        work()
+        for _ in range(AT_ONCE):
+            work()
         torch.accelerator.synchronize(device)
-        found.append(time.perf_counter() - started)
+        found.append((time.perf_counter() - started) / AT_ONCE)
     return statistics.median(found)
 
 
@@ -237,11 +304,15 @@ def _model(recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.de
         config, Ranks(layout, None, None, None), recipe.parallel, device, prepare=prepare,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32, compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.weights.values():
-            weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    _draw(model.weights)
     return model
+
+
+@torch.no_grad()
+def _draw(weights: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    for weight in weights.values():
+        weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
 
 
 def _batch(case: Training, vocab_size: int) -> Batch:

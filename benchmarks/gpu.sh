@@ -13,6 +13,8 @@ timeout 240 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/model tests/
 	echo "a path is wrong: see $log"
 measure limits
 measure attention
+measure generate codellama-7b
+measure generate codellama-34b
 for case in "7b" "34b width" "34b whole" "7b, documents of 512" "7b, rows of 16384" "34b width, rows of 16384"; do
 	measure train "$case"
 done

@@ -8,10 +8,7 @@ themselves. On the CPU a sequence whose blocks are neighbours is read in place; 
 sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +17,7 @@ from torch import Tensor
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.paged_attention import attend_paged
 from puna.generate.engine.scheduler import Chunk
-from puna.model.attention import Span, attend_spans
+from puna.model.attention import Span, attend, attend_spans
 from puna.model.config import ModelConfig
 
 
@@ -45,16 +42,15 @@ class PagedCache:
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.block_tokens, self.device = block_tokens, device
         self.step: Step | None = None
-        #: Wraps what a layer does with the cache: compiled layers leave it out, for it differs from layer to layer.
-        self.around: Callable[[Any], Any] = lambda attend: attend
+        self.layer_type = PagedLayer
 
     def make_room(self, positions: Tensor) -> None:
         """The scheduler has."""
 
-    def layer(self, index: int) -> "_Layer":
+    def layer(self, index: int) -> "PagedLayer":
         """What layer `index` kept."""
         assert self.step is not None
-        return _Layer(self.around(partial(_attend_layer, self.keys[index], self.values[index], self.step)))
+        return self.layer_type(self.keys[index], self.values[index], self.step)
 
 
 @dataclass(eq=False)
@@ -123,31 +119,32 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
-    """One layer of the pool in a step."""
+class PagedLayer:
+    """One layer of the pool in a step: keys and values (blocks + 1, block_tokens, K, H)."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    keys: Tensor
+    values: Tensor
+    step: Step
 
-
-def _attend_layer(
-    pool_keys: Tensor, pool_values: Tensor, step: Step, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
-) -> Tensor:
-    """As `LayerCache.attend`, for (1, T, …) tokens end to end."""
-    keys, values = pool_keys.flatten(0, 1), pool_values.flatten(0, 1)
-    keys.index_copy_(0, step.slots, k[0])
-    values.index_copy_(0, step.slots, v[0])
-    n = step.n_decoding
-    out = []
-    if step.tables is not None:
-        out.append(attend_paged(q[0, :n], pool_keys, pool_values, *step.tables))
-    for seen in step.others:
-        out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
-        n += seen.n_queries
-    return (out[0] if len(out) == 1 else torch.cat(out))[None]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """As `LayerCache`, for (1, T, …) tokens end to end."""
+        keys, values, step = self.keys.flatten(0, 1), self.values.flatten(0, 1), self.step
+        keys.index_copy_(0, step.slots, k[0])
+        values.index_copy_(0, step.slots, v[0])
+        n = step.n_decoding
+        out = []
+        if step.tables is not None:
+            out.append(attend_paged(q[0, :n], self.keys, self.values, *step.tables))
+        for seen in step.others:
+            out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
+            n += seen.n_queries
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last (t, N, H) queries of a text see its (L, K, H) keys and values up to themselves."""
+    if len(q) == len(k):
+        return attend(q[None], k[None], v[None])[0]
     if len(q) > 1:
         return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]
     # One query: the heads that share keys are its rows, and no mask is needed.

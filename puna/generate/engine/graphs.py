@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.cache import PagedCache, PagedLayer, Step
 from puna.generate.engine.scheduler import Chunk
 from puna.model.llama import Llama
 
 #: Rows beyond which a step is not recorded: its products take longer than their launches.
 MOST_ROWS = 256
+
+#: Of the compiler.
+OPTIONS: dict[str, Any] = {}
 
 #: Blocks of the shortest table; longer ones have four times as many, and so on.
 SHORTEST_TABLE = 16
@@ -38,9 +41,9 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
         if is_compiled:
-            cache.around = torch.compiler.disable
+            cache.layer_type = _OutsideCompiledLayers
             for layer in model.model.layers:
-                layer.forward = torch.compile(layer.forward)
+                layer.forward = torch.compile(layer.forward, options=OPTIONS)
 
     def takes(self, chunks: list[Chunk]) -> bool:
         """Whether a graph can compute these chunks."""
@@ -85,6 +88,15 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._memory):
             logits = step()
         return graph, logits
+
+
+class _OutsideCompiledLayers(PagedLayer):
+    """Compiled code calls it and does not look inside, where every layer is another."""
+
+    @torch.compiler.disable
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """As `PagedLayer`."""
+        return super().attend(q, k, v, positions)
 
 
 @dataclass(eq=False)

@@ -29,6 +29,7 @@ _HOMES = {
     "chat": "puna.generate",
     "evaluate": "puna.evaluate",
     "compare": "puna.evaluate.comparing",
+    "adapt": "puna.adapt",
 }
 
 __all__ = [*_HOMES, "__version__"]

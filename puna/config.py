@@ -194,7 +194,7 @@ def load_recipe(name: str | Path | dict[str, Any], overrides: list[str] | dict[s
         UsageError: no such recipe, not YAML, an unknown field or a wrong value; lists what there is.
     """
     content, where = (name, "recipe") if isinstance(name, dict) else (_read(name), str(name))
-    for path, value in _parsed(overrides or {}).items():
+    for path, value in parse_overrides(overrides or {}).items():
         content = _with(content, path.split("."), value)
     try:
         return Recipe.model_validate(content)
@@ -221,7 +221,12 @@ def _read(name: str | Path) -> dict[str, Any]:
     return content
 
 
-def _parsed(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
+def parse_overrides(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
+    """`["optimizer.peak_lr=1e-5", …]` as {"optimizer.peak_lr": 1e-5, …}; a dict is that already.
+
+    Raises:
+        UsageError: one of them is not of the form field.name=value.
+    """
     if isinstance(overrides, dict):
         return overrides
     pairs: dict[str, Any] = {}

@@ -13,21 +13,23 @@ PACKAGE = Path(puna.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "twins"},
     {"files", "progress"},
-    {"tokenizer", "prompts", "config", "devices"},
+    {"tokenizer", "prompts", "config", "devices", "story"},
     {"data", "model"},
     {"quantized"},
     {"checkpoint", "parallel"},
     {"train", "generate", "plan", "launch", "migrate"},
     {"evaluate"},
-    {"cli", "demo", "report", "testing", "__main__", "__init__"},
+    {"cli", "demo", "adapt", "report", "testing", "__main__", "__init__"},
 ]
 
 #: Neighbours that may be named all the same, and why.
 DOORS = {
     ("prompts", "tokenizer"),  # layouts are laid out in tokens
     ("cli", "demo"),  # the command starts the story
+    ("cli", "adapt"),
     ("cli", "report"),
     ("demo", "report"),  # the story ends in one
+    ("adapt", "report"),
     ("__main__", "cli"),
 }
 

@@ -12,7 +12,7 @@ def test_every_public_name_can_be_called(name: str) -> None:
     assert callable(getattr(puna, name))
 
 
-@pytest.mark.parametrize("package", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("package", ["train", "generate", "evaluate", "adapt"])
 def test_a_package_named_after_its_function_is_that_function(package: str) -> None:
     module = importlib.import_module(f"puna.{package}")
     with pytest.raises(TypeError, match=rf"{package}\(\) missing .* required positional argument"):

@@ -17,7 +17,7 @@ import puna
 from puna.demo import stages
 from puna.demo.results import write_results
 from puna.demo.stages import Places, Size
-from puna.demo.story import Story
+from puna.story import Story
 
 __all__ = ["Size", "demo"]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from puna.demo.stages import Places
-from puna.demo.story import Story
 from puna.files import write_json
 from puna.report import duration, what_runs_here, write_report
 from puna.report.chart import smoothed
+from puna.story import Story
 
 #: Column of the table of scores -> the model's name in the stages' scores.
 MODELS = {"random weights": "random", "pretrained": "pretrained", "fine-tuned on dialogs": "chat"}

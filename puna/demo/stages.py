@@ -11,8 +11,8 @@ from typing import Any
 
 import puna
 from puna.demo.library import copy_library
-from puna.demo.story import Outcome, command
 from puna.errors import PunaError
+from puna.story import Outcome, command
 
 #: What ships for fine-tuning and scoring; written for puna.
 DIALOGS = tuple(Path(__file__).parent / name for name in ("dialogs.json", "conversations.json"))

@@ -11,10 +11,10 @@ import typer
 
 from puna.demo import Size, demo, stages
 from puna.demo.library import PIECE_CHARACTERS, pieces
-from puna.demo.story import FILE, Story, command
 from puna.errors import PunaError
 from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.files import read_json
+from puna.story import FILE, Story, command
 
 SMALL = {"sequence_length": 512, "batch_tokens": 1024, "micro_batch_rows": 2, "steps": 4, "schedule.warmup_steps": 1}
 QUICK = Size(
@@ -71,7 +71,7 @@ def test_the_commands_shown_are_commands_that_there_are(told: Path) -> None:
 
 
 def test_another_story_needs_another_folder(told: Path) -> None:
-    with pytest.raises(PunaError, match="holds a demo with other size; remove it or choose another place"):
+    with pytest.raises(PunaError, match="was made with other size; remove it or choose another place"):
         demo(told, size=Size(modules=13))
 
 

@@ -41,9 +41,7 @@ class Story:
             before = read_json(folder / FILE)
             changed = [name for name, value in self.settings.items() if before["settings"].get(name) != value]
             if changed:
-                raise PunaError(
-                    f"{folder} holds a demo with other {', '.join(changed)}; remove it or choose another place"
-                )
+                raise PunaError(f"{folder} was made with other {', '.join(changed)}; remove it or choose another place")
             self._finished = {stage["name"]: stage for stage in before["stages"]}
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise PunaError(f"{folder} exists and holds something else; choose another place with -o")

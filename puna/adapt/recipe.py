@@ -1,0 +1,93 @@
+"""Which recipe fits: the first of a few, from the plainest to the most sparing, that this device has memory for."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puna.config import Recipe, load_recipe
+from puna.devices import free_memory_bytes, pick_device
+from puna.errors import PunaError
+from puna.files import read_json
+from puna.model.config import ModelConfig
+from puna.plan import plan
+
+if TYPE_CHECKING:
+    from puna.adapt.stages import Places
+
+#: Ways to train all weights, each with less memory than the one before. Low-bit state and stochastic rounding cost
+#: little; computing activations again costs up to a third of the time.
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"recompute": "selective"},
+    {"recompute": "block"},
+    {"recompute": "selective", "precision": "bf16-pure"},
+    {"recompute": "block", "precision": "bf16-pure", "optimizer.state_bits": 8},
+)
+
+#: At least so many weights -> peak learning rate. The first is Code Llama's own for fine-tuning; the others are those
+#: that this project's small models learn well with.
+PEAK_LR = {10**9: 1e-5, 10**8: 1e-4, 0: 1e-3}
+
+#: Rows of a batch are chosen so that there are about so many steps, as far as batches need not be larger than that.
+STEPS, LARGEST_BATCH_ROWS = 200, 32
+
+#: Rows are no longer than Code Llama's, and short enough that the code fills at least so many.
+LONGEST_ROW, SHORTEST_ROW, FEWEST_ROWS = 4096, 256, 64
+
+
+def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe that trains on the prepared code.
+
+    Args:
+        at: where the model and the prepared folder are.
+        epochs: how often the code is seen.
+        device: to train on; None: an accelerator, if there is one.
+        overrides: dotted fields that are settled already.
+
+    Raises:
+        PunaError: none of `WAYS` fits; the message says by how much.
+    """
+    place = pick_device(device)
+    memory_gib = free_memory_bytes(place) / 2**30
+    content = _content(at, epochs, place.type if device is None else device)
+    nearest = math.inf
+    for way in WAYS:
+        recipe = load_recipe(content, {**way, **overrides})
+        own = plan(recipe, memory_gib=memory_gib, device="cpu" if place.type == "cpu" else None, layout=True)["own"]
+        if own["fits"]:
+            return recipe
+        nearest = min(nearest, own.get("memory_gib", math.inf))
+    raise PunaError(
+        f"training all weights of {at.model} takes {nearest:,.0f} GiB and {place} has {memory_gib:,.0f} GiB free; "
+        "take a smaller model, or several devices: `puna plan` and `puna launch`"
+    )
+
+
+def _content(at: "Places", epochs: float, device: str) -> dict[str, Any]:
+    config = ModelConfig.from_json(read_json(at.model / "config.json"), str(at.model))
+    tokens = read_json(at.data / "dataset.json")["tokens"]
+    length = min(LONGEST_ROW, config.max_position_embeddings)
+    while length > SHORTEST_ROW and tokens < FEWEST_ROWS * length:
+        length //= 2
+    batch_rows = max(1, min(LARGEST_BATCH_ROWS, round(tokens * epochs / length / STEPS)))
+    steps = max(1, math.ceil(tokens * epochs / (batch_rows * length)))
+    peak_lr = next(rate for weights, rate in PEAK_LR.items() if config.parameter_count >= weights)
+    return {
+        "model": str(at.model),
+        "data": {"train": str(at.data), "valid": str(at.held_out)},
+        "sequence_length": length,
+        "run_dir": str(at.run),
+        "steps": steps,
+        "batch_tokens": batch_rows * length,
+        "optimizer": {"peak_lr": peak_lr},
+        "schedule": {"warmup_steps": min(steps, max(1, steps // 20))},
+        "validation": {"every": max(1, steps // 10)},
+        "checkpoint": {"every": max(50, steps // 5), "keep": 1},
+        "device": device,
+    }
+
+
+def recipe_of(run: Path) -> str:
+    """The recipe of a run, as it ran."""
+    return (run / "recipe.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,144 @@
+"""From the stages to the report: is the adapted model better on the team's code, and what did it forget?"""
+
+from pathlib import Path
+from typing import Any
+
+from puna.adapt.recipe import recipe_of
+from puna.adapt.stages import Places
+from puna.evaluate.comparing import compare
+from puna.evaluate.pass_at_k import bootstrap
+from puna.evaluate.samples import read_lines
+from puna.files import write_json
+from puna.report import duration, what_runs_here, write_report
+from puna.story import Story
+
+#: Score -> its name on the page, its unit, and what is better.
+ROWS = {
+    "bits_per_byte": ("Bits per byte", "", "lower"),
+    "exact_match": ("Next line, exactly right", "%", "higher"),
+    "edit_similarity": ("Next line, edit similarity", "%", "higher"),
+    "block_exact_match": ("Next block, exactly right", "%", "higher"),
+    "block_edit_similarity": ("Next block, edit similarity", "%", "higher"),
+}
+
+#: Lines and blocks shown of those whose completion changed, and characters shown of what stands before them.
+SHOWN, SHOWN_CHARACTERS = 8, 300
+
+
+def write_results(at: Places, story: Story) -> Path:
+    """Writes results.json and report.html; returns the latter's path."""
+    results = results_of(at, story)
+    write_json(at.results, results)
+    return write_report(results, at.report)
+
+
+def results_of(at: Places, story: Story) -> dict[str, Any]:
+    """What the report shows, see `puna.report`."""
+    told = story.outcomes
+    before, after = (told[name]["scores"] for name in ("score_before", "score_after"))
+    general = [told[name]["scores"] for name in ("score_general_before", "score_general_after")]
+    changes = _changes(at)
+    low, high = changes["edit_similarity"]["interval"]
+    gain = before["bits_per_byte"] - after["bits_per_byte"]
+    verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse beyond chance"
+    return {
+        "title": f"{Path(at.model).name}, adapted to {at.code.name or at.code}",
+        "lead": f"On files of {at.code} that were kept from training, the adapted model is {verdict} at writing "
+        f"the next line or block, and needs {abs(gain):.3f} bits per byte {'less' if gain >= 0 else 'more'}.",
+        "facts": [
+            {"value": f"{told['prepare']['documents']:,}", "label": "files learned from"},
+            {"value": f"{told['prepare']['kept']:,}", "label": "files kept for scoring"},
+            {"value": f"{told['train']['tokens']:,}", "label": "tokens seen"},
+            {
+                "value": f"{before['bits_per_byte']:.3f} → {after['bits_per_byte']:.3f}",
+                "label": "bits per byte of unseen files",
+            },
+            {"value": duration(sum(stage["seconds"] for stage in story.stages)), "label": "for all stages"},
+        ],
+        "scores": _scores(before, after, general, told["score_general_before"]["said"]),
+        "tables": [_intervals(before, after, general), _differences(changes)],
+        "samples": _samples(at),
+        "stages": [
+            {"title": stage["title"], "seconds": stage["seconds"], **stage["outcome"]} for stage in story.stages
+        ],
+        "run": {**what_runs_here(), "seeds": "0 everywhere", **_sandbox(general)},
+        "recipes": {"run": recipe_of(at.run)},
+    }
+
+
+def _scores(before: dict[str, Any], after: dict[str, Any], general: list[Any], said: str) -> dict[str, Any]:
+    rows = [
+        {"name": title, "unit": unit, "better": better, "values": [before[name], after[name]]}
+        for name, (title, unit, better) in ROWS.items()
+        if name in before and name in after
+    ]
+    notes = [f"{before['documents']} files kept from training, {before['cases']} lines and {before['blocks']} blocks."]
+    if all(general):
+        values = [scores["pass@1"] for scores in general]
+        rows.append({"name": "HumanEval, pass@1", "unit": "%", "better": "higher", "values": values})
+        notes.append("HumanEval is not the team's code: what falls there was forgotten.")
+    else:
+        notes.append(f"HumanEval: {said}")
+    return {"columns": ["before", "after"], "rows": rows, "notes": notes}
+
+
+def _intervals(before: dict[str, Any], after: dict[str, Any], general: list[Any]) -> dict[str, Any]:
+    rows = [
+        [ROWS[name][0], *(_interval(scores["intervals"][name]) for scores in (before, after))]
+        for name in ROWS
+        if name in before and name in after
+    ]
+    if all(general):
+        rows.append(["HumanEval, pass@1", *(_interval(scores["intervals"]["pass@1"]) for scores in general)])
+    notes = ["Between these values 95 of 100 such sets of files and tasks would lie, by bootstrap."]
+    return {"title": "How sure that is", "columns": ["", "before", "after"], "rows": rows, "notes": notes}
+
+
+def _differences(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [change["title"], f"{change['difference']:+.3f}", _interval(change["interval"], sign="+")]
+        for change in changes.values()
+    ]
+    notes = ["Case by case: where the interval holds no zero, the change is more than chance."]
+    return {"title": "What changed", "columns": ["", "after − before", "95 of 100"], "rows": rows, "notes": notes}
+
+
+def _interval(interval: list[float], sign: str = "") -> str:
+    return f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
+
+
+def _changes(at: Places) -> dict[str, dict[str, Any]]:
+    """Differences of the same cases before and after; they say more than two intervals that overlap."""
+    pairs = list(zip(_cases(at.before), _cases(at.after), strict=True))
+    changes = {}
+    for name, title in (("edit_similarity", "Edit similarity"), ("exact_match", "Exactly right")):
+        values = [float(after[name]) - float(before[name]) for before, after in pairs]
+        mean = sum(values) / len(values)
+        changes[name] = {"title": title, "difference": mean, "interval": bootstrap(values)}
+    folders = (at.before / "humaneval", at.after / "humaneval")
+    if all((folder / "result.json").exists() for folder in folders):
+        compared = compare(*folders)
+        change = {"difference": compared["difference"]["pass@1"], "interval": compared["interval"]}
+        changes["humaneval"] = {"title": "HumanEval, pass@1", **change}
+    return changes
+
+
+def _cases(folder: Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_lines(folder / "completion" / "cases.jsonl", {"kind": str, "target": str})]
+
+
+def _samples(at: Places) -> list[dict[str, Any]]:
+    """The first cases whose completion changed, with what was asked for."""
+    samples: list[dict[str, Any]] = []
+    for before, after in zip(_cases(at.before), _cases(at.after), strict=True):
+        if before["completion"] != after["completion"] and len(samples) < 2 * SHOWN:
+            prompt = before["prompt"][-SHOWN_CHARACTERS:]
+            for when, case in (("before", before), ("after", after)):
+                note = f"{when}; edit similarity {case['edit_similarity']:.0%}; asked for: {before['target'][:200]}"
+                parts = [["given", prompt], ["written", case["completion"]]]
+                samples.append({"title": f"{case['document']}, line {case['line']}", "note": note, "parts": parts})
+    return samples
+
+
+def _sandbox(general: list[Any]) -> dict[str, str]:
+    return {"sandbox": general[0]["sandbox"]} if all(general) else {}

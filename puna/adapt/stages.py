@@ -1,0 +1,145 @@
+"""The stages of `puna adapt`: what each does, and what it says; see `puna.story`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import puna
+from puna.config import Recipe
+from puna.errors import PunaError
+from puna.evaluate.benchmarks.humaneval import FILES
+from puna.evaluate.samples import FOLDER_VARIABLE
+from puna.story import Outcome, command
+
+#: Share of the documents that get a gap to fill, where the model knows infilling; Code Llama's.
+FIM_RATE = 0.9
+
+#: Most files that are scored, in the order of a hash of their names.
+MAX_DOCUMENTS = 200
+
+
+class Places:
+    """Where everything is.
+
+    Args:
+        root: the folder to make.
+        code: the folder of code.
+        model: the folder of the model that is adapted.
+    """
+
+    def __init__(self, root: Path, code: Path, model: Path) -> None:
+        self.root, self.code, self.model = root, code, model
+        self.data, self.held_out = root / "data", root / "data" / "held_out"
+        self.run, self.adapted = root / "run", root / "model"
+        self.before, self.after = root / "before", root / "after"
+        self.results, self.report = root / "results.json", root / "report.html"
+
+
+def prepare(at: Places, held_out: float) -> Outcome:
+    """Encodes the code; the files kept for scoring are chosen by the hash of their names, near-copies go with them."""
+    tokenizer = puna.load_tokenizer(at.model)
+    options: dict[str, Any] = {"tokenizer": at.model, "held_out": held_out}
+    if tokenizer.infilling is not None:
+        options["fim_rate"] = FIM_RATE
+    info = puna.prepare("code", at.code, at.data, near_duplicates=True, **options)
+    kept = info.get("held_out", {}).get("documents", 0)
+    if not kept or not info["documents"]:
+        raise PunaError(
+            f"of the {info['documents'] + kept} files of {at.code}, {kept} are kept for scoring and "
+            f"{info['documents']} are left to learn from; give more code, or another --held-out"
+        )
+    shown = command("prepare", "code", at.code, o=at.data, **options) + " --near-duplicates"
+    return {
+        "said": f"{info['documents']:,} files, {info['tokens']:,} tokens to learn from; {kept:,} files kept out",
+        "command": shown,
+        "documents": info["documents"],
+        "tokens": info["tokens"],
+        "kept": kept,
+    }
+
+
+def score_before(at: Places, cases: int, device: str | None) -> Outcome:
+    """Lines, blocks and bits per byte of the held-out files, by the model as it was."""
+    return _completion(at, at.model, at.before, cases, device)
+
+
+def score_general_before(at: Places, humaneval: str | Path | None, device: str | None) -> Outcome:
+    """HumanEval, by the model as it was."""
+    return _humaneval(at.model, at.before, humaneval, device)
+
+
+def train(at: Places, recipe: Callable[[], Recipe]) -> Outcome:
+    """Trains, or goes on; the recipe of a run that stopped is the one it was started with."""
+    from puna.config import load_recipe
+    from puna.train import train as train_recipe
+
+    stored = at.run / "recipe.yaml"
+    chosen = load_recipe(stored) if stored.exists() else recipe()
+    result = train_recipe(chosen)
+    loss = f", held-out loss {result['valid_loss']:.2f}" if "valid_loss" in result else ""
+    return {
+        "said": f"{result['step']:,} steps, {result['tokens']:,} tokens{loss}",
+        "command": command("train", stored),
+        "tokens": result["tokens"],
+        "valid_loss": result.get("valid_loss"),
+    }
+
+
+def export(at: Places) -> Outcome:
+    """Exports the weights in Hugging Face layout."""
+    if not at.adapted.exists():
+        puna.export(at.run, at.adapted)
+    return {
+        "said": f"{at.adapted} opens in transformers, vLLM and llama.cpp's converter as it is",
+        "command": command("export", at.run, o=at.adapted),
+    }
+
+
+def score_after(at: Places, cases: int, device: str | None) -> Outcome:
+    """Lines, blocks and bits per byte of the held-out files, by the adapted model."""
+    return _completion(at, at.adapted, at.after, cases, device)
+
+
+def score_general_after(at: Places, humaneval: str | Path | None, device: str | None) -> Outcome:
+    """HumanEval, by the adapted model."""
+    return _humaneval(at.adapted, at.after, humaneval, device)
+
+
+def _completion(at: Places, model: Path, folder: Path, cases: int, device: str | None) -> Outcome:
+    from puna.evaluate import evaluate
+
+    options: dict[str, Any] = {"corpus": at.held_out, "cases": cases, "max_documents": MAX_DOCUMENTS}
+    output = folder / "completion"
+    scores = evaluate("completion", str(model), device=device, output=output, **options)
+    low, high = scores["intervals"]["exact_match"]
+    return {
+        "said": f"bits per byte {scores['bits_per_byte']:.3f}; next line right {scores['exact_match']:.1%} "
+        f"({low:.1%} to {high:.1%})",
+        "command": command("evaluate", "completion", model, o=output, **options),
+        "scores": scores,
+    }
+
+
+def _humaneval(model: Path, folder: Path, data: str | Path | None, device: str | None) -> Outcome:
+    from puna.evaluate import evaluate
+    from puna.evaluate.sandbox import Sandbox
+
+    output = folder / "humaneval"
+    shown = command("evaluate", "humaneval", model, o=output, **({} if data is None else {"data": data}))
+    usual = Path(os.environ.get(FOLDER_VARIABLE, "")) / FILES[""]
+    if data is None and not (FOLDER_VARIABLE in os.environ and usual.is_file()):
+        said = f"left out: no {FILES['']} in a folder that {FOLDER_VARIABLE} names, nor --humaneval FILE"
+        return {"said": said, "command": shown, "scores": None}
+    try:
+        with Sandbox(workers=1):
+            pass
+    except PunaError as error:
+        return {"said": f"left out: {error}", "command": shown, "scores": None}
+    scores = evaluate("humaneval", str(model), device=device, output=output, data=data)
+    low, high = scores["intervals"]["pass@1"]
+    return {
+        "said": f"pass@1 {scores['pass@1']:.1%} ({low:.1%} to {high:.1%})",
+        "command": shown,
+        "scores": scores,
+    }

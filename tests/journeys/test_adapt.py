@@ -1,0 +1,160 @@
+"""`puna adapt` on a tiny model: it learns the code, files that were kept out say so, and nothing is done twice."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import puna
+from puna.adapt.recipe import WAYS, choose_recipe
+from puna.adapt.stages import Places
+from puna.cli import run
+from puna.errors import PunaError
+from puna.files import read_json
+from puna.story import FILE
+
+MODULES = ("argparse", "ast", "calendar", "cmd", "codecs", "configparser", "copy", "csv", "dis", "doctest", "enum")
+MODULES += (
+    "fractions",
+    "ftplib",
+    "functools",
+    "gettext",
+    "glob",
+    "heapq",
+    "inspect",
+    "locale",
+    "optparse",
+)
+
+TASK = {
+    "task_id": "Tiny/0",
+    "prompt": "def double(x):\n",
+    "entry_point": "double",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+}
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip(
+        "datasketch", reason="near-copies are found with datasketch: pip install 'puna[near-duplicates]'"
+    )
+    folder = tmp_path_factory.mktemp("adapt") / "library"
+    folder.mkdir()
+    library = Path(os.__file__).parent
+    for name in MODULES:
+        (folder / f"{name}.py").write_text((library / f"{name}.py").read_text(encoding="utf-8")[:7_000])
+    (folder / "glob_again.py").write_text((folder / "glob.py").read_text() + "\n# the end\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(code: Path, tiny_model_folder: Path) -> Path:
+    (code.parent / "tasks.jsonl").write_text(json.dumps(TASK))
+    report = puna.adapt(
+        code,
+        tiny_model_folder,
+        code.parent / "out",
+        epochs=1.0,
+        held_out=0.25,
+        cases=4,
+        humaneval=code.parent / "tasks.jsonl",
+        device="cpu",
+        overrides={"optimizer.peak_lr": 1e-2},
+    )
+    return report.parent
+
+
+def test_the_model_learns_the_code_and_files_kept_out_show_it(adapted: Path) -> None:
+    results = read_json(adapted / "results.json")
+    rows = {row["name"]: row["values"] for row in results["scores"]["rows"]}
+    before, after = rows["Bits per byte"]
+    assert after < 0.8 * before
+    assert "bits per byte less" in results["lead"]
+    model, tokenizer = puna.load(adapted / "model")
+    assert model.config.hidden_size == 64
+    assert tokenizer is not None
+
+
+def test_what_is_scored_was_not_learned_not_even_as_a_near_copy(adapted: Path) -> None:
+    kept = puna.evaluate("completion", str(adapted / "model"), corpus=adapted / "data", cases=1, device="cpu")
+    info = read_json(adapted / "data/dataset.json")
+    assert kept["documents"] == info["held_out"]["documents"]
+    left_out = [json.loads(line) for line in (adapted / "data/left_out.jsonl").read_text().splitlines()]
+    assert any("glob" in line["id"] for line in left_out)  # of glob.py and its near-copy, one stays
+    assert info["documents"] + info["held_out"]["documents"] + len(left_out) == len(MODULES) + 1
+
+
+def test_the_report_says_how_sure_it_is_and_what_was_done(adapted: Path) -> None:
+    results = read_json(adapted / "results.json")
+    page = (adapted / "report.html").read_text(encoding="utf-8")
+    assert len(results["stages"]) == 7
+    for stage in results["stages"]:
+        assert stage["title"] in page
+    titles = [table["title"] for table in results["tables"]]
+    assert titles == ["How sure that is", "What changed"]
+    change = results["tables"][1]["rows"][0]
+    assert change[0] == "Edit similarity"
+    assert " to " in change[2]
+    assert "optimizer:" in results["recipes"]["run"]
+    if shutil.which("bwrap"):
+        assert [row["values"] for row in results["scores"]["rows"]][-1] == [0.0, 0.0]
+        assert "HumanEval, pass@1" in page
+    else:
+        assert "left out" in page
+
+
+def test_given_again_it_does_nothing_again(adapted: Path, code: Path, tiny_model_folder: Path, capfd) -> None:
+    before = (adapted / FILE).read_bytes()
+    command = ["adapt", str(code), str(tiny_model_folder), "optimizer.peak_lr=0.01", "-o", str(adapted)]
+    command += ["--epochs", "1", "--held-out", "0.25", "--cases", "4", "--device", "cpu"]
+    assert run([*command, "--humaneval", str(code.parent / "tasks.jsonl")]) == 0
+    captured = capfd.readouterr()
+    assert (adapted / FILE).read_bytes() == before
+    assert captured.err.count("done before") == 7
+    assert captured.out.strip() == str(adapted / "report.html")
+    assert run([*command, "--json"]) == 1
+    assert "was made with other humaneval" in capfd.readouterr().err
+
+
+def test_too_little_code_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/only.py").write_text("print('hello')\n" * 50)
+    with pytest.raises(PunaError, match=r"of the 1 files of .*code, \d are kept for scoring .* give more code"):
+        puna.adapt(tmp_path / "code", tiny_model_folder, tmp_path / "out", device="cpu")
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Places:
+    """Places with a model's config and a prepared folder's facts, as far as a recipe is chosen by them."""
+    at = Places(tmp_path, tmp_path / "code", tmp_path / "seven")
+    at.model.mkdir()
+    from puna.model.config import preset
+
+    (at.model / "config.json").write_text(json.dumps(preset("codellama-7b").to_json()))
+    at.data.mkdir()
+    (at.data / "dataset.json").write_text(json.dumps({"tokens": 50_000_000}))
+    return at
+
+
+def test_the_plainest_recipe_that_fits_is_taken(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for gib in (4000, 160, 100, 60):
+        monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place, gib=gib: gib << 30)
+        recipe = choose_recipe(prepared, 2.0, "cpu", {"precision": "bf16"} if gib == 4000 else {})
+        chosen.append((recipe.recompute, recipe.precision))
+    assert chosen[0] == ("none", "bf16")
+    assert len(set(chosen)) >= 3  # less memory, another way
+    assert recipe.optimizer.peak_lr == 1e-5
+    assert (recipe.sequence_length, recipe.batch_rows) == (4096, 32)
+    assert recipe.steps == -(-100_000_000 // recipe.batch_tokens)
+
+
+def test_where_nothing_fits_it_says_by_how_much(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 8 << 30)
+    with pytest.raises(PunaError, match=r"takes \d+ GiB and cpu has 8 GiB free; take a smaller model"):
+        choose_recipe(prepared, 2.0, "cpu", {})
+    assert len(WAYS) > 1

@@ -114,7 +114,7 @@ class Linear(QuantizedLinear):
 
 
 def _fitted(groups: Tensor, share: float) -> tuple[Tensor, ...]:
-    """For (out, groups, n) weights and codes that span a share of a group's range: squared error, codes, scale, zero."""
+    """For weights (out, groups, n) and codes that span a share of a range: squared error, codes, scale and zero."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = ((high - low) * share / 15).bfloat16().float()
     zero = ((low + high + scale) / 2).bfloat16().float()  # of the 16 codes, 8 lie below the zero and 7 above

@@ -28,7 +28,7 @@ from puna.progress import Progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Memory that a tensor takes on its way, where it is read in pieces.
-PIECE_BYTES = 1 << 23
+PIECE_BYTES = 1 << 22
 
 #: Names of dtypes in the header of a safetensors file.
 SAFETENSORS_DTYPES = {
@@ -55,8 +55,7 @@ class StoredTensor:
         dtype: as stored.
         where: the file that holds it, for messages.
         read: gives the tensor; it may lie in mapped memory, so copy what must outlive or change it.
-        read_rows: gives the rows from `start` to `stop` of dim 0, for tensors that would take memory as a whole; None
-            where `read` takes none.
+        read_rows: gives the rows from `start` to `stop` of dim 0, where reading them takes less than reading all.
     """
 
     shape: tuple[int, ...]
@@ -146,12 +145,18 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
             if dtype is None:
                 raise PunaError(f"{path}: {name} is stored as {piece.get_dtype()}, which puna does not read")
-            tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, str(path), partial(file.get_tensor, name))
+            read = partial(file.get_tensor, name)  # a view of the mapped file
+            rows = partial(_rows, read)
+            tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, str(path), read, rows)
         return tensors
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise PunaError(f"{path} is damaged or cut off ({error}); fetch or make it again") from None
+
+
+def _rows(read: Callable[[], Tensor], start: int, stop: int) -> Tensor:
+    return read()[start:stop]
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

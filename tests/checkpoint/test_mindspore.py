@@ -443,7 +443,12 @@ def test_converting_takes_the_memory_of_a_piece(tmp_path, peak_anonymous_bytes):
     save_model(model, tmp_path / "hf")
     assert model.lm_head.weight.nbytes == 51_200_000
     assert peak_anonymous_bytes(_to_mindspore, tmp_path / "hf", tmp_path / "ms") < 20_000_000
-    assert peak_anonymous_bytes(convert, tmp_path / "ms", tmp_path / "back") < 45_000_000
+    assert peak_anonymous_bytes(convert, tmp_path / "ms", tmp_path / "back") < 35_000_000
+    assert peak_anonymous_bytes(_to_half, tmp_path / "back", tmp_path / "half") < 30_000_000
+
+
+def _to_half(source: Path, output: Path) -> None:
+    convert(source, output, to="mindspore", dtype="fp16")
 
 
 def _to_mindspore(source: Path, output: Path) -> None:

@@ -167,7 +167,11 @@ def accounted(key: str, value: Any) -> Translated:
 
 def _conversion(settings: Settings, source: Path, otherwise: str | None) -> list[str]:
     checkpoint = settings.get("load_checkpoint", otherwise)
-    return [] if checkpoint is None else [f"puna convert {checkpoint} -o {WEIGHTS} --config {source}"]
+    if checkpoint is None:
+        return []
+    strategy = settings.get("src_strategy_path_or_dir", None)
+    words = ["puna convert", checkpoint, "-o", WEIGHTS, "--config", source]
+    return [" ".join(map(str, [*words, *([] if strategy is None else ["--strategy", strategy])]))]
 
 
 def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str]:

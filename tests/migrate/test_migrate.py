@@ -251,6 +251,12 @@ def test_epochs_become_steps_where_the_rows_are_known(written):
     assert any("the YAML counts epochs; give --rows" in difference for difference in unknown.differences)
 
 
+def test_slices_are_converted_by_their_strategy_files(written):
+    path = written({"load_checkpoint": "out/checkpoint", "src_strategy_path_or_dir": "out/strategy"})
+    first = puna.migrate(path).steps[0]
+    assert first == f"puna convert out/checkpoint -o weights --config {path} --strategy out/strategy"
+
+
 def test_fates_are_told_apart(written):
     found = {key.key: key for key in puna.migrate(written({"profile": True, "parallel_config.mystery": 3})).keys}
     assert found["parallel_config.vocab_emb_dp"].fate == "had no effect"

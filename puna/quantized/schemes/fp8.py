@@ -25,6 +25,7 @@ class Linear(QuantizedLinear):
 
     weight: Tensor
     weight_scale: Tensor
+    _is_native = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -42,10 +43,14 @@ class Linear(QuantizedLinear):
         """Rounded weights times their scales."""
         return tensors["weight"].float() * tensors["weight_scale"]
 
+    def pack(self) -> None:
+        """Asks once what the device can do; nothing is moved."""
+        self._is_native = multiplies_fp8(self.weight.device)
+
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
         rounded, scale = round_rows(x)
-        if multiplies_fp8(x.device):
+        if self._is_native:
             by_column = self.weight_scale.t()
             return torch._scaled_mm(rounded, self.weight.t(), scale, by_column, out_dtype=torch.bfloat16).to(x.dtype)
         out = F.linear(rounded.to(x.dtype), self.weight.to(x.dtype))

@@ -28,8 +28,8 @@ PACKED_ROWS = 96
 BLOCK = 64
 BLOCKS_AT_ONCE = 8
 
-#: Tiles of 16 inputs that torch's CUDA kernel reads at once; the largest it knows.
-INNER_TILES = 8
+#: Tiles of 16 inputs that torch's CUDA kernel may read at once; the more the better.
+INNER_TILES = (8, 4, 2)
 
 
 class Linear(QuantizedLinear):
@@ -48,6 +48,7 @@ class Linear(QuantizedLinear):
     weight_zero: Tensor
     packed: Tensor
     scales_and_zeros: Tensor
+    _is_interleaved = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -88,9 +89,11 @@ class Linear(QuantizedLinear):
     def pack(self) -> None:
         """Orders the codes as the device's kernel reads them."""
         if takes_cuda_kernels(self.weight.device.type):
-            packed = torch.ops.aten._convert_weight_to_int4pack(self.weight, INNER_TILES)
+            tiles = next(n for n in INNER_TILES if self.in_features % (16 * n) == 0)
+            packed = torch.ops.aten._convert_weight_to_int4pack(self.weight, tiles)
         else:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_unpaired(self.weight).int(), 1)
+            self._is_interleaved = self.out_features % BLOCK == 0 and _interleaves()
         scales_and_zeros = torch.stack((self.weight_scale.t(), self.weight_zero.t()), dim=-1)
         for name in self.form(self.out_features, self.in_features, self.group_size):
             delattr(self, name)
@@ -103,7 +106,7 @@ class Linear(QuantizedLinear):
             out = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.packed, self.group_size, self.scales_and_zeros)
             return out.to(x.dtype)
         scales_and_zeros = self.scales_and_zeros.to(x.dtype)
-        if len(x) > PACKED_ROWS and self.out_features % BLOCK == 0 and _is_interleaved():
+        if len(x) > PACKED_ROWS and self._is_interleaved:
             return self._dequantised_product(x, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, scales_and_zeros)
 
@@ -147,7 +150,7 @@ def _transposed_weight(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 
 @functools.cache
-def _is_interleaved() -> bool:
+def _interleaves() -> bool:
     """Whether this CPU's kernels order codes as `_transposed_weight` expects; those without AVX-512 do not."""
     codes = torch.arange(2 * BLOCK, dtype=torch.int32).view(BLOCK, 2) * 7 // 3 % 16
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

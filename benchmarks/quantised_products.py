@@ -1,0 +1,119 @@
+"""Products of quantised layers beside those of bf16: of one row and few (decoding), and of many (prompts).
+
+    python benchmarks/quantised_products.py [--layers 6] [--rounds 7] [--schemes int8 int4] [--device cpu]
+
+The layers are those of TinyLlama's shape (2048 wide, 5632 in the MLP, 256 for keys and values), several of each, so
+that no cache holds them. A round multiplies with all of them, contender after contender; the medians count. On a CPU
+the packed products of int8 and int4 and their dequantised ones run as contenders of their own, too, at numbers of rows
+between: what the schemes' `PACKED_ROWS` are chosen by.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from record import record
+from torch import nn
+
+from puna.devices import device_name, pick_device
+from puna.model.llama import Linear
+from puna.quantized import schemes
+
+#: (out, in) of q, k, v, o, gate, up and down.
+SHAPES = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
+ROWS = (1, 8, 512)
+ROWS_OF_PATHS = (8, 16, 24, 32, 48, 64, 96, 128, 192)
+GROUP_SIZE = 64
+
+
+def main() -> None:
+    """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--schemes", nargs="+", choices=schemes.names(), default=["int8", "int4"])
+    parser.add_argument("--device", default=None)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    layers = {name: _layers(name, args.layers, device) for name in ("bf16", *args.schemes)}
+    contenders: dict[str, Any] = {name: partial(_products, some, device) for name, some in layers.items()}
+    rows = [row for n_rows in ROWS for row in _measured(contenders, n_rows, args.rounds)]
+    if device.type == "cpu":
+        paths = {
+            f"{name}, {path}": partial(_by_path, layers[name], name, most)
+            for name in {"int8", "int4"} & set(args.schemes)
+            for path, most in (("packed", max(ROWS_OF_PATHS)), ("dequantised", 0))
+        }
+        rows += [row for n_rows in ROWS_OF_PATHS for row in _measured(paths, n_rows, args.rounds)]
+    sizes = {name: sum(map(_bytes, some)) / args.layers for name, some in layers.items()}
+    for row in rows:
+        row["median_seconds_per_layer"] = row.pop("median_seconds") / args.layers
+        size = sizes[row["contender"].partition(",")[0]]
+        row["weights_gb_per_second"] = size / row["median_seconds_per_layer"] / 1e9
+    facts = {"device": device_name(device), "threads": torch.get_num_threads(), "group_size": GROUP_SIZE}
+    record("quantised_products", rows, facts | {"layers": args.layers})
+
+
+def _layers(name: str, count: int, device: torch.device) -> list[nn.Module]:
+    return [_layer(name, out_features, in_features, device) for out_features, in_features in SHAPES * count]
+
+
+def _layer(name: str, out_features: int, in_features: int, device: torch.device) -> nn.Module:
+    weight = torch.randn(out_features, in_features)
+    if name == "bf16":
+        linear = Linear(in_features, out_features, bias=False)
+        linear.weight = nn.Parameter(weight.bfloat16())
+        return linear.to(device)
+    scheme = schemes.find(name)
+    size = GROUP_SIZE if scheme.GROUP_SIZES else None
+    layer = scheme(in_features, out_features, False, size)
+    for part, values in scheme.quantize(weight, size).items():
+        setattr(layer, part, values)
+    layer.to(device).pack()
+    return layer
+
+
+def _measured(contenders: dict[str, Any], n_rows: int, rounds: int) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, multiply in contenders.items():
+            taken = multiply(n_rows)
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+    return [
+        {"contender": name, "rows": n_rows, "median_seconds": statistics.median(times), "seconds": times}
+        for name, times in seconds.items()
+    ]
+
+
+@torch.inference_mode()
+def _products(layers: list[nn.Module], device: torch.device, n_rows: int) -> float:
+    inputs = {width: torch.randn(n_rows, width, dtype=torch.bfloat16, device=device) for _, width in SHAPES}
+    _wait(device)
+    started = time.perf_counter()
+    for layer in layers:
+        layer(inputs[layer.in_features])
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _by_path(layers: list[nn.Module], scheme: str, packed_rows: int, n_rows: int) -> float:
+    with patch(f"puna.quantized.schemes.{scheme}.PACKED_ROWS", packed_rows):
+        return _products(layers, torch.device("cpu"), n_rows)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(x.nbytes for x in (*layer.parameters(), *layer.buffers()))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,9 @@ def evaluate(
     samples: Annotated[
         Path | None, typer.Option(help="Instead of a model: answers, as JSON lines of OpenAI's or EvalPlus' form.")
     ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask a server with OpenAI's API; MODEL is its name for the model.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The benchmark's official file.  [in the folder PUNA_DATA]")] = None,
     variant: Annotated[str | None, typer.Option(help="Which of its files, e.g. sanitized, multi-line, cpp.")] = None,
     output: Annotated[
@@ -55,6 +58,7 @@ def evaluate(
 
     options = {
         "samples": samples,
+        "server": server,
         "data": data,
         "variant": variant,
         "protocol": protocol,

@@ -51,13 +51,13 @@ def evaluate(
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
-    if name is not None:
+    if name is not None and "server" not in options:
         from puna.checkpoint import load
         from puna.devices import pick_device
 
         model, its_own = load(name, dtype=dtype, device=pick_device(device))
         tokenizer = tokenizer or its_own
-    if model is not None and tokenizer is None:
+    if model is not None and tokenizer is None and "server" not in options:
         raise UsageError(
             f"{name or 'the model'} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder, "
             "or give tokenizer=puna.load_tokenizer(folder)"

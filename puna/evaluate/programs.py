@@ -26,6 +26,7 @@ from puna.evaluate.answers import code_of, cut
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
+from puna.evaluate.remote import RemoteCompleter
 from puna.evaluate.samples import Log, Sample, data_file, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.files import file_aside, read_json, sha256_of, write_json
@@ -100,6 +101,7 @@ class Programs(ABC):
         model: Any = None,
         tokenizer: Any = None,
         samples: Path | str | None = None,
+        server: str | None = None,
         data: Path | str | None = None,
         variant: str | None = None,
         output: Path | str | None = None,
@@ -118,6 +120,7 @@ class Programs(ABC):
         Args:
             model: writes the answers, with `tokenizer`.
             tokenizer: the model's.
+            server: the URL of a server that speaks OpenAI's API; `model` is then what that calls its model, or None.
             samples: instead of a model, a file of samples; any number a task, at least one.
             data: the official file, or the folder that holds it; by default the folder PUNA_DATA.
             variant: which of the benchmark's files, where it has several.
@@ -136,7 +139,7 @@ class Programs(ABC):
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
             intervals are a bootstrap's over tasks, and hold 95 of 100.
         """
-        if sum(given is not None for given in (model, samples, complete)) != 1:
+        if sum(given is not None for given in (model if server is None else server, samples, complete)) != 1:
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
         how = _how(protocol, samples_per_task)
         path = data_file(self.name, data, self._file(variant), self.where)
@@ -144,7 +147,12 @@ class Programs(ABC):
         if not tasks:
             raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
         max_tokens = max_tokens or self.max_tokens
-        if model is not None:
+        if server is not None:
+            complete = RemoteCompleter(
+                server, model, max_tokens=max_tokens, stop=self.stops, batch_rows=batch, how=how,
+                is_chat=template is not None,
+            )  # fmt: skip
+        elif model is not None:
             complete = Completer(
                 model, tokenizer, max_tokens=max_tokens, stop=self.stops, batch_rows=batch,
                 how=how, template=template, order=order,
@@ -154,6 +162,7 @@ class Programs(ABC):
             "benchmark": self.name,
             **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
             "data": {"file": path.name, "sha256": sha256_of(path)},
+            **({"model": complete.model} if isinstance(complete, RemoteCompleter) else {}),
             "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
             if samples is not None
             else {"protocol": protocol, **vars(how), "max_tokens": max_tokens, "seed": seed, "template": template}

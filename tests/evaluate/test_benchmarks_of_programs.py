@@ -1,6 +1,9 @@
 """MBPP, infilling and HumanEval+: canonical solutions pass, wrong ones do not, prompts are the papers'."""
 
 import json
+import os
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 from puna.errors import PunaError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import mbpp
+from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.evaluate.benchmarks.humaneval_plus import HumanEvalPlus
 from puna.evaluate.benchmarks.infilling import Infilling
 from puna.evaluate.benchmarks.mbpp import MBPP
@@ -48,10 +52,34 @@ def test_one_canonical_solution_in_twelve_passes(
 @pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "path", "count"), SETS)
 def test_every_canonical_solution_passes(
-    shared: Path, sandbox: Sandbox, benchmark: Programs, path: str, count: int
+    shared: Path, bubblewrap: str, benchmark: Programs, path: str, count: int
 ) -> None:
     jobs = [benchmark.job(task, canonical(benchmark, task)) for task in read(benchmark, shared / path)]
-    assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": count}
+    with Sandbox(benchmark.limits) as sandbox:
+        assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": count}
+
+
+@pytest.mark.slow
+def test_ten_thousand_judgements_leave_no_process_no_mount_and_no_file(shared: Path, bubblewrap: str) -> None:
+    def things() -> list[set[str]]:
+        processes = {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and _is_bwrap(path)}
+        files = {str(path) for path in Path(tempfile.gettempdir()).glob("puna-sandbox-*")}
+        return [processes, files, set(Path("/proc/self/mounts").read_text().splitlines()), set(os.listdir("/dev/shm"))]
+
+    tasks = HumanEval().read(shared / "data/humaneval/HumanEval.jsonl.gz").values()
+    jobs = [HumanEval().job(task, canonical(HumanEval(), task)) for task in tasks] * 61
+    before = things()
+    with Sandbox() as sandbox:
+        assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": 10_004}
+    time.sleep(1)
+    assert [now - then for now, then in zip(things(), before, strict=True)] == [set()] * 4
+
+
+def _is_bwrap(process: Path) -> bool:
+    try:
+        return b"inside.main" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("path", [FULL, SANITIZED])

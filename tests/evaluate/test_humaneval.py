@@ -3,12 +3,15 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from puna.devices import cpu_cores
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.answers import cut
@@ -16,7 +19,7 @@ from puna.evaluate.benchmarks.humaneval import STOPS, HumanEval
 from puna.evaluate.completing import Ask
 from puna.evaluate.programs import Task
 from puna.evaluate.samples import Sample, read_samples
-from puna.evaluate.sandbox import Job, Sandbox
+from puna.evaluate.sandbox import Job, Limits, Sandbox
 
 BENCHMARK = HumanEval()
 
@@ -266,3 +269,23 @@ def test_a_prompt_that_ends_anywhere_gives_the_test_its_helpers(opening: str) ->
     names: dict[str, Any] = {}
     exec(job(task, "    pass\n").setup, names)
     assert names["helper"]() == 7
+
+
+BUSY = "while True: pass"
+
+
+def test_a_score_is_the_same_on_three_runs_while_others_use_every_core(shared: Path, bubblewrap: str) -> None:
+    tasks = list(BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz").values())[::12]
+    jobs = [job(task, task["canonical_solution"]) for task in tasks]
+    jobs += [job(task, "    return 'wrong'\n") for task in tasks[:3]]
+    jobs.append(job(tasks[0], "    while True: pass\n"))
+    expected = ["passed"] * len(tasks) + ["wrong"] * 3 + ["timeout"]
+    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cpu_cores())]
+    try:
+        with Sandbox(Limits(cpu_seconds=1, wall_seconds=20)) as sandbox:
+            for _ in range(3):
+                assert [judgement.verdict for judgement in sandbox.judge_all(jobs)] == expected
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

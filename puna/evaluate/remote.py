@@ -1,0 +1,122 @@
+r"""Answers from a server that speaks OpenAI's API: puna's own, vLLM, llama.cpp's, or whatever else does.
+
+    Ask("def f(x):\n")                         POST /v1/completions        {"prompt": …, "stop": …, "seed": …}
+    Ask("def f(x):\n", suffix="return y\n")    POST /v1/completions        {"prompt": …, "suffix": …}
+    a chat template is named                  POST /v1/chat/completions   {"messages": [{"role": "user", …}]}
+
+Whether a server obeys seeds is its own affair; a run that goes on asks for what is missing alone.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from puna.errors import PunaError
+from puna.evaluate.completing import PROTOCOLS, Ask, How
+
+#: OpenAI's API takes no more stop strings; what is written beyond the others is cut here all the same.
+MOST_STOPS = 4
+
+#: Seconds before a request is made a second time, a third …; then it is given up.
+PAUSE_SECONDS = (1.0, 4.0, 15.0)
+
+#: Longest wait for one answer.
+TIMEOUT_SECONDS = 600.0
+
+
+class RemoteCompleter:
+    """Answers by a server; `batch_rows` requests are under way at once.
+
+    Args:
+        url: of the server, with or without "/v1".
+        model: what the server calls the model; None: the first that it has.
+        max_tokens: most tokens of an answer.
+        stop: an answer that continues or fills in ends before the first of these.
+        batch_rows: requests at once.
+        how: greedy by default.
+        is_chat: questions are put to the server's chat, in whatever layout it has.
+
+    Raises:
+        PunaError: the server cannot be reached, or has no model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        batch_rows: int,
+        how: How = PROTOCOLS["greedy"],
+        is_chat: bool = False,
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._batch_rows, self._is_chat = batch_rows, is_chat
+        self.model = model or self._first_model()
+        self._settings: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": max_tokens,
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+        }
+        if stop and not is_chat:  # an answer in chat may well hold such a text
+            self._settings["stop"] = list(stop[:MOST_STOPS])
+
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+        """The answers."""
+        with ThreadPoolExecutor(self._batch_rows) as threads:
+            return list(threads.map(self._answer, asks, seeds))
+
+    def _answer(self, ask: Ask, seed: int) -> str:
+        request = self._settings | {"seed": seed % 2**31}
+        if self._is_chat:
+            question = ask.prefix if ask.question is None else ask.question
+            choice = self._post("/chat/completions", request | {"messages": [{"role": "user", "content": question}]})
+            return _text(choice, lambda choice: choice["message"]["content"])
+        asked = {"prompt": ask.prefix} | ({} if ask.suffix is None else {"suffix": ask.suffix})
+        return _text(self._post("/completions", request | asked), lambda choice: choice["text"])
+
+    def _first_model(self) -> str:
+        models = self._request("/models", None).get("data") or []
+        if not models:
+            raise PunaError(f"{self._url} serves no model")
+        return str(models[0]["id"])
+
+    def _post(self, path: str, request: dict[str, Any]) -> Any:
+        answer = self._request(path, request)
+        try:
+            return answer["choices"][0]
+        except (KeyError, IndexError, TypeError):
+            raise PunaError(f"{self._url}{path} answered without choices: {str(answer)[:200]}") from None
+
+    def _request(self, path: str, request: dict[str, Any] | None) -> Any:
+        body = None if request is None else json.dumps(request).encode()
+        asked = urllib.request.Request(self._url + path, body, {"Content-Type": "application/json"})
+        for pause in (*PAUSE_SECONDS, None):
+            try:
+                with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                said = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
+                if pause is None or error.code not in (429, 500, 502, 503, 504):
+                    raise PunaError(f"{self._url}{path} refuses: {said}") from None
+            except (OSError, json.JSONDecodeError) as error:
+                if pause is None or body is None:
+                    raise PunaError(f"{self._url}{path} cannot be reached: {error}; is the server up?") from None
+            time.sleep(pause)
+        raise AssertionError("the last try has no pause")
+
+
+def _text(choice: Any, get: Any) -> str:
+    try:
+        text = get(choice)
+    except (KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise PunaError(f"the server's answer holds no text: {str(choice)[:200]}")
+    return text

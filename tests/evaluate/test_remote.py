@@ -1,0 +1,142 @@
+"""A server as the source of answers: what is asked of it, what it may do wrong, and a score at the end."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puna.cli import run
+from puna.errors import PunaError
+from puna.evaluate import evaluate, remote
+from puna.evaluate.completing import PROTOCOLS, Ask
+from puna.evaluate.remote import RemoteCompleter
+
+TASK = {
+    "task_id": "Tiny/0",
+    "prompt": "def one():\n",
+    "entry_point": "one",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers every request with what `says` makes of it; keeps the requests."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, Any]] = []
+        self.failures: list[int] = []
+        self.answer: Any = {
+            "choices": [{"text": "    return 1\n", "message": {"content": "```\ndef one(): return 1\n```"}}]
+        }
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        self._say(200, {"data": [{"id": "first"}, {"id": "second"}]})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, json.loads(body)))
+        if self.server.failures:
+            self._say(self.server.failures.pop(), {"error": "too much at once"})
+        else:
+            self._say(200, self.server.answer)
+
+    def _say(self, code: int, what: Any) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(what).encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", (0.0, 0.0, 0.0))
+
+
+def completer(server: FakeServer, **options: Any) -> RemoteCompleter:
+    return RemoteCompleter(server.url, **{"max_tokens": 9, "stop": tuple("abcdef"), "batch_rows": 2, **options})
+
+
+def test_what_is_asked_is_what_the_protocol_says(server: FakeServer) -> None:
+    complete = completer(server, how=PROTOCOLS["sample"], model="mine")
+    assert complete([Ask("x = "), Ask("a", suffix="b")], [1, 2**40 + 7]) == ["    return 1\n"] * 2
+    (path, plain), (_, infill) = sorted(server.requests, key=lambda request: "suffix" in request[1])
+    assert path == "/v1/completions"
+    assert plain == {
+        "model": "mine",
+        "max_tokens": 9,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "stop": ["a", "b", "c", "d"],
+        "seed": 1,
+        "prompt": "x = ",
+    }
+    assert (infill["prompt"], infill["suffix"], infill["seed"]) == ("a", "b", 7)
+
+
+def test_a_question_goes_to_the_chat_without_stop_strings(server: FakeServer) -> None:
+    assert "return 1" in completer(server, is_chat=True)([Ask("def", question="Write it.")], [0])[0]
+    ((path, request),) = server.requests
+    assert path == "/v1/chat/completions"
+    assert request["messages"] == [{"role": "user", "content": "Write it."}]
+    assert "stop" not in request
+    assert request["model"] == "first"
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_is_said(server: FakeServer) -> None:
+    server.failures = [503, 429]
+    assert completer(server)([Ask("x")], [0]) == ["    return 1\n"]
+    assert len(server.requests) == 3
+    server.failures = [400]
+    with pytest.raises(PunaError, match=r"/v1/completions refuses: 400 .*too much at once"):
+        completer(server)([Ask("x")], [0])
+    server.failures = [500] * 9
+    with pytest.raises(PunaError, match=r"refuses: 500"):
+        completer(server)([Ask("x")], [0])
+
+
+@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": None}]}, []])
+def test_an_answer_without_text_is_an_error_and_no_empty_sample(server: FakeServer, answer: Any) -> None:
+    server.answer = answer
+    with pytest.raises(PunaError, match=r"without choices|holds no text"):
+        completer(server)([Ask("x")], [0])
+
+
+def test_a_server_that_is_not_there_is_said() -> None:
+    with pytest.raises(PunaError, match=r"http://127.0.0.1:9/v1/models cannot be reached: .*is the server up"):
+        RemoteCompleter("http://127.0.0.1:9/v1/", max_tokens=1, stop=(), batch_rows=1)
+
+
+def test_a_served_model_is_scored(
+    server: FakeServer, bubblewrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(TASK))
+    command = ["evaluate", "humaneval", "--server", server.url, "--data", str(tmp_path / "tasks.jsonl"), "--json"]
+    assert run(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["pass@1"]) == ("first", 1.0)
+    assert run([*command, "second", "--template", "chat"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["pass@1"]) == ("second", 1.0)
+    assert [path for path, _ in server.requests] == ["/v1/completions", "/v1/chat/completions"]
+    assert evaluate("humaneval", server=server.url, data=tmp_path / "tasks.jsonl")["model"] == "first"

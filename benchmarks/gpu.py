@@ -199,7 +199,9 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     flops = {name: flops_per_token(config, seen, convention=name) * tokens / step for name in ("full", "causal")}
     plan = memory(Case(recipe, config, layout, weights_of(recipe, config)), with_runtime=False)
     return {
+        "model": case.model,
         "layers": config.num_hidden_layers,
+        "micro_batches": case.micro_batches,
         "recipe": {"sequence_length": case.length, "micro_batch_rows": case.rows, **case.fields},
         "tokens_per_second": tokens / step,
         "flops_per_second": flops,

@@ -106,15 +106,17 @@ def layer_bytes(case: Case) -> LayerBytes:
     D, (Q, K, F) = case.config.hidden_size, case.widths
     stream = c * D / tp  # the layer's input, the output of a norm before tokens are gathered
     keys = c * K * (1 if case.exchanges_heads else case.layout.cp)
-    norm = 4 * D / tp + stream + c * D  # input in fp32, normed, times its weight: gathered where tokens are shared
+    is_compiled = case.recipe.compile  # keeps inputs and results of products, and forms again what lies between them
+    norm = stream + c * D  # normed (compiled: its input), times its weight: gathered where tokens are shared
+    norm += 0 if is_compiled else 4 * D / tp  # its input in fp32
     out, lse = c * Q, 4 * case.config.num_attention_heads / tp
     again = out if case.is_cpu or case.layout.cp > 1 else 0  # documents joined, or exchanged back
     attention = c * Q + 2 * keys + out + lse + again
-    mlp = 4 * c * F  # gate, its silu, up, their product
+    mlp = (3 if is_compiled else 4) * c * F  # gate, up, their product; its silu
     everything = 2 * norm + attention + mlp
     cast = 0 if c == case.weights.weight_bytes or case.is_sharded else c * case.weights.part("layer", tp, 1).gathered
-    is_input_kept = stream if c == 4 else 0  # in bf16 the norm keeps its input in fp32, beside the layer's
-    if case.recipe.recompute == "none":
+    is_input_kept = stream if c == 4 or is_compiled else 0  # in bf16 the norm keeps its input in fp32, beside
+    if case.recipe.recompute == "none" or (case.recipe.recompute == "selective" and is_compiled):
         return LayerBytes(everything * R, 0, cast)
     if case.recipe.recompute == "offload" and not case.is_cpu:
         return LayerBytes(0, (everything - is_input_kept + stream) * R, cast)

@@ -1,4 +1,4 @@
-"""What the plan says of memory against what was measured on an accelerator, on the day of benchmarks/results/gpu.json."""
+"""What the plan says of memory against what was measured on an accelerator: benchmarks/results/gpu.json."""
 
 import json
 from dataclasses import replace

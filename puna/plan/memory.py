@@ -37,8 +37,9 @@ UPDATE_TEMPORARIES = {"fp32": 2, "bf16": 8, "codes": 10}
 #: puna.model.offload: layers' inputs on their way to the host.
 OFFLOADS_IN_FLIGHT = 2
 
-#: puna.train.gradients: bytes of gradients on their way to the host.
+#: puna.train.gradients: bytes of gradients on their way to the host, and temporaries of a sum in bf16, each in 4 bytes.
 IN_FLIGHT_BYTES = 1 << 30
+SUM_TEMPORARIES = 4
 
 #: An accelerator's context and libraries, an axis's communicators, and the share of all that changes in size which
 #: the allocator loses. Assumed.
@@ -307,7 +308,12 @@ class _Rank:
         largest = self.gradient_bytes * max(part.largest for part in self.parts.values())
         if self._are_used_at_once():
             return largest
-        return None if self.case.is_cpu else min(self._all_gradients(), IN_FLIGHT_BYTES + largest)
+        if self.case.is_cpu:
+            return None
+        piece = min(largest / self.gradient_bytes, UPDATE_PIECE[False])
+        is_rounded = self.gradient_bytes == 2 and self.case.layout.micro_batches > 1
+        summing = 4 * SUM_TEMPORARIES * piece if is_rounded else 0
+        return min(self._all_gradients(), IN_FLIGHT_BYTES + largest) + summing
 
     def _gradients_at_update(self) -> float:
         if self._leaving() is None:

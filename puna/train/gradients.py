@@ -31,6 +31,7 @@ from puna.train.optimizer import (
     local_part,
     placed_like,
     round_stochastically,
+    rows_at_once,
     seeds_of,
 )
 
@@ -188,10 +189,16 @@ class HostGradients(_Leaving):
     def _added(self, name: str, count: int, before: Tensor, grad: Tensor) -> Tensor:
         if grad.dtype != torch.bfloat16 or not grad.numel():
             return before.add_(grad)
-        total = before.float().add_(grad)
         seeds = seeds_of(f"{self.optimizer.seed}:{self.update}:{name}:sum of {count}")
-        bits = Chance.of(seeds, Place.of(self.parameters[name])).bits(total.view(len(total), -1))
-        return round_stochastically(total, bits.view(total.shape))
+        place = Place.of(self.parameters[name])
+        rows, more = (x.contiguous().view(len(x), -1) for x in (before, grad))
+        size = rows_at_once(rows)
+        for start in range(0, len(rows), size):
+            piece = rows[start : start + size]
+            total = piece.float().add_(more[start : start + size])
+            here = Place(place.row + start, place.column, place.columns)
+            piece.copy_(round_stochastically(total, Chance.of(seeds, here).bits(total)))
+        return rows.view(before.shape)
 
 
 class UpdatesInBackward(_Leaving):

@@ -111,9 +111,8 @@ class AdamW:
             chances = {kind: Chance.of(seeds[kind], place) for kind in kinds}
             update_kernel(rows, blocks, factors, chances)
             return
-        n_rows, n_columns = rows["weight"].shape
-        size = max(1, PIECE.get(weight.device.type, PIECE_ELSEWHERE) // n_columns)
-        for start in range(0, n_rows, size):
+        size = rows_at_once(rows["weight"])
+        for start in range(0, len(rows["weight"]), size):
             piece = {kind: tensor[start : start + size] for kind, tensor in rows.items()}
             here = Place(place.row + start, place.column, place.columns)
             chances = {kind: Chance.of(seeds[kind], here) for kind in kinds}
@@ -229,6 +228,11 @@ class Place:
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
         return cls(offset[0], offset[1] if len(offset) > 1 else 0, math.prod(parameter.shape[1:]))
+
+
+def rows_at_once(x: Tensor) -> int:
+    """Rows of a (rows, columns) tensor that are worked on together."""
+    return max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // x.shape[1])
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -57,6 +57,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
         "micro_batch_rows": 8, "recompute": "block",
     },
+    "bf16, state of 8 bits, gradients summed on the host": {
+        "optimizer.state_bits": 8, "optimizer.in_backward": True, "micro_batch_rows": 4, "recompute": "block",
+        "precision": "bf16-pure",
+    },
     "bf16, state of 8 bits, gradients used at once": {
         "optimizer.state_bits": 8, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
         "micro_batch_rows": 8, "precision": "bf16-pure",

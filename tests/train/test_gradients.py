@@ -15,6 +15,7 @@ from puna.errors import PunaError
 from puna.model.llama import Llama
 from puna.testing import tiny_model
 from puna.train import gradients as gradients_module
+from puna.train import optimizer as optimizer_module
 from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, gradients_of
 from puna.train.optimizer import AdamW
 
@@ -108,6 +109,13 @@ def test_bf16_sums_are_a_function_of_seed_and_update() -> None:
     one, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
     other, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bf16_sums_are_the_same_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
+    monkeypatch.setitem(optimizer_module.PIECE, "cpu", 200)
+    pieces, _ = _train(HostGradients, micro_batches=3, dtype=torch.bfloat16)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
 @pytest.mark.parametrize("kind", [Gradients, HostGradients])

@@ -1,6 +1,7 @@
 """Gradients on the host and in the backward pass against those that stay on the device."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,25 +253,31 @@ def test_the_backward_pass_waits_for_the_host_once_too_much_is_on_its_way(
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     place = tmp_path_factory.mktemp("ranks")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_as_rank, args=(rank, place)) for rank in range(2)]
+    ranks = [context.Process(target=_as_rank, args=(rank, store.port, place)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == 0
+        rank.join(600)  # a busy machine may take minutes to load torch twice
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     return [torch.load(place / f"{rank}.pt") for rank in range(2)]
 
 
-def _as_rank(rank: int, place: Path) -> None:
+def _as_rank(rank: int, port: int, place: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     seen = {kind.__name__: _sharded_steps(kind) for kind in (Gradients, HostGradients, UpdatesInBackward)}
     seen["state"] = _saved_state(place / "state")
     seen["partial"] = _partial_gradient(rank)
     seen["one rank not finite"] = _one_rank_not_finite(rank)
     torch.save(seen, place / f"{rank}.pt")
+    store.set(f"{rank} is done", "")
+    store.wait(["0 is done", "1 is done"])  # a rank that leaves early may close connections that the other still reads
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads are at work still when the interpreter ends, and may abort it
 
 
 def _layers() -> nn.Sequential:

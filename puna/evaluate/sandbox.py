@@ -11,12 +11,12 @@ so nothing that the program says, returns or exits with can be a verdict.
 **What it stops.** bubblewrap gives user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary uid
 (where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for root), no
 environment, and a read-only view of `/usr` and of the Python that runs it: no `/proc`, no `/home`. In it a process
-waits that has run no program; every program gets a new process in namespaces of its own once more, with a `/tmp` of its
-own in memory, no capabilities, system calls refused that no solution needs (`inside/filter.py`), and limits on
-processor time, wall time, memory, processes, files and output. When a judgement ends, the program's process namespace
-ends, and with it every process that was started in it; if the judge is killed, so are they. No two programs share
-anything that one could leave and the other find. The program never shares a process with the test: frames,
-monkeypatches, `__eq__`, exit codes and printed words reach nothing.
+waits that has run no program; every program gets a new process in namespaces of its own once more (all but the
+network's, for which sockets are refused), with a `/tmp` of its own in memory, no capabilities, system calls refused
+that no solution needs (`inside/filter.py`), and limits on processor time, wall time, memory, processes, files and
+output. When a judgement ends, the program's process namespace ends, and with it every process that was started in it;
+if the judge is killed, so are they. No two programs share anything that one could leave and the other find. The program
+never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and printed words reach nothing.
 
 **What it does not stop.** A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a
 virtual machine. Memory is limited per process, so all processes of a program together may use `processes` times

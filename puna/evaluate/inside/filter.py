@@ -1,8 +1,8 @@
-"""System calls that no solution of a task needs, refused: a smaller kernel to attack, and no way to leave a trace.
+"""System calls that no solution of a task needs, refused: no network, no trace left, a smaller kernel to attack.
 
-Keys outlive the process that adds them, so the next program could read them; the others reach into processes and
-namespaces, or are where the kernel's faults have been. The rest of the kernel is as ever: what a program may reach is
-the namespaces' matter.
+Sockets other than Unix ones would reach a network if there were one. Keys outlive the process that adds them, so the
+next program could read them. The others reach into processes, make user namespaces, or are where the kernel's faults
+have been. The filter is put on once, by the process that waits; those that it makes inherit it and cannot take it off.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ REFUSED = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
-    "unshare": (272, 97),
     "setns": (308, 268),
-    "mount": (165, 40),
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
     "perf_event_open": (298, 241),
     "io_uring_setup": (425, 425),
 }
-CLONE = (56, 220)
-CLONE3 = (435, 435)  # its flags cannot be seen from here; the C library falls back to clone
+CLONE, UNSHARE = (56, 220), (272, 97)
 NEW_USER_NAMESPACE = 0x10000000
+CLONE3 = (435, 435)  # its flags cannot be seen from here; the C library falls back to clone
+SOCKET, UNIX = (41, 198), 1
 
 #: The numbers of another interface of x86_64 to the same calls begin here.
 X32 = 0x40000000
@@ -48,34 +47,40 @@ ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
 #: Where a call's number, machine and first argument stand.
 NUMBER, MACHINE, ARGUMENT = 0, 4, 16
 
+Step = tuple[int, int, int, int]
+
 
 def program(machine: str) -> bytes:
     """The filter for a machine, as the kernel reads it."""
     name, column = MACHINES[machine]
-    steps = [(LOAD, 0, 0, MACHINE), (EQUAL, 1, 0, name), (RETURN, 0, 0, EPERM)]
+    steps: list[Step] = [(LOAD, 0, 0, MACHINE), (EQUAL, 1, 0, name), (RETURN, 0, 0, EPERM)]
     steps += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, EPERM)]
     for numbers in REFUSED.values():
         steps += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, EPERM)]
     steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ENOSYS)]
-    steps += [(EQUAL, 0, 3, CLONE[column]), (LOAD, 0, 0, ARGUMENT), (HAS_BITS, 0, 1, NEW_USER_NAMESPACE)]
-    steps += [(RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
+    for call in (CLONE, UNSHARE):
+        steps += _unless(call[column], (HAS_BITS, 1, 0, NEW_USER_NAMESPACE))
+    steps += _unless(SOCKET[column], (EQUAL, 0, 1, UNIX))
+    steps += [(RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-class Filter:
-    """The filter of this machine, made once and put on by each process that needs it."""
+def _unless(number: int, test: Step) -> list[Step]:
+    """Steps for one call: allowed where the test of its first argument goes on to the next step, else refused."""
+    return [(EQUAL, 0, 4, number), (LOAD, 0, 0, ARGUMENT), test, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, EPERM)]
 
-    def __init__(self) -> None:
-        code = program(platform.machine())
-        self._code = ctypes.create_string_buffer(code, len(code))
-        self._header = struct.pack("@HP", len(code) // 8, ctypes.addressof(self._code))
 
-    def put_on(self) -> None:
-        """From here on this process and its children are refused those calls.
+def put_on() -> None:
+    """From here on this process and its children are refused those calls.
 
-        Raises:
-            OSError: the kernel cannot filter.
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, self._header, 0, 0):  # no new privileges, then the filter
-            raise OSError(ctypes.get_errno(), "the kernel refuses the filter of system calls")
+    Raises:
+        OSError: the kernel cannot filter, or this processor's system calls are not known here.
+    """
+    if platform.machine() not in MACHINES:
+        raise OSError(f"the sandbox knows the system calls of {', '.join(MACHINES)}, not of {platform.machine()}")
+    code = program(platform.machine())
+    steps = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("@HP", len(code) // 8, ctypes.addressof(steps))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, header, 0, 0):  # no new privileges, then the filter
+        raise OSError(ctypes.get_errno(), "the kernel refuses the filter of system calls")

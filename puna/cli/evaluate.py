@@ -49,6 +49,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Judgements at once.  [one a core]")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes that answer, one a device.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -79,7 +80,9 @@ def evaluate(
     for model in models or [""]:
         folder = output / _folder_name(model) if several and output is not None else output
         folders += [folder] if folder is not None else []
-        results.append(score(benchmark, model or None, dtype=dtype, device=device, output=folder, **options))
+        results.append(
+            score(benchmark, model or None, dtype=dtype, device=device, output=folder, nproc=nproc, **options)
+        )
     if output is not None:
         from puna.report.evaluation import write_evaluation
 

@@ -23,6 +23,7 @@ def evaluate(
     dtype: Any = None,
     device: Any = None,
     output: Path | str | None = None,
+    nproc: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Scores a model, or samples that were made before, on a benchmark.
@@ -35,6 +36,7 @@ def evaluate(
         device: where a model that is loaded goes; an accelerator by default, if there is one.
         output: a folder for the result, and for the answers and verdicts where the benchmark has such; a run that was
             killed goes on with what is there.
+        nproc: processes that load the model and answer, one a device, where programs are judged.
         options: the benchmark's own: `samples`, `data`, `protocol` … where programs are judged, `corpus`,
             `cases` … for completion; None leaves one at its default.
 
@@ -45,19 +47,26 @@ def evaluate(
         PunaError: a file is missing or not what it should be, or the sandbox does not work here.
         UsageError: no such benchmark or option.
     """
+    from puna.evaluate.programs import Programs
+    from puna.evaluate.spread import Replicas
+
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
     benchmarks.check_options(module, options)
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
-    if name is not None and "server" not in options:
+    if nproc is not None:
+        if name is None or not isinstance(getattr(module.evaluate, "__self__", None), Programs):
+            raise UsageError(f"nproc={nproc} is for benchmarks of programs and a model named by its folder or hub id")
+        model = Replicas(name, nproc, dtype=dtype, device=device)
+    elif name is not None and "server" not in options:
         from puna.checkpoint import load
         from puna.devices import pick_device
 
         model, its_own = load(name, dtype=dtype, device=pick_device(device))
         tokenizer = tokenizer or its_own
-    if model is not None and tokenizer is None and "server" not in options:
+    if model is not None and tokenizer is None and nproc is None and "server" not in options:
         raise UsageError(
             f"{name or 'the model'} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder, "
             "or give tokenizer=puna.load_tokenizer(folder)"

@@ -29,6 +29,7 @@ from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import RemoteCompleter
 from puna.evaluate.samples import Log, Sample, data_file, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
+from puna.evaluate.spread import Replicas, Spread
 from puna.files import file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 
@@ -147,16 +148,11 @@ class Programs(ABC):
         if not tasks:
             raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
         max_tokens = max_tokens or self.max_tokens
+        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": self.stops, "batch_rows": batch, "how": how}
         if server is not None:
-            complete = RemoteCompleter(
-                server, model, max_tokens=max_tokens, stop=self.stops, batch_rows=batch, how=how,
-                is_chat=template is not None,
-            )  # fmt: skip
-        elif model is not None:
-            complete = Completer(
-                model, tokenizer, max_tokens=max_tokens, stop=self.stops, batch_rows=batch,
-                how=how, template=template, order=order,
-            )  # fmt: skip
+            complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
+        elif model is not None and not isinstance(model, Replicas):
+            complete = Completer(model, tokenizer, template=template, order=order, **options)
         given = None if samples is None else read_samples(samples, tasks)
         settings = {
             "benchmark": self.name,
@@ -176,6 +172,9 @@ class Programs(ABC):
             verdicts = stack.enter_context(Log(folder and folder / "verdicts.jsonl"))
             judge = _Judge(self, tasks, sandbox, verdicts)
             if given is None:
+                if isinstance(model, Replicas):
+                    complete = stack.enter_context(Spread(model, template=template, order=order, **options))
+                    batch *= model.count
                 assert complete is not None
                 written = stack.enter_context(Log(folder and folder / "samples.jsonl"))
                 wanted = _Wanted(tasks, how.samples, seed)
@@ -193,7 +192,7 @@ class Programs(ABC):
             "paper": {model: dict(row) for model, row in self.figures.get(self.variant(path), {}).items()},
             "sandbox": sandbox.mechanism,
             "limits": vars(self.limits),
-            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
+            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer | Spread) else {}),
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
 

@@ -62,6 +62,7 @@ class Profile:
         host_rate: one direction, to the host's memory.
         matmul_share: of the peak that long bf16 products reach in a training run.
         attention_share: of the peak that flash attention reaches, forward and backward together.
+        has_update_kernel: whether the optimizer's update is one kernel there, else a dozen operations.
         assumed_flops: its peak where PEAK_FLOPS has none.
     """
 
@@ -73,6 +74,7 @@ class Profile:
     host_rate: float
     matmul_share: float
     attention_share: float
+    has_update_kernel: bool = True
     assumed_flops: float = 0.0
 
     @property
@@ -82,19 +84,21 @@ class Profile:
 
 
 #: Short name -> profile. Memory and rates: the makers' data sheets (NVLink and PCIe: half of "bidirectional"; between
-#: nodes: one 400 Gbit/s port a device, 200 for A100 and 910B). Shares of h100 and a100-80: those of a coarse grid that
-#: meet most of their runs in benchmarks/plan.py within a quarter, and of these the nearest. h200: H100's attention, and
-#: the products of its runs on one node; a100-40 is as a100-80, and h100-pcie is a guess. Ascend 910B: the lower of the
-#: peaks that sources give (256e12 and 320e12), and guessed shares that meet its two runs there within a quarter. The
-#: CPU: two cores of AVX2, fp32, as `puna doctor` measured them.
+#: nodes: one 400 Gbit/s port a device, 200 for A100 and 910B). Shares: h200 as benchmarks/gpu.sh measured them, whose
+#: steps they meet within 5 %; h100 attends like it, and its products meet most of the published runs in
+#: benchmarks/plan.py within a quarter, as a100-80's do. a100-40 is as a100-80; h100-pcie is a guess. Ascend 910B: the
+#: lower of the peaks that sources give (256e12 and 320e12), and guessed shares that meet its two runs there within a
+#: quarter. The CPU: two cores of AVX2, fp32, as `puna doctor` measured them.
 PROFILES: dict[str, Profile] = {
-    "h200": Profile("NVIDIA H200", 139.8, 4800, 450, 50, 55, 0.76, 0.20),
-    "h100": Profile("NVIDIA H100 80GB HBM3", 79.1, 3350, 450, 50, 55, 0.62, 0.20),
-    "h100-pcie": Profile("NVIDIA H100 PCIe", 79.1, 2000, 55, 25, 55, 0.60, 0.20),
+    "h200": Profile("NVIDIA H200", 139.8, 4800, 450, 50, 55, 0.64, 0.50),
+    "h100": Profile("NVIDIA H100 80GB HBM3", 79.1, 3350, 450, 50, 55, 0.56, 0.50),
+    "h100-pcie": Profile("NVIDIA H100 PCIe", 79.1, 2000, 55, 25, 55, 0.56, 0.50),
     "a100-80": Profile("NVIDIA A100-SXM4-80GB", 79.1, 2039, 300, 25, 25, 0.80, 0.55),
     "a100-40": Profile("NVIDIA A100-SXM4-40GB", 39.4, 1555, 300, 25, 25, 0.80, 0.55),
-    "ascend-910b": Profile("Ascend 910B", 61.0, 1600, 196, 25, 25, 0.70, 0.45, assumed_flops=256e12),
-    "cpu": Profile("CPU", 16.0, 20, 5, 1, 10, 0.80, 0.30, assumed_flops=0.2e12),
+    "ascend-910b": Profile(
+        "Ascend 910B", 61.0, 1600, 196, 25, 25, 0.70, 0.45, has_update_kernel=False, assumed_flops=256e12
+    ),
+    "cpu": Profile("CPU", 16.0, 20, 5, 1, 10, 0.80, 0.30, has_update_kernel=False, assumed_flops=0.2e12),
 }
 
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.

@@ -40,7 +40,9 @@ COLLECTIVE_SECONDS, KERNEL_SECONDS = 20e-6, 5e-6
 KERNELS = {False: 45, True: 20}
 #: Share of eager element-wise traffic that is left when layers are compiled.
 FUSED = 0.3
-#: Bytes that the update reads and writes a weight: fp32, bf16 with random bits, codes.
+#: Share of the memory's rate at which one kernel makes the update, reading and writing each number once.
+UPDATE_SHARE = 0.5
+#: Bytes that the update reads and writes a weight in a dozen operations: fp32, bf16 with random bits, codes.
 UPDATE_BYTES = {"fp32": 100, "bf16": 200, "codes": 350}
 #: Idle time of a zero-bubble pipeline, of that of an interleaved one (arXiv:2401.10241, table 2: ZB-H1).
 ZERO_BUBBLE = 1 / 3
@@ -230,6 +232,10 @@ def _host(case: Case, device: Profile, micro: float) -> float:
 
 
 def _update(case: Case, device: Profile) -> float:
+    if device.has_update_kernel:
+        layer = case.weights.part("layer", case.layout.tp, case.layout.shard_size)
+        moved = 3 * case.weights.weight_bytes + 2 * layer.state / layer.own  # weight and state both ways, gradient
+        return moved * _own(case) / (device.memory_rate * 1e9 * UPDATE_SHARE)
     bits = case.recipe.optimizer.state_bits
     kind = "codes" if bits < 32 else "fp32" if case.weights.weight_bytes == 4 else "bf16"
     return UPDATE_BYTES[kind] * _own(case) / _memory_rate(device)

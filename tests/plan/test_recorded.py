@@ -1,4 +1,4 @@
-"""What the plan says of memory against what was measured on an accelerator: benchmarks/results/gpu.json."""
+"""What the plan says of memory and speed against what was measured on an accelerator: benchmarks/results/gpu.json."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from puna.config import load_recipe
+from puna.devices import PROFILES
 from puna.model.config import preset
 from puna.parallel.layout import Layout
 from puna.plan.case import Case
 from puna.plan.memory import memory
 from puna.plan.search import weights_of
+from puna.plan.speed import Cluster, speed
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
 STEPS = [row for row in json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if row["what"] == "train"]
@@ -20,6 +22,17 @@ STEPS = [row for row in json.loads(RESULT.read_text(encoding="utf-8"))["rows"] i
 
 @pytest.mark.parametrize("row", STEPS, ids=lambda row: row["case"])
 def test_measured_memory_is_the_planned_one(row: dict[str, Any]) -> None:
+    assert memory(_case(row), with_runtime=False).gib == pytest.approx(row["memory_gib"], rel=0.02)
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: row["case"])
+def test_measured_speed_is_the_planned_one(row: dict[str, Any]) -> None:
+    planned = speed(_case(row), Cluster(PROFILES["h200"]))
+    tolerance = 0.08 if "documents" in row["case"] else 0.05  # plans take a row as one document
+    assert planned.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=tolerance)
+
+
+def _case(row: dict[str, Any]) -> Case:
     fields = row["recipe"]
     rows = fields["micro_batch_rows"] * row["micro_batches"]
     recipe = load_recipe(
@@ -27,5 +40,4 @@ def test_measured_memory_is_the_planned_one(row: dict[str, Any]) -> None:
          "batch_tokens": fields["sequence_length"] * rows, **fields}
     )  # fmt: skip
     config = replace(preset(row["model"]), num_hidden_layers=row["layers"])
-    planned = memory(Case(recipe, config, Layout.of(recipe, config, 1), weights_of(recipe, config)), with_runtime=False)
-    assert planned.gib == pytest.approx(row["memory_gib"], rel=0.02)
+    return Case(recipe, config, Layout.of(recipe, config, 1), weights_of(recipe, config))

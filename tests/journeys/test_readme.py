@@ -62,9 +62,9 @@ def test_the_shell_commands_run(workshop: Path) -> None:
     for line in lines:
         if line.startswith("puna evaluate humaneval") and shutil.which("bwrap") is None:
             continue
-        command = f"{line} {SHORT}" if line.startswith("puna train") else line
+        command = f"{line} {SHORT}" if line.startswith(("puna train", "puna adapt")) else line
         command = re.sub(r"(--max-tokens )\d+", r"\g<1>4", command)
-        command = f"{command} --cases 3" if "evaluate completion" in command else command
+        command = f"{command} --cases 3" if re.search("evaluate completion|puna adapt", command) else command
         command = f"{command} --max-tokens 4" if re.search("infill|chat exports|humaneval", command) else command
         done = subprocess.run(command, shell=True, cwd=workshop, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"

@@ -9,7 +9,7 @@ Loading builds the model without memory and fills it tensor by tensor from mappe
 model and one tensor more. Every tensor of the model must be there and every tensor that is there must be of the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def open_weights(folder: Path | str) -> dict[str, StoredTensor]:
     for stem, suffix, opened in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickled)):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.exists():
-            return _open_index(index, opened)
+            return open_index(index, opened)
         if (folder / f"{stem}.{suffix}").exists():
             return opened(folder / f"{stem}.{suffix}")
     raise PunaError(
@@ -330,7 +330,18 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     return {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
-def _open_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
+def open_index(
+    index: Path, opened: Callable[[Path], dict[str, StoredTensor]] = open_safetensors
+) -> dict[str, StoredTensor]:
+    """Every tensor of the files that an index names, unread.
+
+    Args:
+        index: JSON with a "weight_map", name -> file beside it.
+        opened: gives the tensors of a file.
+
+    Raises:
+        PunaError: there is no such map, a file is missing, or holds other tensors than the map says.
+    """
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         raise PunaError(f'{index} has no "weight_map"')

@@ -193,6 +193,34 @@ def test_safetensors_of_mindspore_are_read(model_ckpt, tmp_path):
         assert (folder / "model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 
 
+def test_several_safetensors_with_their_map_are_read(model_ckpt, tmp_path):
+    """As `mindspore.unified_safetensors` leaves them."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.read() for name, value in open_ckpt(model_ckpt).items()}
+    (tmp_path / "st").mkdir()
+    places = {name: f"part{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        own = {name: values for name, values in tensors.items() if places[name] == file}
+        save_file(own, tmp_path / "st" / file, metadata={"format": "ms"})
+    (tmp_path / "st/param_name_map.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    folder = convert(tmp_path / "st", tmp_path / "hf", rope_theta=1e6)
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
+
+
+def test_slices_saved_as_safetensors_are_merged(tmp_path):
+    from safetensors.torch import save_file
+
+    save_model(tiny_model(), tmp_path / "hf")
+    slices = convert(tmp_path / "hf", tmp_path / "slices", to="mindspore", layout="mp=2,pp=2")
+    for file in slices.glob("rank_*/*.ckpt"):
+        tensors = {name: value.read() for name, value in open_ckpt(file).items()}
+        save_file(tensors, file.with_suffix(".safetensors"), metadata={"format": "ms"})
+        file.unlink()
+    merged = convert(slices, tmp_path / "merged")
+    assert (merged / "model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+
+
 def test_two_tensors_that_mindspore_saved_as_safetensors(fixtures, tmp_path):
     whole = open_ckpt(fixtures / "ckpt/tiny_llama_fp32.ckpt")
     for name, stored in open_safetensors(fixtures / "ckpt/two_tensors.safetensors").items():

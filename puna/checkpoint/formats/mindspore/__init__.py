@@ -1,6 +1,6 @@
 """Checkpoints of MindSpore with MindFormers' names: one file, or the slices of a training run.
 
-    X.ckpt                              one model; also X.safetensors as MindSpore writes it
+    X.ckpt                              one model; also X.safetensors, or several and param_name_map.json
     SRC/rank_N/*.ckpt, SRC/strategy/    slices and how they were cut
     model.yaml                          beside them, where puna wrote them: MindFormers' `model:` section
 
@@ -26,7 +26,7 @@ from puna.checkpoint.formats.mindspore.slices import (
     rank_folders,
 )
 from puna.checkpoint.formats.mindspore.strategy import Layout, Strategy, read_strategies, write_strategy
-from puna.checkpoint.huggingface import load_tokenizer_of
+from puna.checkpoint.huggingface import load_tokenizer_of, open_index
 from puna.checkpoint.tensors import StoredTensor, open_safetensors, safetensors_metadata
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, folder_aside
@@ -40,6 +40,10 @@ WRITE_OPTIONS = ("layout",)
 
 #: The file that states the model's shape beside weights that puna wrote.
 MODEL_FILE = "model.yaml"
+
+
+#: Says in which of several safetensors a parameter is, as `mindspore.unified_safetensors` writes it.
+INDEX_FILE = "param_name_map.json"
 
 
 def recognises(place: Path) -> bool:
@@ -77,7 +81,7 @@ def read(
     if folders:
         content = _merged(place, folders, strategy, pick)
     else:
-        content = _open(place if place.is_file() else _chosen({0: place}, pick)[0])
+        content = _whole(place, pick)
     sorted_out = sort_out(content, str(place))
     if sorted_out.left_out:
         say(f"left out of the model: {sorted_out.left_out}")
@@ -131,6 +135,14 @@ def _is_mindspore(file: Path) -> bool:
 
 def _open(file: Path) -> Mapping[str, StoredTensor | str]:
     return open_ckpt(file) if file.suffix == ".ckpt" else open_safetensors(file)
+
+
+def _whole(place: Path, pick: str | None) -> Mapping[str, StoredTensor | str]:
+    if place.is_file():
+        return _open(place)
+    if (place / INDEX_FILE).exists():
+        return open_index(place / INDEX_FILE)
+    return _open(_chosen({0: place}, pick)[0])
 
 
 def _merged(

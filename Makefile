@@ -6,17 +6,21 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gpu lint types sandbox clean
+.PHONY: demo test test-slow test-gpu test-mindspore lint types sandbox clean
 
 demo: .venv/.ready sandbox
 	$(BIN)/puna demo -o demo
 
 test: .venv/.ready sandbox lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not mindspore"
 
 # On a machine with an accelerator.
 test-gpu: .venv/.ready
 	$(BIN)/python -m pytest -m gpu
+
+# Installs MindSpore's wheel in an environment of its own, and has it read what puna writes.
+test-mindspore: .venv/.ready
+	$(BIN)/python -m pytest -m mindspore
 
 test-slow: .venv/.ready sandbox
 	$(BIN)/python -m pytest -m slow

@@ -339,6 +339,21 @@ def test_prepared_dialogs_become_the_rows_that_mindformers_makes_of_them(shared,
         assert (ours["labels"] != -100).any()
 
 
+@pytest.mark.parametrize(("name", "length", "lost"), [("wiki128", 128, []), ("qa512", 512, [6, 8, 9, 10])])
+def test_rows_come_and_go(shared, theirs, tokenizer, tmp_path, name, length, lost):
+    prepare("mindrecord", theirs / f"{name}.mindrecord", tmp_path / "x", tokenizer=tokenizer, workers=1)
+    write_prepared(tmp_path / "x", tmp_path / "x.mindrecord", length)
+    again, rows = (
+        MindRecord.open(tmp_path / "x.mindrecord").rows(),
+        MindRecord.open(theirs / f"{name}.mindrecord").rows(),
+    )
+    kept = [row for number, row in enumerate(rows) if number not in lost]
+    for ours, original in zip(again, kept, strict=True):
+        assert ours.keys() == original.keys()
+        for column, values in original.items():
+            np.testing.assert_array_equal(ours[column], values)
+
+
 def test_rows_of_a_length_that_cannot_be_are_refused(theirs, tokenizer, tmp_path):
     prepare("mindrecord", theirs / "wiki128.mindrecord", tmp_path / "w", tokenizer=tokenizer, workers=1)
     with pytest.raises(UsageError, match="sequence_length is 1"):

@@ -60,13 +60,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.precision == "auto":
         args.precision = "bf16" if devices.cpu_bf16_units() else "fp32"
-    seconds, losses = measure(args)
+    seconds, processor_seconds, losses = measure(args)
     tokens = args.rows * args.length
     rows = [
         {
             "contender": name,
             "precision": args.precision,
             "tokens_per_second": tokens / statistics.median(times),
+            "processor_seconds": statistics.median(processor_seconds[name]),
             "seconds": times,
             "losses": losses[name],
         }
@@ -79,8 +80,8 @@ def main() -> None:
                              "missed": ", ".join(name for name in GOALS if ratios[name] < GOALS[name])})  # fmt: skip
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Contender -> seconds of each step after the first, and losses of all."""
+def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
+    """Contender -> seconds, and processor seconds of all its processes, of each step but the first; losses of all."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for their turn sleep, as under the command line
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -95,17 +96,17 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
         of_contender = {name: [alone] for name in alone.recv()}
         for rank in ranks:  # all have the same
             of_contender |= dict.fromkeys(rank.recv(), ranks)
-        seconds: dict[str, list[float]] = {name: [] for name in of_contender}
-        losses: dict[str, list[float]] = {name: [] for name in of_contender}
+        seconds, processor_seconds, losses = ({name: [] for name in of_contender} for _ in range(3))
         for update in range(1, args.steps + 2):
             for name, workers in of_contender.items():
                 started = time.perf_counter()
                 for worker in workers:
                     worker.send((name, update))
-                loss, *_ = [worker.recv() for worker in workers]
-                losses[name].append(loss)
+                answers = [worker.recv() for worker in workers]
+                losses[name].append(answers[0][0])
                 if update > 1:  # the first warms up and compiles
                     seconds[name].append(time.perf_counter() - started)
+                    processor_seconds[name].append(sum(spent for _, spent in answers))
         for end in ends:
             end.send(None)
         for process in processes:
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     tolerance = 1e-4 if args.precision == "fp32" else 3e-2
     for update, of_update in enumerate(zip(*losses.values(), strict=True), start=1):
         assert max(of_update) - min(of_update) < tolerance * max(of_update), f"losses of step {update}: {of_update}"
-    return seconds, losses
+    return seconds, processor_seconds, losses
 
 
 def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connection) -> None:
@@ -140,7 +141,8 @@ def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connect
     end.send(list(contenders))
     while (order := end.recv()) is not None:
         name, update = order
-        end.send(contenders[name](update))
+        started = time.process_time()
+        end.send((contenders[name](update), time.process_time() - started))
     if rank is not None:
         dist.destroy_process_group()
 

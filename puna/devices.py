@@ -202,13 +202,16 @@ def memory_gib(device: "torch.device") -> float:
 
 
 def free_memory_bytes(device: "torch.device") -> int:
-    """What could still be allocated: of an accelerator's memory, or of this machine's."""
+    """What could still be allocated: of an accelerator's memory and torch's reserve of it, or of this machine's."""
     if device.type == "cpu":
         return _free_host_bytes()
     import torch
 
     module = torch.get_device_module(device)
-    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else _free_host_bytes()
+    if not hasattr(module, "mem_get_info"):  # it shares the machine's
+        return _free_host_bytes()
+    reserve = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(module.mem_get_info(device)[0]) + reserve
 
 
 def _free_host_bytes() -> int:

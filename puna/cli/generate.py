@@ -123,7 +123,8 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     model, tokenizer = load(folder, dtype=dtype, device=place)
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
-    if model.lm_head.weight.itemsize == 2 and not has_fast_bf16(place):
+    dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype
+    if dtype_in_use.itemsize == 2 and not has_fast_bf16(place):
         say("this CPU has no units for 16-bit numbers; --dtype fp32 is many times faster, in twice the memory")
     return model, tokenizer
 

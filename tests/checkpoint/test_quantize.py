@@ -156,6 +156,13 @@ def test_text_is_generated_with_the_models_tokenizer(quantized):
     assert generate(model, tokenizer, "def area(r):", max_tokens=5, ignore_eos=True)[0].text
 
 
+def test_a_cpu_that_is_slow_with_bf16_is_told_of_whatever_the_heads_codes(quantized, monkeypatch, capsys):
+    monkeypatch.setattr("puna.devices.has_fast_bf16", lambda device: False)
+    for dtype, is_told in (("bf16", True), ("fp32", False)):
+        assert run(["generate", quantized["int8"], "def", "--max-tokens", "2", "--dtype", dtype]) == 0
+        assert ("no units for 16-bit numbers" in capsys.readouterr().err) == is_told
+
+
 # ---- what is refused
 
 

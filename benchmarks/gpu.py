@@ -3,7 +3,7 @@
     python benchmarks/gpu.py limits                 products and copies at their best
     python benchmarks/gpu.py attention              the kernels that may serve attention, forward and backward
     python benchmarks/gpu.py train CASE [--steps 3] a training step; cases are listed by --help
-    python benchmarks/gpu.py generate MODEL         prompts and decoding of the engine, bf16
+    python benchmarks/gpu.py generate MODEL [--scheme fp8]   prompts and decoding of the engine, bf16 or quantised
 
 `benchmarks/gpu.sh` runs all of it within ten minutes and gathers the rows; each case is a process of its own, prints
 its row as JSON and needs no file but this package. Weights are random, drawn on the device; rows are one document each.
@@ -38,6 +38,7 @@ from puna.parallel.model import DistributedModel
 from puna.plan.case import Case
 from puna.plan.memory import memory
 from puna.plan.search import weights_of
+from puna.quantized import Quantization, QuantizedLinear, model_without_memory, schemes
 from puna.train.gradients import gradients_of
 from puna.train.optimizer import AdamW
 from puna.train.step import train_step
@@ -95,7 +96,9 @@ def main() -> None:
     training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
     training.add_argument("case", choices=TRAINING)
     training.add_argument("--steps", type=int, default=3)
-    what.add_parser("generate").add_argument("model", choices=["codellama-7b", "codellama-34b"])
+    generation = what.add_parser("generate")
+    generation.add_argument("model", choices=["codellama-7b", "codellama-34b"])
+    generation.add_argument("--scheme", choices=schemes.names())
     what.add_parser("gather", help="records rows that were printed to a file").add_argument("file", type=Path)
     args = parser.parse_args()
     if args.what == "gather":
@@ -105,7 +108,7 @@ def main() -> None:
     if args.what == "train":
         rows: Iterable[dict[str, Any]] = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]
     elif args.what == "generate":
-        rows = generate(args.model, device)
+        rows = generate(args.model, args.scheme, device)
     else:
         rows = {"limits": limits, "attention": attention}[args.what](device)
     for row in rows:
@@ -214,18 +217,16 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def generate(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+def generate(name: str, scheme: str | None, device: torch.device) -> Iterator[dict[str, Any]]:
     """Tokens a second by number of rows, and the share of the copy's rate at which weights are read for them."""
     from puna.generate import Sampling
     from puna.generate.engine import Engine
 
     copied = next(row["rate"] for row in limits(device) if "copy" in row["limit"])
     config = preset(name)
-    with torch.device("meta"):
-        model = Llama(config).bfloat16()
-    model.to_empty(device=device)
-    _draw(dict(model.named_parameters()))
-    read = 2 * config.matmul_parameter_count
+    model = _drawn_model(config, scheme, device)
+    table = model.model.embed_tokens.weight.nbytes
+    read = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - table
     engine = Engine(model, max_rows=256, cache_tokens=1 << 16, compile=True)
     random = np.random.default_rng(0)
 
@@ -254,7 +255,7 @@ def generate(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
         seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
         stop()
         step = statistics.median(seconds)
-        yield {"model": name, "decoding rows": rows, "tokens_per_second": rows / step,
+        yield {"model": name, "scheme": scheme, "decoding rows": rows, "tokens_per_second": rows / step,
                "share_of_copy_rate": read / step / copied}  # fmt: skip
     for prompt in (1024, 4096):
         seconds = []
@@ -264,8 +265,26 @@ def generate(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
             stop()
         step = statistics.median(seconds[1:])
         flops = flops_per_token(config, prompt, convention="causal") / 3 * prompt
-        yield {"model": name, "prompt tokens": prompt, "tokens_per_second": prompt / step,
+        yield {"model": name, "scheme": scheme, "prompt tokens": prompt, "tokens_per_second": prompt / step,
                "flops_per_second": flops / step}  # fmt: skip
+
+
+def _drawn_model(config: ModelConfig, scheme: str | None, device: torch.device) -> Llama:
+    """A model of random weights, in bf16 or quantised."""
+    quantization = None if scheme is None else Quantization.of(scheme, None, config)
+    model = model_without_memory(config, quantization)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.to_empty(device=device)
+    _draw(dict(model.named_parameters()))
+    model.compute_dtype = torch.bfloat16
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            weight = torch.empty(layer.out_features, layer.in_features, device=device).normal_(0, 0.02)
+            for part, values in layer.quantize(weight, layer.group_size).items():
+                setattr(layer, part, values)
+            layer.pack()
+    return model
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, least: float = 0.3) -> float:

@@ -9,12 +9,14 @@ python=${PYTHON:-python3} log=${1:-gpu.log} rows=$(mktemp)
 
 measure() { timeout 120 "$python" benchmarks/gpu.py "$@" >>"$rows" 2>>"$log" || echo "failed: $*" | tee -a "$log"; }
 
-timeout 240 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/model tests/train tests/generate >>"$log" 2>&1 ||
+timeout 240 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/model tests/train tests/generate tests/quantized >>"$log" 2>&1 ||
 	echo "a path is wrong: see $log"
 measure limits
 measure attention
 measure generate codellama-7b
 measure generate codellama-34b
+measure generate codellama-34b --scheme fp8
+measure generate codellama-7b --scheme int4
 for case in "7b" "34b width" "34b whole" "7b, documents of 512" "7b, rows of 16384" "34b width, rows of 16384"; do
 	measure train "$case"
 done

@@ -1,10 +1,12 @@
 """`puna generate`: continues texts; and the options that it shares with `puna infill` and `puna chat`."""
 
+import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self, TextIO
 
 import typer
 
@@ -38,8 +40,11 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts; -: standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help='JSON lines with "prompt"; their other fields are kept.')] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help='JSON lines with "completion" to write.')
+        Path | None,
+        typer.Option("--output", "-o", help='JSON lines with "completion" to write; killed, the same command goes on.'),
     ] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out lines that are not prompts.")] = False,
+    n: Annotated[int, typer.Option(min=1, help="Completions of each prompt, with seeds one apart.")] = 1,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -47,16 +52,21 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from logits of what was written already.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for every time that it was written.")] = 0.0,
     stop_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind EOS and EOT.")] = False,
     seed: Seed = 0,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Prompts completed together.")] = 16,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Completions that run at a time.")] = 64,
+    lookup: Annotated[
+        bool, typer.Option("--lookup", help="Guess what repeats and check it: the same text, sooner.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue texts; one alone is printed while it grows."""
-    records = _records(prompts or [], file)
+    records = _records(prompts or [], file, keep_going=keep_going)
     from puna.generate import Sampling
     from puna.generate import generate as complete_texts
 
@@ -67,6 +77,8 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "stop": tuple(stop or ()),
         "stop_ids": tuple(stop_id or ()),
         "ignore_eos": ignore_eos,
@@ -74,39 +86,42 @@ def generate(
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
     loaded, tokenizer = open_model(model, dtype, device)
-    texts = [record["prompt"] for record in records]
     started = time.monotonic()
-    if len(records) == 1:
-        on_text = None if as_json or output else print_piece
-        completions = complete_texts(loaded, tokenizer, texts, on_text=on_text, **settings)
-    else:
-        with Progress("completing", len(records), "prompts") as progress:
-            completions = complete_texts(
-                loaded,
-                tokenizer,
-                texts,
-                on_completion=lambda *_: progress.advance(),
-                batch_rows=batch_rows,
-                **settings,
-            )
+    with Results(output, [model, dtype, n, settings, records], n * len(records)) as results:
+        missing = [number for number in range(len(records)) if not results.has(range(number * n, number * n + n))]
+        texts = [records[number]["prompt"] for number in missing]
+
+        def keep(index: int, completion: "Completion") -> None:
+            number, sample = divmod(index, n)
+            results.put(missing[number] * n + sample, records[missing[number]] | as_record(completion))
+
+        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "lookup": lookup, **settings}
+        if n * len(records) == 1:
+            on_text = None if as_json or output else print_piece
+            complete_texts(loaded, tokenizer, texts, on_text=on_text, on_completion=keep, **options)
+        else:
+            with Progress("completing", n * len(records), "completions") as progress:
+                progress.advance(n * (len(records) - len(missing)))
+
+                def note(index: int, completion: "Completion") -> None:
+                    keep(index, completion)
+                    progress.advance()
+
+                complete_texts(loaded, tokenizer, texts, on_completion=note, **options)
     summary = {
         "model": model,
-        "completion_tokens": sum(len(completion.tokens) for completion in completions),
+        "completion_tokens": sum(result["completion_tokens"] for result in results),
         "seconds": round(time.monotonic() - started, 3),
     }
-    results = [record | as_record(completion) for record, completion in zip(records, completions, strict=True)]
-    if output is not None:
-        with file_aside(output, "w") as lines:
-            lines.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     if as_json:
-        print(json.dumps(summary | ({"completions": results} if output is None else {"output": str(output)})))
+        print(json.dumps(summary | ({"completions": list(results)} if output is None else {"output": str(output)})))
     elif output is not None:
         print(output)
-    elif len(results) == 1:
+    elif n * len(records) == 1:
         print()
     else:
         for number, result in enumerate(results, 1):
-            print(f"=== {number}/{len(results)}: {_last_line(result['prompt'])} ({result['finish']})")
+            print(f"=== {number}/{n * len(records)}: {_last_line(result['prompt'])} ({result['finish']})")
             print(result["completion"])
 
 
@@ -160,15 +175,88 @@ def read_text(path: Path) -> str:
         raise PunaError(f"{path} is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv") from None
 
 
-def _records(prompts: list[str], file: Path | None) -> list[dict[str, Any]]:
+class Results:
+    """Completions as they come, in any order; a run that was killed finds those of before.
+
+    Args:
+        output: JSON lines in the order of the prompts, written when all are there; until then each completion is kept
+            in a file beside it. None: nothing is written.
+        asked: what the completions depend on: another question's are not taken up.
+        count: of completions.
+    """
+
+    def __init__(self, output: Path | None, asked: Any, count: int) -> None:
+        self._output, self._count = output, count
+        self._found: dict[int, dict[str, Any]] = {}
+        self._partial: TextIO | None = None
+        self._asked = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+
+    def __enter__(self) -> Self:
+        if self._output is not None:
+            path = self._output.with_name(self._output.name + ".partial")
+            self._take_up(read_text(path).splitlines() if path.exists() else [])
+            with file_aside(path, "w") as lines:
+                lines.write(self._asked + "\n")
+                lines.writelines(_line([number, result]) for number, result in self._found.items())
+            self._partial = open(path, "a", encoding="utf-8")  # closed in __exit__
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._partial is None or self._output is None:
+            return
+        self._partial.close()
+        if kind is None:
+            with file_aside(self._output, "w") as lines:
+                lines.writelines(_line(result) for result in self)
+            Path(self._partial.name).unlink()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self._found[number] for number in range(self._count))
+
+    def has(self, numbers: range) -> bool:
+        """Whether all of these are there."""
+        return all(number in self._found for number in numbers)
+
+    def put(self, number: int, result: dict[str, Any]) -> None:
+        """Keeps one."""
+        self._found[number] = result
+        if self._partial is not None:
+            self._partial.write(_line([number, result]))
+            self._partial.flush()
+
+    def _take_up(self, lines: list[str]) -> None:
+        if not lines or lines[0] != self._asked:
+            return
+        for line in lines[1:]:
+            try:
+                number, result = json.loads(line)
+            except ValueError:  # the last one, cut off
+                break
+            self._found[number] = result
+        say(f"continuing {self._output}: {len(self._found)} of {self._count} are there")
+
+
+def _line(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> list[dict[str, Any]]:
     if bool(prompts) == (file is not None):
         raise UsageError('give prompts as arguments, or --file with JSON lines, or "-" for standard input')
     if file is None:
         return [{"prompt": read_text(Path("-")) if prompt == "-" else prompt} for prompt in prompts]
     lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
-    if not lines:
+    records = []
+    for number, line in lines:
+        try:
+            records.append(_record(line, f"{file}:{number}"))
+        except PunaError as error:
+            if not keep_going:
+                raise PunaError(f"{error}; mend it, or leave it out with --keep-going") from None
+            say(f"left out: {error}")
+    if not records:
         raise PunaError(f"{file} holds no prompts")
-    return [_record(line, f"{file}:{number}") for number, line in lines]
+    return records
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

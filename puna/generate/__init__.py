@@ -1,7 +1,8 @@
 """Prompts to completions: by text here, by token in `complete`.
 
 `generate` continues a text, `infill` writes what is missing between two, `chat` answers a dialog; they lay out the
-tokens and leave the rest to the loop. Where a completion ends, and how it is chosen, is said by `Sampling`.
+tokens and leave the rest to the engine. `complete` is the plain loop that the engine is tested against. Where a
+completion ends, and how it is chosen, is said by `Sampling`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from puna.errors import PunaError
+from puna.generate.engine import Engine
 from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText
@@ -17,7 +19,7 @@ from puna.prompts import ChatTemplate, Message, chat_template, infill_prompt, in
 from puna.tokenizer import Tokenizer
 from puna.twins import make_callable
 
-__all__ = ["Completion", "OnCompletion", "OnText", "Sampling", "chat", "complete", "generate", "infill"]
+__all__ = ["Completion", "Engine", "OnCompletion", "OnText", "Sampling", "chat", "complete", "generate", "infill"]
 
 make_callable(__name__)
 
@@ -29,7 +31,9 @@ def generate(
     *,
     on_text: OnText | None = None,
     on_completion: OnCompletion | None = None,
-    batch_rows: int = 16,
+    n: int = 1,
+    batch_rows: int = 64,
+    lookup: bool = False,
     **sampling: Any,
 ) -> list[Completion]:
     """Continues texts.
@@ -40,26 +44,24 @@ def generate(
         prompts: one text or several.
         on_text: is given (number of the prompt, piece of text) while the text grows.
         on_completion: is given (number of the prompt, completion) once it is finished.
-        batch_rows: prompts that are completed together.
+        n: completions of each prompt, with seeds `seed`, `seed + 1` and so on; prompts are counted over all of them.
+        batch_rows: completions that run at a time.
+        lookup: guess from what stands in the text already what comes next, and check the guesses together: faster
+            where a text repeats itself, as edits do; the completions are the same.
         sampling: the fields of `Sampling`, e.g. `temperature=0.2, stop=("def ",)`.
 
     Returns:
-        One completion for each prompt, in their order.
+        n completions of the first prompt, then of the second, and so on.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise PunaError(f"prompt {index} is empty; write what the model is to continue")
-    tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    return complete(
-        model,
-        tokenizer,
-        tokens,
-        Sampling.of(sampling),
-        on_text=on_text,
-        on_completion=on_completion,
-        batch_rows=batch_rows,
-    )
+    settings = Sampling.of(sampling)
+    tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts for _ in range(n)]
+    samplings = [replace(settings, seed=settings.seed + i) for _ in prompts for i in range(n)]
+    engine = Engine(model, tokenizer, max_rows=max(1, min(batch_rows, len(tokens))), lookup=lookup)
+    return engine.generate(tokens, samplings, on_text=on_text, on_completion=on_completion)
 
 
 def infill(
@@ -88,7 +90,7 @@ def infill(
     """
     tokens = infill_prompt(tokenizer, prefix, suffix, order=order)
     settings = _ending_also(sampling, infill_stops(tokenizer))
-    return complete(model, tokenizer, [tokens], settings, on_text=on_text)[0]
+    return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
 
 
 def chat(
@@ -118,7 +120,7 @@ def chat(
         raise PunaError("a dialog to answer ends with a message of the user")
     tokens = template.encode(tokenizer, messages).tokens
     settings = _ending_also(sampling, template.stops(tokenizer), template.stop_strings)
-    return complete(model, tokenizer, [tokens], settings, on_text=on_text)[0]
+    return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
 
 
 def _ending_also(sampling: dict[str, Any], stop_ids: Sequence[int], stop: Sequence[str] = ()) -> Sampling:

@@ -1,6 +1,6 @@
 """From logits to the next token: one frozen value says how, two functions do it.
 
-    logits (V,) -> repetition penalty -> / temperature -> top-k -> top-p -> min-p -> softmax -> one uniform number -> id
+    logits (V,) -> bias -> penalties -> / temperature -> top-k -> top-p -> min-p -> softmax -> one uniform number -> id
 
 This is transformers' order. Each step sees what the one before left, and min-p compares probabilities by their ratio,
 so its place behind top-p changes nothing that it keeps. Temperature 0 takes the likeliest id after the penalty.
@@ -8,8 +8,9 @@ so its place behind top-p changes nothing that it keeps. Temperature 0 takes the
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,11 +29,16 @@ class Sampling:
         top_p: only the likeliest tokens that together reach this probability; at least one.
         min_p: only tokens at least this fraction as likely as the likeliest.
         repetition_penalty: positive logits of tokens in prompt or completion are divided by it, negative multiplied.
+        presence_penalty: is taken from the logits of tokens that the completion holds already.
+        frequency_penalty: is taken from them once for every time that it holds them.
+        logit_bias: id -> what is added to its logit.
         max_tokens: most tokens of a completion; the model's context ends it too.
         stop: the completion ends before the first of these strings.
         stop_ids: tokens that end a completion besides the tokenizer's EOS and EOT, and stay out of it.
         seed: of the completion's own random numbers, so that nothing else in the batch has a say.
         ignore_eos: EOS and EOT are tokens like all others (for benchmarks); `stop_ids` still end.
+        logprobs: log-probabilities to give with each token, as the model alone sees them: its own, and those of so
+            many likeliest ones; None: none.
     """
 
     temperature: float = 0.0
@@ -40,11 +46,15 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -74,6 +84,14 @@ _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] =
     "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min_p": ((int, float), lambda value: 0 <= value <= 1, "between 0 and 1"),
     "repetition_penalty": ((int, float), lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
+    "presence_penalty": ((int, float), math.isfinite, "a number"),
+    "frequency_penalty": ((int, float), math.isfinite, "a number"),
+    "logit_bias": (
+        Mapping,
+        lambda value: all(isinstance(id, int) and id >= 0 and math.isfinite(add) for id, add in value.items()),
+        "token ids with what is added to their logits",
+    ),
+    "logprobs": ((int, NoneType), lambda value: value is None or value >= 0, "None, or how many likeliest tokens"),
     "max_tokens": (int, lambda value: value >= 1, "1 or more"),
     "stop": (tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
     "stop_ids": (tuple, lambda value: all(isinstance(id, int) for id in value), "token ids"),
@@ -91,7 +109,13 @@ def check_numbers(logits: Tensor) -> None:
         raise PunaError("the model's logits are not numbers: its weights are damaged, or too large for this dtype")
 
 
-def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def choose(
+    logits: Tensor,
+    is_seen: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    counts: Tensor | None = None,
+) -> int:
     """Picks the next token.
 
     Args:
@@ -99,18 +123,19 @@ def choose(logits: Tensor, is_seen: Tensor, sampling: Sampling, generator: torch
         is_seen: (V,) bool, tokens of the prompt and the completion so far.
         sampling: how to pick.
         generator: the sequence's own, on the CPU; advanced by one number a token unless the temperature is 0.
+        counts: (V,) how often the completion holds each token; None: nothing asks for it.
 
     """
     if sampling.temperature == 0:
-        return int(penalised(logits, is_seen, sampling.repetition_penalty).argmax())
-    shares = distribution(logits, is_seen, sampling).double().cumsum(0)
+        return int(_scores(logits, is_seen, sampling, counts).argmax())
+    shares = distribution(logits, is_seen, sampling, counts).double().cumsum(0)
     share = torch.rand((), generator=generator, dtype=torch.float64) * shares[-1]
     return int(torch.searchsorted(shares, share, right=True))  # never a token of probability 0
 
 
-def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling) -> Tensor:
+def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Tensor | None = None) -> Tensor:
     """Probability (V,) fp32 with which each token comes next; arguments as for `choose`, temperature above 0."""
-    scores = penalised(logits, is_seen, sampling.repetition_penalty)
+    scores = _scores(logits, is_seen, sampling, counts)
     scores = (scores - scores.max()) / sampling.temperature  # 0 at most, so that no temperature overflows
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -math.inf)
@@ -123,6 +148,17 @@ def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling) -> Tensor:
         likelihoods = scores.softmax(0)
         scores = scores.masked_fill(likelihoods < sampling.min_p * likelihoods.max(), -math.inf)
     return scores.softmax(0)
+
+
+def _scores(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
+    """Logits (V,) with bias and penalties; vLLM's order."""
+    if sampling.logit_bias:
+        logits = logits.float().clone()
+        logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
+    scores = penalised(logits, is_seen, sampling.repetition_penalty)
+    if counts is not None:
+        scores = scores - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
+    return scores
 
 
 def penalised(logits: Tensor, is_seen: Tensor, penalty: float) -> Tensor:

@@ -1,7 +1,7 @@
 """A prompt and its completion as it grows: which token comes next, what text it spells, and when it ends."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,12 +26,27 @@ class Completion:
         text: ends before the stop string; "" without a tokenizer.
         finish: "stop" (a token or a string that ends), or "length" (`max_tokens`, or the model's context is full).
         prompt_tokens: length of the prompt.
+        logprobs: of each token, where the sampling asks for them; else empty.
     """
 
     tokens: list[int]
     text: str
     finish: Literal["stop", "length"]
     prompt_tokens: int
+    logprobs: list["Logprobs"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """How likely the model found a token, whatever the sampling made of that.
+
+    Attributes:
+        chosen: natural logarithm of the probability of the token that was chosen.
+        likeliest: id -> the same of the likeliest tokens, the likeliest first.
+    """
+
+    chosen: float
+    likeliest: dict[int, float]
 
 
 #: Called with the number of a prompt and its completion.
@@ -56,7 +71,7 @@ class Sequence:
 
     Raises:
         PunaError: the prompt is empty, holds an id that the model does not know, or fills the model's context.
-        UsageError: stop strings without a tokenizer.
+        UsageError: stop strings without a tokenizer; a biased id that the model does not know.
     """
 
     def __init__(
@@ -83,6 +98,11 @@ class Sequence:
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._is_seen = torch.zeros(config.vocab_size, dtype=torch.bool)
         self._is_seen[self.tokens] = True
+        is_counted = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._counts = torch.zeros(config.vocab_size) if is_counted else None
+        self._logprobs: list[Logprobs] = []
+        if sampling.logit_bias and (highest := max(sampling.logit_bias)) >= config.vocab_size:
+            raise UsageError(f"logit_bias names id {highest}, but the model's vocabulary has {config.vocab_size} ids")
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._text = StoppableText(sampling.stop)
         self._on_text = on_text
@@ -90,13 +110,21 @@ class Sequence:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is that of the greatest logit, whatever came before."""
-        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1
+        s = self.sampling
+        changes = s.repetition_penalty != 1 or s.logit_bias or self._counts is not None or s.logprobs is not None
+        return s.temperature == 0 and not changes
 
     def take(self, logits: Tensor) -> None:
         """Chooses the next token by its logits (V,), on the CPU, and finishes if that was the last."""
         check_numbers(logits)
         logits[self.spelled :] = -torch.inf
-        self.take_id(choose(logits, self._is_seen, self.sampling, self._generator))
+        id = choose(logits, self._is_seen, self.sampling, self._generator, self._counts)
+        if self.sampling.logprobs is not None and id not in self._stop_ids:
+            logprobs = logits.float().log_softmax(0)
+            best = logprobs.topk(self.sampling.logprobs)
+            likeliest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            self._logprobs.append(Logprobs(logprobs[id].item(), likeliest))
+        self.take_id(id)
 
     def take_id(self, id: int) -> None:
         """Goes on with a token, and finishes if it was the last."""
@@ -105,6 +133,8 @@ class Sequence:
             return
         self.tokens.append(id)
         self._is_seen[id] = True
+        if self._counts is not None:
+            self._counts[id] += 1
         if self._stream:
             self._give(self._text.push(self._stream.push(id)))
         if self._text.is_stopped:
@@ -115,7 +145,8 @@ class Sequence:
     def completion(self) -> Completion:
         """The finished completion."""
         assert self.finish is not None
-        return Completion(self.tokens[self.prompt_tokens :], self._text.text, self.finish, self.prompt_tokens)
+        tokens = self.tokens[self.prompt_tokens :]
+        return Completion(tokens, self._text.text, self.finish, self.prompt_tokens, list(self._logprobs))
 
     def _end(self, finish: Literal["stop", "length"]) -> None:
         if self._stream:

@@ -335,6 +335,38 @@ def test_on_a_gpu_it_gives_the_tokens_of_the_loop(is_compiled: bool) -> None:
     assert_all_free(engine)
 
 
+def test_log_probabilities_are_those_of_the_model(model: Llama) -> None:
+    prompt = [1, 20, 30]
+    settings = [Sampling(max_tokens=5, temperature=t, seed=3, logprobs=4, ignore_eos=True) for t in (0.0, 0.9)]
+    for completion in Engine(model, cache_tokens=128).generate([prompt] * 2, settings):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for place, (id, found) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+            assert found.chosen == pytest.approx(expected[place, id].item(), abs=1e-5)
+            best = expected[place].topk(4)
+            assert list(found.likeliest) == best.indices.tolist()
+            assert list(found.likeliest.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_prompts_that_begin_alike_are_read_once(model: Llama) -> None:
+    engine = Engine(model, cache_tokens=512, block_tokens=8, step_tokens=200)
+    settings = Sampling(max_tokens=4, ignore_eos=True)
+    added = [engine._new(engine._sequence(i, range(3, 43), settings, None)) for i in range(6)]
+    for running in added:
+        engine.scheduler.add(running)
+    computed = 0
+    while not all(running.is_done for running in added):
+        chunks = engine.scheduler.next_step()
+        computed += sum(chunk.stop - chunk.start for chunk in chunks)
+        for chunk, logits in zip(chunks, engine._compute(chunks), strict=True):
+            if logits is not None:
+                engine._take(chunk, logits)
+            engine.scheduler.advance(chunk)
+    assert computed == 40 + 5 * 8 + 6 * 3, "one reads the prompt, five its last block, and all decode"
+    assert len({tuple(running.tokens) for running in added}) == 1
+
+
 def test_running_is_a_sequence_of_its_own() -> None:
     """Two requests of equal content are two requests."""
     config = tiny_model().config

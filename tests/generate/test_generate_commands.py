@@ -11,6 +11,7 @@ import torch
 import puna
 from puna.checkpoint import save_model
 from puna.cli import run
+from puna.cli.generate import Results
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
 from puna.prompts import chat_template, infill_prompt
@@ -147,12 +148,12 @@ def test_every_sampling_option_arrives(loaded, tiny_model_folder: Path, capsys) 
 def test_stop_options_arrive(loaded, tiny_model_folder: Path, capsys) -> None:
     model, tokenizer = loaded
     (whole,) = puna.generate(model, tokenizer, QUESTION, max_tokens=30)
-    stop = whole.text[10:12]
+    stop = whole.text[len(whole.text) // 2 :][:2]
     assert (
         run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "30", "--stop", "~~", "--stop", stop]) == 0
     )
     assert capsys.readouterr().out == whole.text[: whole.text.index(stop)] + "\n"
-    at = whole.tokens[8]
+    at = whole.tokens[len(whole.tokens) // 2]
     assert run(["generate", str(tiny_model_folder), QUESTION, "--stop-id", str(at), "--json"]) == 0
     (completion,) = json.loads(capsys.readouterr().out)["completions"]
     assert (completion["completion_tokens"], completion["finish"]) == (whole.tokens.index(at), "stop")
@@ -196,6 +197,49 @@ def test_json_lines_go_in_and_come_out_with_their_other_fields(
     assert [record["completion"] for record in answered] == [
         continued(loaded, r["prompt"], max_tokens=6) for r in asked
     ]
+
+
+def test_a_killed_run_continues_with_the_completions_it_has(
+    loaded, tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"x = {i}"}) + "\n" for i in range(5)))
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "4"]
+    words += ["--n", "2", "--temperature", "0.9", "--batch-rows", "3"]
+    put, count = Results.put, 0
+
+    def killed_later(self: Results, number: int, result: dict) -> None:
+        nonlocal count
+        put(self, number, result)
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Results, "put", killed_later)
+    assert run(words) != 0
+    assert not output.exists()
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(partial.read_text() + '[7, {"prom')  # cut off in the middle of a line
+    monkeypatch.setattr(Results, "put", put)
+    assert run(words) == 0
+    assert "4 of 10 are there" in capsys.readouterr().err
+    expected = [
+        continued(loaded, f"x = {i}", max_tokens=4, temperature=0.9, seed=seed) for i in range(5) for seed in range(2)
+    ]
+    assert [json.loads(line)["completion"] for line in output.read_text().splitlines()] == expected
+    assert not partial.exists()
+
+
+def test_a_bad_line_among_prompts_can_be_left_out(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "x"}\n{"prompt"\n{"prompt": "y"}\n')
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "2"]
+    assert run(words) == 1
+    assert "in.jsonl:2 is not JSON" in (said := capsys.readouterr().err)
+    assert "--keep-going" in said
+    assert run([*words, "--keep-going"]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["x", "y"]
 
 
 def test_wrong_prompts_are_told_apart_before_the_model_is_loaded(tmp_path: Path, capsys, typed) -> None:

@@ -187,3 +187,17 @@ def test_an_unknown_setting_lists_those_there_are() -> None:
 
 def test_one_stop_string_may_be_given_bare() -> None:
     assert Sampling(stop="\n\n") == Sampling(stop=("\n\n",)) == Sampling(stop=["\n\n"])  # type: ignore[arg-type]
+
+
+def test_penalties_count_what_the_completion_holds_and_a_bias_is_added() -> None:
+    """Against OpenAI's published formula: mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence."""
+    logits, counts = logits_of(3), torch.zeros(V)
+    counts[[4, 7]] = torch.tensor([1.0, 3.0])
+    settings = Sampling(temperature=1.0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias={2: 1.5, 7: -2.0})
+    expected = logits.clone()
+    expected[2] += 1.5
+    expected[7] += -2.0 - 3 * 0.4 - 0.7
+    expected[4] += -0.4 - 0.7
+    torch.testing.assert_close(distribution(logits, seen([]), settings, counts), expected.softmax(0))
+    greedy = Sampling(logit_bias={11: 100.0})
+    assert choose(logits, seen([]), greedy, torch.Generator()) == 11

@@ -116,6 +116,9 @@ class Scheduler:
                 chunks.append(chunk)
                 left -= chunk.stop - chunk.start
         while self.waiting and left > 0 and len(self.running) < self.max_rows:
+            being_read = {self._beginning_of(each) for each in self.running if not each._known}
+            if self._beginning_of(self.waiting[0]) in being_read:
+                break  # in the next step it finds there what is being computed in this one
             chunk = self._admit(self.waiting[0], left)
             if chunk is None:
                 break
@@ -186,6 +189,11 @@ class Scheduler:
         """Gives a sequence blocks for its first `stop` tokens."""
         while len(running.blocks) * self.pool.size < stop:
             running.blocks.append(self.pool.take(running.blocks[-1] if running.blocks else None))
+
+    def _beginning_of(self, running: Running) -> tuple[int, ...] | Running:
+        """The first block of a prompt, or the sequence itself where its prompt is shorter."""
+        block = running.tokens[: self.pool.size]
+        return tuple(block) if running.sequence.prompt_tokens > len(block) == self.pool.size else running
 
     def _make_known(self, running: Running) -> None:
         for number in range(running._known, running.computed // self.pool.size):

@@ -81,30 +81,50 @@ def test_a_run_goes_on_under_other_layouts_and_exports_the_same_weights(
             torch.testing.assert_close(merged[name], weight, rtol=0, atol=2e-6)
 
 
-def test_the_error_of_one_rank_reaches_the_terminal_and_the_exit_code(content: dict[str, Any], tmp_path: Path) -> None:
-    script = (
-        "import os, sys, puna.cli, puna.train.run as run\n"
-        "from puna.errors import PunaError\n"
-        "step = run.train_step\n"
-        "def failing(*args, update, **options):\n"
-        "    if os.environ['RANK'] == '1' and update == 3: raise PunaError('the device fell off the bus')\n"
-        "    return step(*args, update=update, **options)\n"
-        "run.train_step = failing\n"
-        "sys.exit(puna.cli.run(sys.argv[1:]))\n"
-    )
+#: A `puna` whose rank 1 does something else in its third step.
+MISBEHAVING = """
+import os, sys, time
+from datetime import timedelta
+import puna.cli, puna.parallel.mesh as mesh, puna.train.run as run
+from puna.errors import PunaError
+mesh.TIMEOUT = timedelta(seconds=15)
+step = run.train_step
+def misbehaving(*args, update, **options):
+    if os.environ['RANK'] == '1' and update == 3:
+        MISDEED
+    return step(*args, update=update, **options)
+run.train_step = misbehaving
+sys.exit(puna.cli.run(sys.argv[1:]))
+"""
+
+
+def _train_with(misdeed: str, content: dict[str, Any], run_dir: Path) -> subprocess.CompletedProcess[str]:
     starter = (
         "import sys, puna.parallel.start as start\n"
-        "start.PUNA = ['-c', sys.argv[1]]\n"
+        "start.PUNA, start.GRACE_SECONDS = ['-c', sys.argv[1]], 3\n"
         "sys.exit(start.start_processes(sys.argv[2:], 2))\n"
     )
-    words = _command(content, tmp_path / "run")[3:]
+    command = [sys.executable, "-c", starter, MISBEHAVING.replace("MISDEED", misdeed), *_command(content, run_dir)[3:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_error_of_one_rank_reaches_the_terminal_and_the_exit_code(content: dict[str, Any], tmp_path: Path) -> None:
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", starter, script, *words], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = _train_with("raise PunaError('the device fell off the bus')", content, tmp_path / "run")
     assert done.returncode == 1
     assert "[rank 1] puna: the device fell off the bus" in done.stderr
     assert time.monotonic() - started < 120  # the others do not wait for it for ever
+
+
+def test_a_rank_that_hangs_is_an_error_with_the_last_collective_of_each(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    done = _train_with("time.sleep(1000)", content, tmp_path / "run")
+    assert done.returncode == 1
+    assert "puna: the other ranks were waited for in vain; the last collective of each:" in done.stderr
+    assert "  rank 0: gloo:" in done.stderr
+    assert "  rank 1: gloo:" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_impossible_layout_is_refused_once_with_what_would_do(content: dict[str, Any], tmp_path: Path) -> None:

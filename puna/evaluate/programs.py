@@ -33,6 +33,9 @@ from puna.evaluate.spread import Replicas, Spread
 from puna.files import file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 
+#: Most jobs that wait for a judgement; some hold thousands of inputs.
+BACKLOG = 1000
+
 
 @dataclass(frozen=True)
 class Task:
@@ -275,6 +278,7 @@ class _Judge:
                 line["verdict"], line["detail"], line["seconds"], line.get("printed", "")
             )
             for line in log.lines
+            if line["verdict"] != "sandbox"  # which is no fault of the program's, and may go well this time
         }
         self._running: dict[Sample, Future[Judgement]] = {}
         self._judged: dict[Sample, Judgement] = {}
@@ -288,29 +292,29 @@ class _Judge:
             return
         job = self._benchmark.job(self._tasks[sample.task_id], sample)
         self._running[sample] = self._sandbox.submit(job)
-        self._collect(done_only=True)
+        while self._running and (len(self._running) > BACKLOG or next(iter(self._running.values())).done()):
+            self._collect_first()
 
     def finish(self) -> dict[Sample, Judgement]:
         """All judgements, once they are there; what timed out is judged again, alone."""
         with Progress("judging", len(self._running), "samples") as progress:
-            self._collect(progress=progress)
+            while self._running:
+                self._collect_first()
+                progress.advance()
             for sample in [sample for sample, judgement in self._judged.items() if judgement.is_doubtful]:
                 if (sample.task_id, _checksum(sample)) not in self._known:
                     self._keep(sample, self._sandbox.judge(self._benchmark.job(self._tasks[sample.task_id], sample)))
         return self._judged
 
-    def _collect(self, *, done_only: bool = False, progress: Progress | None = None) -> None:
-        for sample, future in list(self._running.items()):
-            if done_only and not future.done():
-                return
-            judgement = future.result()
-            del self._running[sample]
-            if judgement.is_doubtful:
-                self._judged[sample] = judgement  # and not in the log: it does not count yet
-            else:
-                self._keep(sample, judgement)
-            if progress is not None:
-                progress.advance()
+    def _collect_first(self) -> None:
+        """Waits for the judgement that was submitted first."""
+        sample, future = next(iter(self._running.items()))
+        judgement = future.result()
+        del self._running[sample]
+        if judgement.is_doubtful:
+            self._judged[sample] = judgement  # and not in the log: it does not count yet
+        else:
+            self._keep(sample, judgement)
 
     def _keep(self, sample: Sample, judgement: Judgement) -> None:
         self._judged[sample] = judgement

@@ -46,6 +46,17 @@ def test_34b_is_fine_tuned_on_one_device_of_139_gib_only_with_a_small_state() ->
     assert full["own"]["memory_gib"] > 139
 
 
+def test_offload_frees_the_inputs_of_all_layers_but_two() -> None:
+    def activations(recompute: str) -> float:
+        changes = {"recompute": recompute, "micro_batch_rows": 1}
+        return puna.plan("codellama-34b-finetune-1gpu", changes, memory_gib=139, layout=True)["own"]["memory"][
+            "activations"
+        ]
+
+    inputs = 4096 * 8192 * 2 / 2**30  # of a layer: tokens, width, bf16
+    assert activations("block") - activations("offload") == pytest.approx(46 * inputs)
+
+
 def test_longer_rows_never_take_less_and_more_shards_never_more() -> None:
     def gib(length: int, devices: int) -> float:
         changes = {"sequence_length": length, "batch_tokens": 128 * 4096, "model": "codellama-7b"}

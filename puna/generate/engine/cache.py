@@ -147,6 +147,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q[None], k[None], v[None])[0]
     if len(q) > 1:
         return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]
-    # One query: the heads that share keys are its rows, and no mask is needed.
-    grouped = q.unflatten(1, (k.shape[1], -1))[0]
-    return F.scaled_dot_product_attention(grouped, k.transpose(0, 1), v.transpose(0, 1)).flatten(0, 1)[None]
+    # One query: the heads that share keys are its rows, and no mask is needed. torch's kernel wants a batch dim.
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (1, K, N / K, H)
+    return F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None]).flatten(1, 2)

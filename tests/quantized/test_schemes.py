@@ -159,6 +159,13 @@ def test_int4s_two_products_on_a_cpu_agree(monkeypatch):
     assert relative_error(out, layer(x)) < 1e-5
 
 
+@pytest.mark.skipif(not int4._interleaves(), reason="this CPU's kernels order codes otherwise")
+def test_int4_orders_codes_as_torch_does():
+    pairs = torch.randint(0, 256, (192, 48), dtype=torch.uint8)
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1).int()
+    assert torch.equal(int4._interleaved(pairs), torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+
+
 def test_int4_does_without_the_order_of_codes_that_it_knows(monkeypatch):
     layer = layer_of(int4.Linear, random_weight(256, 128))
     x = torch.randn(int4.PACKED_ROWS + 1, 128)

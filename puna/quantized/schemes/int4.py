@@ -23,8 +23,8 @@ RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 #: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
 PACKED_ROWS = 128
 
-#: Outputs whose codes torch's CPU kernels interleave, and blocks of so many that are dequantised at once: few enough to
-#: stay in the cache.
+#: Outputs whose codes torch's kernels for AVX-512 interleave, and blocks of so many that are dequantised at once: few
+#: enough to stay in the cache.
 BLOCK = 64
 BLOCKS_AT_ONCE = 16
 
@@ -91,9 +91,11 @@ class Linear(QuantizedLinear):
         if takes_cuda_kernels(self.weight.device.type):
             tiles = next(n for n in INNER_TILES if self.in_features % (16 * n) == 0)
             packed = torch.ops.aten._convert_weight_to_int4pack(self.weight, tiles)
+        elif self.out_features % BLOCK == 0 and _interleaves():
+            self._is_interleaved = True
+            packed = _interleaved(self.weight)
         else:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_unpaired(self.weight).int(), 1)
-            self._is_interleaved = self.out_features % BLOCK == 0 and _interleaves()
         scales_and_zeros = torch.stack((self.weight_scale.t(), self.weight_zero.t()), dim=-1)
         for name in self.form(self.out_features, self.in_features, self.group_size):
             delattr(self, name)
@@ -135,11 +137,19 @@ def _unpaired(pairs: Tensor) -> Tensor:
     return torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1)
 
 
-def _transposed_weight(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """Interleaved codes of whole blocks to the transposed weight, (in, out).
+def _interleaved(pairs: Tensor) -> Tensor:
+    """Bytes (out, in / 2) in the order of torch's kernels for AVX-512: byte b of an input has outputs b and b + 32.
 
-    Byte b of an input holds the outputs b and b + 32 of a block.
+    torch's own conversion makes the same, but by way of 32 bits a code, which takes far longer.
     """
+    first, second = pairs.unflatten(0, (-1, 2, BLOCK // 2)).unbind(1)
+    of_even_inputs, of_odd_inputs = first >> 4 | second & 0xF0, first & 0x0F | second << 4
+    by_output = torch.stack((of_even_inputs, of_odd_inputs), dim=-1).flatten(2)
+    return by_output.transpose(1, 2).contiguous().view(pairs.shape)
+
+
+def _transposed_weight(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """Interleaved codes of whole blocks to the transposed weight, (in, out)."""
     n_blocks, n_groups = len(packed) // BLOCK, len(scales_and_zeros)
     pairs = packed.view(n_blocks, n_groups, -1, BLOCK // 2)
     codes = torch.cat((pairs & 15, pairs >> 4), dim=-1).to(scales_and_zeros.dtype)
@@ -151,8 +161,7 @@ def _transposed_weight(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 @functools.cache
 def _interleaves() -> bool:
-    """Whether this CPU's kernels order codes as `_transposed_weight` expects; those without AVX-512 do not."""
-    codes = torch.arange(2 * BLOCK, dtype=torch.int32).view(BLOCK, 2) * 7 // 3 % 16
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    ones_and_eights = torch.tensor([1.0, 8.0]).expand(1, BLOCK, 2)
-    return torch.equal(_transposed_weight(packed, ones_and_eights), codes.t().float())
+    """Whether this CPU's kernels take the order that `_interleaved` makes; those without AVX-512 do not."""
+    pairs = (torch.arange(BLOCK * 2) * 37 % 251).to(torch.uint8).view(BLOCK, 2)
+    converted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_unpaired(pairs).int(), 1)
+    return torch.equal(converted, _interleaved(pairs))

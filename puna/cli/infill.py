@@ -26,6 +26,7 @@ from puna.cli.generate import (
     read_text,
 )
 from puna.errors import UsageError
+from puna.progress import say
 
 #: Marks the gap in a file.
 FILL = "<FILL>"
@@ -40,6 +41,10 @@ def infill(
         Path | None, typer.Option(help=f"Instead of both: a text with {FILL} in it; -: standard input.")
     ] = None,
     order: Annotated[str, typer.Option(help="psm (prefix first) or spm (suffix first).")] = "psm",
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of the prompt: lines far from the gap are left out; default: the context's."),
+    ] = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -54,8 +59,9 @@ def infill(
 ) -> None:
     """Fill the gap between two texts, printing what is missing while it grows."""
     before, behind = _around(prefix, suffix, file)
-    from puna.generate import Sampling
+    from puna.generate import Sampling, prompt_room
     from puna.generate import infill as fill
+    from puna.prompts import cut_around_gap
 
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -69,12 +75,20 @@ def infill(
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
     loaded, tokenizer = open_model(model, dtype, device)
+    budget = prompt_room(loaded, max_tokens) if budget is None else budget
+    kept_before, kept_behind = cut_around_gap(tokenizer, before, behind, budget)
+    if (kept_before, kept_behind) != (before, behind):
+        say(
+            f"more than {budget} tokens: the model sees the last {len(kept_before)} of {len(before)} characters "
+            f"before the gap, and the first {len(kept_behind)} of {len(behind)} behind it"
+        )
     on_text = None if as_json else print_piece
     completion = fill(
         loaded,
         tokenizer,
-        before,
-        behind,
+        kept_before,
+        kept_behind,
+        budget=budget,
         order=order,  # type: ignore[arg-type]  # a wrong one is refused there
         on_text=on_text,
         **settings,

@@ -15,11 +15,22 @@ from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText
 from puna.model.llama import Llama
-from puna.prompts import ChatTemplate, Message, chat_template, infill_prompt, infill_stops
+from puna.prompts import ChatTemplate, Message, chat_template, cut_around_gap, infill_prompt, infill_stops
 from puna.tokenizer import Tokenizer
 from puna.twins import make_callable
 
-__all__ = ["Completion", "Engine", "OnCompletion", "OnText", "Sampling", "chat", "complete", "generate", "infill"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "OnCompletion",
+    "OnText",
+    "Sampling",
+    "chat",
+    "complete",
+    "generate",
+    "infill",
+    "prompt_room",
+]
 
 make_callable(__name__)
 
@@ -71,6 +82,7 @@ def infill(
     suffix: str,
     *,
     order: Literal["psm", "spm"] = "psm",
+    budget: int | None = None,
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> Completion:
@@ -82,15 +94,24 @@ def infill(
         prefix: the text before; may be empty.
         suffix: the text after; may be empty.
         order: "psm" (prefix first) or "spm" (suffix first), as the model was trained; Code Llama knows both.
+        budget: most tokens of the prompt: lines far from the gap are left out beyond it (`cut_around_gap`); None: what
+            the model's context leaves (`prompt_room`).
         on_text: as for `generate`; the number is 0.
         sampling: the fields of `Sampling`.
 
     Raises:
         PunaError: the model cannot infill; the message says which can.
     """
-    tokens = infill_prompt(tokenizer, prefix, suffix, order=order)
     settings = _ending_also(sampling, infill_stops(tokenizer))
+    budget = prompt_room(model, settings.max_tokens) if budget is None else budget
+    tokens = infill_prompt(tokenizer, *cut_around_gap(tokenizer, prefix, suffix, budget), order=order)
     return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
+
+
+def prompt_room(model: Llama, max_tokens: int) -> int:
+    """Tokens of the model's context that a completion leaves to its prompt: half of them at least."""
+    context = model.config.max_position_embeddings
+    return max(context - max_tokens, context // 2)
 
 
 def chat(

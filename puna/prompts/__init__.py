@@ -6,7 +6,7 @@ own terms and cannot become a control token.
 """
 
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
-from puna.prompts.infilling import infill_document, infill_prompt, infill_stops
+from puna.prompts.infilling import cut_around_gap, infill_document, infill_prompt, infill_stops
 from puna.prompts.templates import alpaca_prompt, chat_template, template_names
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "UnusableDialog",
     "alpaca_prompt",
     "chat_template",
+    "cut_around_gap",
     "infill_document",
     "infill_prompt",
     "infill_stops",

@@ -11,12 +11,20 @@ Source: facebookresearch/codellama, `llama/generation.py` and `llama/tokenizer.p
 section 2.3.
 """
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from puna.errors import PunaError, UsageError
 from puna.tokenizer import Infilling, Tokenizer
 
 Order = Literal["psm", "spm"]
+
+#: BOS, PRE, SUF and MID: what a prompt holds besides prefix and suffix.
+MARKERS = 4
+
+#: Of a prompt that is cut, the part that the suffix gets at least, where it has so much.
+SUFFIX_SHARE = 1 / 4
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Order = "psm") -> list[int]:
@@ -31,6 +39,46 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Orde
     if _is_psm(order):
         return [tokenizer.bos_id, markers.prefix_id, *before, markers.suffix_id, *after, markers.middle_id]
     return [tokenizer.bos_id, markers.prefix_id, markers.suffix_id, *after, markers.middle_id, *before]
+
+
+def cut_around_gap(tokenizer: Tokenizer, prefix: str, suffix: str, budget: int) -> tuple[str, str]:
+    """What of a long file fits a prompt: the lines next to the gap, three quarters of the tokens for those before it.
+
+    What one side does not need is the other's. The line of the gap is kept whole, unless it alone is too long: then
+    only what of it stands next to the gap stays.
+
+    Args:
+        tokenizer: counts.
+        prefix: the text before the gap.
+        suffix: the text behind it.
+        budget: most tokens of `infill_prompt`, its markers included.
+
+    Returns:
+        The end of `prefix` and the beginning of `suffix`.
+
+    Raises:
+        UsageError: the budget does not even hold the markers.
+    """
+    room = budget - MARKERS
+    if room < 0:
+        raise UsageError(f"a budget of {budget} tokens does not hold an infilling prompt's {MARKERS} markers; raise it")
+
+    def before(start: int) -> int:
+        return len(tokenizer.encode(prefix[start:]))
+
+    def behind(stop: int) -> int:
+        return len(tokenizer.encode(suffix[:stop], leading_space=False))
+
+    starts, stops = _line_starts(prefix), _line_stops(suffix)
+    of_gap_before, of_gap_behind = before(starts[0]), behind(stops[0])
+    if of_gap_before + of_gap_behind > room:
+        starts, stops = range(len(prefix), starts[0] - 1, -1), range(stops[0] + 1)
+        of_gap_before = of_gap_behind = 0
+    share = min(max(int(room * SUFFIX_SHARE), of_gap_behind), room - of_gap_before)
+    stop = _furthest(stops, behind, share)
+    start = _furthest(starts, before, room - behind(stop))
+    stop = _furthest(stops, behind, room - before(start))
+    return prefix[start:], suffix[:stop]
 
 
 def infill_document(tokenizer: Tokenizer, prefix: str, middle: str, suffix: str, *, order: Order) -> list[int]:
@@ -60,3 +108,29 @@ def _is_psm(order: str) -> bool:
     if order not in ("psm", "spm"):
         raise UsageError(f'the order of an infilling prompt is "psm" or "spm", not {order!r}')
     return order == "psm"
+
+
+def _line_starts(text: str) -> Sequence[int]:
+    """Where lines begin, the last one first."""
+    return [0, *(newline.end() for newline in re.finditer("\n", text))][::-1]
+
+
+def _line_stops(text: str) -> Sequence[int]:
+    """Where lines end, behind their newlines."""
+    return [*dict.fromkeys([*(newline.end() for newline in re.finditer("\n", text)), len(text)])]
+
+
+def _furthest(cuts: Sequence[int], cost: Callable[[int], int], most: int) -> int:
+    """The last of `cuts` whose cost is at most `most`, as if costs grew; the first is known to fit.
+
+    It looks twice as far each time until it is too far, then halves the distance: never much beyond what fits, for a
+    file may be long.
+    """
+    fits, step = 0, 1
+    while fits + step < len(cuts) and cost(cuts[fits + step]) <= most:
+        fits, step = fits + step, 2 * step
+    too_far = min(fits + step, len(cuts))
+    while too_far - fits > 1:
+        middle = (fits + too_far) // 2
+        fits, too_far = (middle, too_far) if cost(cuts[middle]) <= most else (fits, middle)
+    return cuts[fits]

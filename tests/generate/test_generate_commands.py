@@ -14,7 +14,7 @@ from puna.cli import run
 from puna.cli.generate import Results
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
-from puna.prompts import chat_template, infill_prompt
+from puna.prompts import chat_template, cut_around_gap, infill_prompt
 from puna.testing import ScriptedModel, tiny_model
 from puna.tokenizer import Tokenizer, train_tokenizer
 
@@ -89,6 +89,16 @@ def test_infill_needs_markers_and_a_known_order(loaded, tmp_path: Path) -> None:
         puna.infill(loaded[0], plain, "a", "b")
     with pytest.raises(UsageError, match='"psm" or "spm", not \'mps\''):
         puna.infill(*loaded, "a", "b", order="mps")
+
+
+def test_infill_fits_a_long_file_to_the_context_or_a_budget(loaded) -> None:
+    model, tokenizer = loaded
+    context = model.config.max_position_embeddings
+    long = "a = 1\n" * context
+    completion = puna.infill(model, tokenizer, long, long, max_tokens=20, ignore_eos=True)
+    assert context - 20 - 10 < completion.prompt_tokens <= context - 20
+    assert puna.infill(model, tokenizer, long, long, max_tokens=1, budget=30).prompt_tokens <= 30
+    assert puna.infill(model, tokenizer, long, "", max_tokens=2 * context).prompt_tokens <= context // 2
 
 
 def test_chat_ends_where_the_template_says(loaded) -> None:
@@ -318,6 +328,27 @@ def test_infill_finds_the_gap_in_a_file(loaded, tiny_model_folder: Path, tmp_pat
     typed("<FILL>x")
     assert run(["infill", str(tiny_model_folder), "--file", "-", "--max-tokens", "10"]) == 0
     assert capsys.readouterr().out == filled(loaded, "", "x") + "\n"
+
+
+def test_infill_says_what_of_a_long_file_the_model_sees(
+    loaded, tiny_model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    file = tmp_path / "code.py"
+    prefix, suffix = "a = 1\n" * 50 + "def f(", "):\n" + "b = 2\n" * 50
+    file.write_text(f"{prefix}<FILL>{suffix}")
+    words = ["infill", str(tiny_model_folder), "--file", str(file), "--max-tokens", "10"]
+    assert run([*words, "--budget", "100"]) == 0
+    captured = capsys.readouterr()
+    kept = cut_around_gap(loaded[1], prefix, suffix, 100)
+    assert captured.out == filled(loaded, *kept) + "\n"
+    assert captured.err == (
+        f"more than 100 tokens: the model sees the last {len(kept[0])} of {len(prefix)} characters before the gap, "
+        f"and the first {len(kept[1])} of {len(suffix)} behind it\n"
+    )
+    assert run([*words, "--budget", "3"]) == 2
+    assert "raise it" in capsys.readouterr().err
+    assert run([*words, "--budget", "2000"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_infill_wants_exactly_one_gap(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:

@@ -1,9 +1,11 @@
 """Infilling prompts, token for token."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from puna.errors import PunaError, UsageError
-from puna.prompts import infill_document, infill_prompt, infill_stops
+from puna.prompts import cut_around_gap, infill_document, infill_prompt, infill_stops
 from puna.tokenizer import load_tokenizer
 
 PREFIX = 'def remove_non_ascii(s: str) -> str:\n    """ '
@@ -82,3 +84,72 @@ def test_a_vocabulary_without_markers_cannot_infill(shared):
 def test_an_unknown_order_is_refused(small_tokenizer):
     with pytest.raises(UsageError, match='"psm" or "spm", not \'pms\''):
         infill_prompt(small_tokenizer, "a", "b", order="pms")
+
+
+# Long files
+
+LINES = st.lists(st.sampled_from(["", "x", "def f(x):", "    return naïve + 🦙", "a b c d e f g h"]), max_size=30)
+TEXTS = LINES.map("\n".join)
+
+
+def tokens_of(tokenizer, prefix: str, suffix: str) -> int:
+    return len(infill_prompt(tokenizer, prefix, suffix))
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prefix=TEXTS, suffix=TEXTS, budget=st.integers(4, 150))
+def test_what_is_cut_fits_the_budget_in_whole_lines_around_the_gap(small_tokenizer, prefix, suffix, budget):
+    before, behind = cut_around_gap(small_tokenizer, prefix, suffix, budget)
+    assert prefix.endswith(before)
+    assert suffix.startswith(behind)
+    assert tokens_of(small_tokenizer, before, behind) <= budget
+    if tokens_of(small_tokenizer, prefix, suffix) <= budget:
+        assert (before, behind) == (prefix, suffix)
+    line_before, line_behind = prefix.rpartition("\n")[2], "".join(suffix.partition("\n")[:2])
+    if tokens_of(small_tokenizer, line_before, line_behind) <= budget:
+        rest_before, rest_behind = prefix[: len(prefix) - len(before)], suffix[len(behind) :]
+        assert before.endswith(line_before)
+        assert behind.startswith(line_behind)
+        assert rest_before == "" or rest_before.endswith("\n")
+        assert rest_behind == "" or behind.endswith("\n")
+        one_more_before = "\n".join(prefix.split("\n")[-2 - before.count("\n") :])
+        one_more_behind = "".join(suffix.splitlines(keepends=True)[: 1 + behind.count("\n")])
+        if rest_before:
+            assert tokens_of(small_tokenizer, one_more_before, behind) > budget, "a line more would not fit"
+        if rest_behind:
+            assert tokens_of(small_tokenizer, before, one_more_behind) > budget
+    else:
+        assert line_before.endswith(before)
+        assert line_behind.startswith(behind)
+
+
+def test_the_prefix_gets_three_quarters_where_both_are_too_long(small_tokenizer):
+    text = "a = 1\n" * 500
+    line = len(small_tokenizer.encode(text, leading_space=False)) // 500
+    before, behind = cut_around_gap(small_tokenizer, text, text, 4 + 100 * line)
+    assert 73 <= before.count("\n") <= 75
+    assert before.count("\n") + behind.count("\n") in (99, 100)
+
+
+def test_what_one_side_does_not_need_is_the_others(small_tokenizer):
+    text = "a = 1\n" * 500
+    short_behind = cut_around_gap(small_tokenizer, text, "b\n", 500)
+    short_before = cut_around_gap(small_tokenizer, "b\n", text, 500)
+    assert (short_behind[1], short_before[0]) == ("b\n", "b\n")
+    for texts in (short_behind, short_before):
+        assert 490 < tokens_of(small_tokenizer, *texts) <= 500
+
+
+def test_a_line_that_alone_is_too_long_is_cut_at_its_far_ends(small_tokenizer):
+    line = ", ".join(str(number) for number in range(1000))
+    before, behind = cut_around_gap(small_tokenizer, "first\n" + line, line + "\nlast", 200)
+    assert line.endswith(before)
+    assert line.startswith(behind)
+    assert 195 <= tokens_of(small_tokenizer, before, behind) <= 200
+    assert 2.5 < len(small_tokenizer.encode(before)) / len(small_tokenizer.encode(behind, leading_space=False)) < 3.5
+
+
+def test_a_budget_below_the_markers_is_refused(small_tokenizer):
+    assert cut_around_gap(small_tokenizer, "a\n", "b", 4) == ("", "")
+    with pytest.raises(UsageError, match="budget of 3 tokens does not hold an infilling prompt's 4 markers; raise it"):
+        cut_around_gap(small_tokenizer, "a", "b", 3)

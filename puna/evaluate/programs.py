@@ -58,7 +58,7 @@ class Programs(ABC):
         stops: an answer that continues a prompt ends before the first of these.
         max_tokens: most tokens of an answer.
         limits: what one judgement may use.
-        figures: variant -> the paper's figures.
+        figures: variant -> the paper's figures; see `paper`.
     """
 
     name: str
@@ -98,6 +98,10 @@ class Programs(ABC):
     def variant(self, path: Path) -> str:
         """Which of `files` a file is, by its name; the first if it is none."""
         return next((variant for variant, name in self.files.items() if path.name == name), next(iter(self.files)))
+
+    def paper(self, path: Path, order: str) -> Figures:
+        """The paper's figures for a file and, where gaps are filled in, an order of the prompt."""
+        return self.figures.get(self.variant(path), {})
 
     def evaluate(
         self,
@@ -192,7 +196,7 @@ class Programs(ABC):
         return {
             **settings,
             **_scored(given, judgements),
-            "paper": {model: dict(row) for model, row in self.figures.get(self.variant(path), {}).items()},
+            "paper": {model: dict(row) for model, row in self.paper(path, order).items()},
             "sandbox": sandbox.mechanism,
             "limits": vars(self.limits),
             **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer | Spread) else {}),

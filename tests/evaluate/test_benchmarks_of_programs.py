@@ -200,6 +200,18 @@ def test_infilling_asks_for_the_gap_and_takes_one_line_where_one_is_missing(shar
     assert benchmark.sample(line, "    x = 1\n    y = 2\n", is_chat=False).text == "    x = 1\n"
     span = read(benchmark, shared / LIGHT)[0]
     assert benchmark.sample(span, "a\nb", is_chat=False).text == "a\nb"
+    assert benchmark.variant(shared / SINGLE_LINE) == "single-line"
+    assert benchmark.variant(shared / LIGHT) == "random-span-light"
+
+
+def test_the_papers_figure_is_that_of_the_order_of_the_prompt(shared: Path, bubblewrap: str, tmp_path: Path) -> None:
+    task = read(Infilling(), shared / SINGLE_LINE)[0]
+    path = tmp_path / "HumanEval-SingleLineInfilling.jsonl"
+    path.write_text(json.dumps(dict(task.fields)) + "\n")
+    (tmp_path / "s.jsonl").write_text(json.dumps(canonical(Infilling(), task).record()))
+    figures = {order: evaluate("infilling", samples=tmp_path / "s.jsonl", data=path, order=order)["paper"]["7B"]
+               for order in ("psm", "spm")}  # fmt: skip
+    assert figures == {"psm": {"pass@1": 0.741}, "spm": {"pass@1": 0.833}}
 
 
 def test_infilling_prompts_are_laid_out_in_either_order(tiny_model_folder: Path) -> None:

@@ -14,7 +14,7 @@ https://github.com/openai/human-eval-infilling; Code Llama (arXiv:2308.12950), T
 from pathlib import Path
 
 from puna.evaluate.completing import Ask
-from puna.evaluate.paper import table
+from puna.evaluate.paper import Figures, table
 from puna.evaluate.programs import Programs, Task
 from puna.evaluate.samples import Sample, read_lines
 from puna.evaluate.sandbox import Job
@@ -27,12 +27,22 @@ FILES = {
     "random-span-light": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
 }
 
-#: Table 14, the released models: pass@1 in either order.
-COLUMNS = "pass@1-psm pass@1-spm"
+#: What the ids of tasks begin with -> variant.
+VARIANT_OF = {
+    "SingleLineInfilling": "single-line",
+    "MultiLineInfilling": "multi-line",
+    "RandomSpanInfilling": "random-span",
+    "RandomSpanInfillingLight": "random-span-light",
+}
+
+#: Variant and order of the prompt -> Table 14, the released models.
 FIGURES = {
-    "single-line": table(COLUMNS, {"7B": "74.1 83.3", "13B": "75.9 85.6"}),
-    "multi-line": table(COLUMNS, {"7B": "48.2 50.8", "13B": "51.0 56.1"}),
-    "random-span": table(COLUMNS, {"7B": "59.7 39.0", "13B": "63.6 41.9"}),
+    "single-line psm": table("pass@1", {"7B": "74.1", "13B": "75.9"}),
+    "single-line spm": table("pass@1", {"7B": "83.3", "13B": "85.6"}),
+    "multi-line psm": table("pass@1", {"7B": "48.2", "13B": "51.0"}),
+    "multi-line spm": table("pass@1", {"7B": "50.8", "13B": "56.1"}),
+    "random-span psm": table("pass@1", {"7B": "59.7", "13B": "63.6"}),
+    "random-span spm": table("pass@1", {"7B": "39.0", "13B": "41.9"}),
 }
 
 
@@ -51,6 +61,15 @@ class Infilling(Programs):
             "task_id": str, "prompt": str, "suffix": str, "canonical_solution": str, "entry_point": str, "test": str
         }  # fmt: skip
         return {line["task_id"]: Task(line["task_id"], line) for _, line in read_lines(path, fields)}
+
+    def variant(self, path: Path) -> str:
+        """What the file's first task says of itself."""
+        first = next(iter(self.read(path)), "")
+        return VARIANT_OF.get(first.split("/")[0], super().variant(path))
+
+    def paper(self, path: Path, order: str) -> Figures:
+        """The figures of the variant and of the order of the prompt."""
+        return self.figures.get(f"{self.variant(path)} {order}", {})
 
     def ask(self, task: Task) -> Ask:
         """The gap."""

@@ -55,10 +55,13 @@ class Case:
         c, layout = self.config, self.layout
         return c.num_key_value_heads // layout.tp % layout.cp == 0
 
+    @cached_property
+    def _stage_sizes(self) -> list[int]:
+        return [len(layers) for layers in self.layout.stage_layers(self.config.num_hidden_layers)]
+
     def stages_of(self, rank: int) -> list[int]:
         """The number of layers of each stage that a pipeline rank holds."""
-        sizes = [len(layers) for layers in self.layout.stage_layers(self.config.num_hidden_layers)]
-        return sizes[rank :: self.layout.pp]
+        return self._stage_sizes[rank :: self.layout.pp]
 
     def in_flight(self, rank: int) -> int:
         """Micro-batches times stages whose activations a pipeline rank holds at most.

@@ -147,6 +147,9 @@ class _Rank:
         self.kinds = {"layer": self.n_layers, "embedding": int(self.has_embedding), "norm": int(self.has_head),
                       "head": int(self.has_head)}  # fmt: skip
         self.parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size) for kind in self.kinds}
+        #: Whole weights outside the layers, and layers whose weights are gathered together.
+        self.root = sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
+        self.unit = min(case.recipe.parallel.layers_per_unit, max(self.stages))
         self.gradient_bytes = case.weights.weight_bytes
         if layout.dp_replicate > 1 and layout.micro_batches > 1 and not case.recipe.optimizer.in_backward:
             self.gradient_bytes = 4  # sums over shards wait in fp32 for the sum over copies
@@ -232,13 +235,7 @@ class _Rank:
             return {}
         if not case.recipe.parallel.reshard:
             layers = max(layers, self.n_layers)
-        return {"gathered weights": case.compute_bytes * (self._root() + layers * self.parts["layer"].gathered)}
-
-    def _root(self) -> int:
-        return sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
-
-    def _unit(self) -> int:
-        return min(self.case.recipe.parallel.layers_per_unit, max(self.stages))
+        return {"gathered weights": case.compute_bytes * (self.root + layers * self.parts["layer"].gathered)}
 
     def _backward(self, always: dict[str, float], n: int, done: int, accumulates: bool) -> dict[str, float]:
         """While a layer is in its backward pass, after `done` others."""
@@ -256,10 +253,10 @@ class _Rank:
         )
         rows["gradients"] = self._gradients(done, accumulates)
         if case.is_sharded:
-            whole = min(max(self.stages) - done, 2 * self._unit())
+            whole = min(max(self.stages) - done, 2 * self.unit)
             rows |= self._gathered(whole + done if self.sums_whole else whole)
             if done and not self.sums_whole:  # sums of the unit before are under way
-                rows["communication buffers"] += (c + 4) * self._unit() * self.parts["layer"].gathered
+                rows["communication buffers"] += (c + 4) * self.unit * self.parts["layer"].gathered
             rows["logits and head"] = self._head_gradient() if self.has_head else 0
         return rows
 
@@ -267,21 +264,21 @@ class _Rank:
         """What lies outside layers is summed over the shards last; in pipelines, everything is."""
         rows = {**always, "gradients": self._gradients(self.n_layers, True)}
         if self.sums_whole:
-            unit = self._unit() * self.parts["layer"].gathered
+            unit = self.unit * self.parts["layer"].gathered
             return (
                 rows
                 | self._gathered(self.n_layers)
-                | {"communication buffers": rows["communication buffers"] + 4 * max(unit, self._root())}
+                | {"communication buffers": rows["communication buffers"] + 4 * max(unit, self.root)}
             )
         if self.case.is_sharded:
             rows |= self._gathered(0)
-            rows["communication buffers"] += (self.case.compute_bytes + 4) * self._root()
+            rows["communication buffers"] += (self.case.compute_bytes + 4) * self.root
         return rows
 
     def _gradients(self, done: int, accumulates: bool) -> float:
         """Gradients there are when so many layers have been through the backward pass, the first or a later one."""
         if self.sums_whole:
-            outside = self._root() if accumulates else 0
+            outside = self.root if accumulates else 0
             return 4 * (outside + (self.n_layers if accumulates else done) * self.parts["layer"].gathered)
         leaving = self._leaving()
         if leaving is not None:

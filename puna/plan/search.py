@@ -7,6 +7,7 @@ seconds. What a recipe says beyond its layout (precision, optimizer, length, bat
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from puna.config import Recipe
@@ -24,14 +25,20 @@ MOST = {"tp": 16, "cp": 64, "stages_per_rank": 8, "micro_batch_rows": 16}
 RECOMPUTE = ("none", "selective", "block", "offload")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """A layout with what it takes and gives."""
 
     recipe: Recipe
     layout: Layout
     memory: Memory
-    speed: Speed
+    case: Case
+    cluster: Cluster
+
+    @cached_property
+    def speed(self) -> Speed:
+        """How fast it is; of layouts that do not fit nobody asks."""
+        return speed(self.case, self.cluster)
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Search:
         if reason := self.weights.misfit(layout.tp):
             raise UsageError(reason)
         case = Case(recipe, self.config, layout, self.weights, self.is_cpu)
-        return Judged(recipe, layout, memory(case), speed(case, self.cluster))
+        return Judged(recipe, layout, memory(case), case, self.cluster)
 
     def fits(self, judged: Judged) -> bool:
         """Whether its memory is there."""

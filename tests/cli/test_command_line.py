@@ -85,6 +85,7 @@ def test_every_command_has_help() -> None:
         "launch",
         "export",
         "convert",
+        "quantize",
         "generate",
         "infill",
         "chat",

@@ -124,7 +124,7 @@ def test_some_canonical_solutions_of_humaneval_x_pass(shared: Path, patient: San
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("language", "failing"), [("js", {"112", "155", "162"}), ("cpp", set())])
+@pytest.mark.parametrize(("language", "failing"), [("js", {"112", "155", "162"}), ("cpp", {"22", "137", "162"})])
 def test_every_canonical_solution_of_humaneval_x_passes_but_for_the_three_known_ones(
     shared: Path, patient: Sandbox, language: str, failing: set[str]
 ) -> None:
@@ -133,6 +133,8 @@ def test_every_canonical_solution_of_humaneval_x_passes_but_for_the_three_known_
     tasks = benchmark.read(shared / f"data/humaneval-x/humaneval_{language}.jsonl.gz")
     jobs = [benchmark.job(task, Sample(task.task_id, task["canonical_solution"])) for task in tasks.values()]
     verdicts = dict(zip(tasks, patient.judge_all(jobs), strict=True))
+    if language == "cpp" and Path("/usr/include/boost/any.hpp").exists():
+        failing = {"162"}
     assert {id.split("/")[1] for id, judgement in verdicts.items() if judgement.verdict != "passed"} == failing
 
 

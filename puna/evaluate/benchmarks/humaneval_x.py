@@ -5,7 +5,8 @@
     test          const testAdd = () => { console.assert(add(2, 3) === 5) } …
 
 `console.assert` prints and goes on, so what is printed is read. Three of the canonical solutions in JavaScript do not
-pass: 112 and 155 fail assertions, 162 needs the module js-md5.
+pass: 112 and 155 fail assertions, 162 needs the module js-md5. Of those in C++, 22 and 137 need Boost (libboost-dev),
+and 162 would have to be linked with OpenSSL.
 
 Source: CodeGeeX (arXiv:2303.17568); https://github.com/THUDM/CodeGeeX.
 """

@@ -72,10 +72,15 @@ class Quantization:
                 f"{where}: the weights are quantised by {method!r}, which puna does not read; use the checkpoint that "
                 "they were made from"
             )
-        quantization = cls(fields.get("scheme", ""), fields.get("group_size"), fields.get("head"))
-        for name in (quantization.scheme, quantization.head):
+        scheme, head = fields.get("scheme", ""), fields.get("head")
+        quantization = cls(scheme, fields.get("group_size"), head)
+        for name in (scheme, head):
             if name is not None and name not in schemes.names():
                 raise PunaError(f"{where}: the weights have scheme {name!r}; there are {', '.join(schemes.names())}")
+        known = schemes.find(scheme).GROUP_SIZES
+        if known and quantization.group_size not in known:
+            sizes = ", ".join(map(str, sorted(known)))
+            raise PunaError(f"{where}: the weights have groups of {quantization.group_size}; {scheme} has {sizes}")
         return quantization
 
     def to_json(self) -> dict[str, Any]:

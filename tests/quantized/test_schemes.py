@@ -223,6 +223,7 @@ def test_a_quantisation_comes_back_from_json():
     [
         ({"quant_method": "gptq"}, "the weights are quantised by 'gptq', which puna does not read"),
         ({"quant_method": "puna", "scheme": "int2"}, "the weights have scheme 'int2'; there are fp8"),
+        ({"quant_method": "puna", "scheme": "int4"}, r"the weights have groups of None; int4 has 32, 64, 128"),
     ],
 )
 def test_weights_in_an_unknown_form_are_refused(fields, message):

@@ -41,6 +41,9 @@ def infill(
         Path | None, typer.Option(help=f"Instead of both: a text with {FILL} in it; -: standard input.")
     ] = None,
     order: Annotated[str, typer.Option(help="psm (prefix first) or spm (suffix first).")] = "psm",
+    healing: Annotated[
+        bool, typer.Option(help="In spm order, split the end of the prefix anew: a word may go on as one token.")
+    ] = True,
     budget: Annotated[
         int | None,
         typer.Option(help="Most tokens of the prompt: lines far from the gap are left out; default: the context's."),
@@ -89,6 +92,7 @@ def infill(
         kept_before,
         kept_behind,
         budget=budget,
+        healing=healing,
         order=order,  # type: ignore[arg-type]  # a wrong one is refused there
         on_text=on_text,
         **settings,

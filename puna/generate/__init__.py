@@ -15,7 +15,7 @@ from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText
 from puna.model.llama import Llama
-from puna.prompts import ChatTemplate, Message, chat_template, cut_around_gap, infill_prompt, infill_stops
+from puna.prompts import ChatTemplate, Message, chat_template, cut_around_gap, heal, infill_prompt, infill_stops
 from puna.tokenizer import Tokenizer
 from puna.twins import make_callable
 
@@ -45,6 +45,7 @@ def generate(
     n: int = 1,
     batch_rows: int = 64,
     lookup: bool = False,
+    healing: bool = False,
     **sampling: Any,
 ) -> list[Completion]:
     """Continues texts.
@@ -59,6 +60,8 @@ def generate(
         batch_rows: completions that run at a time.
         lookup: guess from what stands in the text already what comes next, and check the guesses together: faster
             where a text repeats itself, as edits do; the completions are the same.
+        healing: for prompts that may stop inside a word: the model splits their end anew (`puna.prompts.healing`); the
+            completion's text is what stands behind the prompt all the same.
         sampling: the fields of `Sampling`, e.g. `temperature=0.2, stop=("def ",)`.
 
     Returns:
@@ -69,8 +72,10 @@ def generate(
         if not prompt:
             raise PunaError(f"prompt {index} is empty; write what the model is to continue")
     settings = Sampling.of(sampling)
-    tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts for _ in range(n)]
-    samplings = [replace(settings, seed=settings.seed + i) for _ in prompts for i in range(n)]
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    healed = [heal(tokenizer, ids) if healing else (ids, settings.begins_with) for ids in encoded]
+    tokens = [ids for ids, _ in healed for _ in range(n)]
+    samplings = [replace(settings, begins_with=cut, seed=settings.seed + i) for _, cut in healed for i in range(n)]
     engine = Engine(model, tokenizer, max_rows=max(1, min(batch_rows, len(tokens))), lookup=lookup)
     return engine.generate(tokens, samplings, on_text=on_text, on_completion=on_completion)
 
@@ -83,6 +88,7 @@ def infill(
     *,
     order: Literal["psm", "spm"] = "psm",
     budget: int | None = None,
+    healing: bool = True,
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> Completion:
@@ -96,6 +102,9 @@ def infill(
         order: "psm" (prefix first) or "spm" (suffix first), as the model was trained; Code Llama knows both.
         budget: most tokens of the prompt: lines far from the gap are left out beyond it (`cut_around_gap`); None: what
             the model's context leaves (`prompt_room`).
+        healing: in spm order, where prefix and middle are split together, let the model split the end of `prefix` anew:
+            behind "imp" it may choose `import`. In psm order the prefix ends where a token ends, in training as here,
+            and is left alone.
         on_text: as for `generate`; the number is 0.
         sampling: the fields of `Sampling`.
 
@@ -105,6 +114,9 @@ def infill(
     settings = _ending_also(sampling, infill_stops(tokenizer))
     budget = prompt_room(model, settings.max_tokens) if budget is None else budget
     tokens = infill_prompt(tokenizer, *cut_around_gap(tokenizer, prefix, suffix, budget), order=order)
+    if healing and order == "spm":
+        tokens, begins_with = heal(tokenizer, tokens)
+        settings = replace(settings, begins_with=begins_with)
     return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
 
 

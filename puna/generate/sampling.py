@@ -35,6 +35,8 @@ class Sampling:
         max_tokens: most tokens of a completion; the model's context ends it too.
         stop: the completion ends before the first of these strings.
         stop_ids: tokens that end a completion besides the tokenizer's EOS and EOT, and stay out of it.
+        begins_with: bytes that the first tokens must spell, which are no part of the text: the end of the prompt, cut
+            off to be split anew (`puna.prompts.heal`).
         seed: of the completion's own random numbers, so that nothing else in the batch has a say.
         ignore_eos: EOS and EOT are tokens like all others (for benchmarks); `stop_ids` still end.
         logprobs: log-probabilities to give with each token, as the model alone sees them: its own, and those of so
@@ -52,6 +54,7 @@ class Sampling:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    begins_with: bytes = b""
     seed: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -95,6 +98,7 @@ _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] =
     "max_tokens": (int, lambda value: value >= 1, "1 or more"),
     "stop": (tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
     "stop_ids": (tuple, lambda value: all(isinstance(id, int) for id in value), "token ids"),
+    "begins_with": (bytes, lambda value: True, "bytes"),
     "seed": (int, lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
 }
 

@@ -22,7 +22,8 @@ class Completion:
     """What a model wrote behind a prompt.
 
     Attributes:
-        tokens: the ids chosen, without a stop id; where a stop string ended them, they spell more than `text`.
+        tokens: the ids chosen, without a stop id; where a stop string ended them, they spell more than `text`, and
+            likewise where the sampling said what they begin with.
         text: ends before the stop string; "" without a tokenizer.
         finish: "stop" (a token or a string that ends), or "length" (`max_tokens`, or the model's context is full).
         prompt_tokens: length of the prompt.
@@ -71,7 +72,7 @@ class Sequence:
 
     Raises:
         PunaError: the prompt is empty, holds an id that the model does not know, or fills the model's context.
-        UsageError: stop strings without a tokenizer; a biased id that the model does not know.
+        UsageError: stop strings or `begins_with` without a tokenizer; a biased id that the model does not know.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Sequence:
     ) -> None:
         if sampling.stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; give stop_ids instead")
+        if sampling.begins_with and tokenizer is None:
+            raise UsageError("begins_with needs a tokenizer, which knows what tokens spell")
         self.index = index
         self.tokens = list(prompt)
         _check_prompt(index, self.tokens, config)
@@ -103,7 +106,9 @@ class Sequence:
         self._logprobs: list[Logprobs] = []
         if sampling.logit_bias and (highest := max(sampling.logit_bias)) >= config.vocab_size:
             raise UsageError(f"logit_bias names id {highest}, but the model's vocabulary has {config.vocab_size} ids")
-        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._tokenizer = tokenizer
+        self._must_spell = sampling.begins_with
+        self._stream = None if tokenizer is None else tokenizer.stream(skip_bytes=len(sampling.begins_with))
         self._text = StoppableText(sampling.stop)
         self._on_text = on_text
 
@@ -112,13 +117,13 @@ class Sequence:
         """Whether the next token is that of the greatest logit, whatever came before."""
         s = self.sampling
         changes = s.repetition_penalty != 1 or s.logit_bias or self._counts is not None or s.logprobs is not None
-        return s.temperature == 0 and not changes
+        return s.temperature == 0 and not changes and not self._must_spell
 
     def take(self, logits: Tensor) -> None:
         """Chooses the next token by its logits (V,), on the CPU, and finishes if that was the last."""
         check_numbers(logits)
         logits[self.spelled :] = -torch.inf
-        id = choose(logits, self._is_seen, self.sampling, self._generator, self._counts)
+        id = choose(self._compatible(logits), self._is_seen, self.sampling, self._generator, self._counts)
         if self.sampling.logprobs is not None and id not in self._stop_ids:
             logprobs = logits.float().log_softmax(0)
             best = logprobs.topk(self.sampling.logprobs)
@@ -132,6 +137,8 @@ class Sequence:
             self._end("stop")
             return
         self.tokens.append(id)
+        if self._must_spell and self._tokenizer:
+            self._must_spell = self._must_spell[len(self._tokenizer.decode_bytes([id], leading_space=False)) :]
         self._is_seen[id] = True
         if self._counts is not None:
             self._counts[id] += 1
@@ -147,6 +154,15 @@ class Sequence:
         assert self.finish is not None
         tokens = self.tokens[self.prompt_tokens :]
         return Completion(tokens, self._text.text, self.finish, self.prompt_tokens, list(self._logprobs))
+
+    def _compatible(self, logits: Tensor) -> Tensor:
+        """Logits (V,) of the tokens that go along what must be spelled; -inf for the others."""
+        if not self._must_spell or self._tokenizer is None:
+            return logits
+        ids = self._tokenizer.ids_along(self._must_spell)
+        if not ids:
+            raise PunaError(f"the vocabulary cannot spell {self._must_spell!r}, which prompt {self.index} asks for")
+        return torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(ids), logits[ids])
 
     def _end(self, finish: Literal["stop", "length"]) -> None:
         if self._stream:

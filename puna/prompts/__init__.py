@@ -6,6 +6,7 @@ own terms and cannot become a control token.
 """
 
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
+from puna.prompts.healing import heal
 from puna.prompts.infilling import cut_around_gap, infill_document, infill_prompt, infill_stops
 from puna.prompts.templates import alpaca_prompt, chat_template, template_names
 
@@ -17,6 +18,7 @@ __all__ = [
     "alpaca_prompt",
     "chat_template",
     "cut_around_gap",
+    "heal",
     "infill_document",
     "infill_prompt",
     "infill_stops",

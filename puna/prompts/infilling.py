@@ -5,7 +5,8 @@
 
 `*`: without the space that SentencePiece puts in front of a text. The prompt ends at the bar. In psm the prefix ends
 where a piece ends, in training as in use; in spm it is split together with the middle, so a prompt that stops inside a
-word shows the model a split it has not seen. On the other hand spm's prompt only grows at its end while someone types.
+word shows the model a split it has not seen: it wants healing (`puna.prompts.healing`), psm does not. On the other hand
+spm's prompt only grows at its end while someone types.
 
 Source: facebookresearch/codellama, `llama/generation.py` and `llama/tokenizer.py`; Code Llama (arXiv:2308.12950),
 section 2.3.

@@ -8,6 +8,7 @@ model's vocabulary.
 import codecs
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,9 +159,34 @@ class Tokenizer(ABC):
         spelled = b"".join([self._spelling(i) for i in ids])
         return spelled[1:] if leading_space and self.adds_leading_space and spelled[:1] == b" " else spelled
 
-    def stream(self, *, leading_space: bool = False) -> "StreamDecoder":
-        """A decoder that takes one id at a time; by default for ids that continue a prompt (a first space is kept)."""
-        return StreamDecoder(self, leading_space=leading_space)
+    def stream(self, *, leading_space: bool = False, skip_bytes: int = 0) -> "StreamDecoder":
+        """A decoder that takes one id at a time; by default for ids that continue a prompt (a first space is kept).
+
+        Args:
+            leading_space: as for `decode`.
+            skip_bytes: so many of the ids' first bytes stay out of the text.
+        """
+        return StreamDecoder(self, leading_space=leading_space, skip_bytes=skip_bytes)
+
+    def ids_along(self, text: bytes) -> list[int]:
+        """Ids that a text which begins with `text` can begin with: each spells a part of it, or all of it and more.
+
+        Of `b"imp"`: i, im, imp, import and so on, where the vocabulary has them; no control id.
+        """
+        table, found = self._sorted_spellings, []
+        for end in range(1, len(text) + 1):
+            for at in range(bisect_left(table, (text[:end],)), len(table)):
+                spelling, id = table[at]
+                if not spelling.startswith(text[:end]) or len(spelling) > end < len(text):
+                    break
+                found.append(id)
+        return found
+
+    def has_piece_beyond(self, text: bytes) -> bool:
+        """Whether one id spells all of `text` and more."""
+        table = self._sorted_spellings
+        behind = bisect_right(table, (text, self.vocab_size))
+        return behind < len(table) and table[behind][0].startswith(text)
 
     def piece(self, id: int) -> str:
         """The piece as the vocabulary writes it, for display."""
@@ -242,6 +268,12 @@ class Tokenizer(ABC):
             alternatives.append(r"\s*" * left + f"({re.escape(self._pieces[i])})" + r"\s*" * right)
         return re.compile("|".join(alternatives) or "(?!)")
 
+    @cached_property
+    def _sorted_spellings(self) -> list[tuple[bytes, int]]:
+        """What ids of text spell, in order."""
+        silent = {*self.control, self.unk_id}
+        return sorted((spelling, i) for i, spelling in enumerate(self._spellings) if spelling and i not in silent)
+
     def _use_markers(self) -> None:
         ids = [i for name in ("PRE", "SUF", "MID", "EOT") if (i := self.id_of(f"{SPACE_MARK}<{name}>")) is not None]
         self.infilling = Infilling(*ids) if len(ids) == 4 else None
@@ -269,8 +301,9 @@ def _refuse_surrogates(text: str) -> None:
 class StreamDecoder:
     """Text of ids that come one by one; what it has given is always whole characters, in total exactly `decode`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, leading_space: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, leading_space: bool, skip_bytes: int = 0) -> None:
         self._spelling = tokenizer._spelling
+        self._skip_bytes = skip_bytes
         self._drops_space = leading_space and tokenizer.adds_leading_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -279,6 +312,9 @@ class StreamDecoder:
         spelled = self._spelling(id)
         if self._drops_space and spelled:
             spelled, self._drops_space = spelled.removeprefix(b" "), False
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(spelled))
+            spelled, self._skip_bytes = spelled[skipped:], self._skip_bytes - skipped
         return self._utf8.decode(spelled)
 
     def finish(self) -> str:

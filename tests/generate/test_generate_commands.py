@@ -79,7 +79,9 @@ def test_infill_asks_in_the_published_layout_and_ends_at_eot(loaded, order: str)
     middle = tokenizer.encode(" y = x", leading_space=False)
     scripted = ScriptedModel([*middle, tokenizer.infilling.eot_id, 70], prompt_tokens=len(prompt))
     for settings in ({}, {"ignore_eos": True}):
-        completion = puna.infill(scripted, tokenizer, "def f(x):\n    ", "\n    return y", order=order, **settings)
+        completion = puna.infill(
+            scripted, tokenizer, "def f(x):\n    ", "\n    return y", order=order, healing=False, **settings
+        )
         assert (completion.text, completion.finish, completion.prompt_tokens) == (" y = x", "stop", len(prompt))
 
 
@@ -328,6 +330,18 @@ def test_infill_finds_the_gap_in_a_file(loaded, tiny_model_folder: Path, tmp_pat
     typed("<FILL>x")
     assert run(["infill", str(tiny_model_folder), "--file", "-", "--max-tokens", "10"]) == 0
     assert capsys.readouterr().out == filled(loaded, "", "x") + "\n"
+
+
+def test_infill_heals_in_spm_order_unless_told_not_to(loaded, tiny_model_folder: Path, capsys) -> None:
+    words = ["infill", str(tiny_model_folder), "--prefix", "retur", "--suffix", "x", "--order", "spm"]
+    texts = []
+    for healing in ([], ["--no-healing"]):
+        assert run([*words, *healing, "--max-tokens", "10"]) == 0
+        texts.append(capsys.readouterr().out)
+    asked = {"order": "spm", "max_tokens": 10}
+    healed, plain = (puna.infill(*loaded, "retur", "x", healing=healing, **asked) for healing in (True, False))
+    assert texts == [healed.text + "\n", plain.text + "\n"]
+    assert healed.prompt_tokens < plain.prompt_tokens
 
 
 def test_infill_says_what_of_a_long_file_the_model_sees(

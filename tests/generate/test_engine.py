@@ -18,7 +18,7 @@ from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.scheduler import Running
 from puna.model.llama import Llama
-from puna.testing import ScriptedModel, tiny_model
+from puna.testing import PeakAnonymousMemory, ScriptedModel, tiny_model
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 SHARED = [1, *range(40, 60)]
@@ -365,6 +365,23 @@ def test_prompts_that_begin_alike_are_read_once(model: Llama) -> None:
             engine.scheduler.advance(chunk)
     assert computed == 40 + 5 * 8 + 6 * 3, "one reads the prompt, five its last block, and all decode"
     assert len({tuple(running.tokens) for running in added}) == 1
+
+
+@pytest.mark.slow
+def test_a_prompt_of_100000_tokens_is_read_in_bounded_memory() -> None:
+    model = tiny_model(max_position_embeddings=1 << 17, num_hidden_layers=1)
+    prompt = torch.randint(3, 512, (100_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(model, cache_tokens=100_064, step_tokens=512)
+    for pool in (engine.cache.keys, engine.cache.values):
+        pool.zero_()  # its pages are there before the watch begins
+    with PeakAnonymousMemory() as peak:
+        (found,) = engine.generate([prompt], Sampling(max_tokens=1, ignore_eos=True, logprobs=5))
+    assert peak.grown_bytes < 500e6, "scores of a chunk, never of the whole square"
+    with torch.inference_mode():
+        best = model.lm_head(model.hidden(torch.tensor([prompt]))[0, -1]).log_softmax(0).topk(5)
+    (logprobs,) = found.logprobs
+    assert found.tokens == best.indices[:1].tolist()
+    assert list(logprobs.likeliest.values()) == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 def test_running_is_a_sequence_of_its_own() -> None:

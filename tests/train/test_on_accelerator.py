@@ -58,6 +58,8 @@ def test_ten_steps_in_fp32_are_those_of_the_cpu(losses: Callable[..., list[float
         {},
         {"compile": True},
         {"recompute": "block"},
+        {"recompute": "offload"},
+        {"recompute": "offload", "compile": True},
         {"recompute": "selective", "compile": True},
         {"precision": "bf16-pure"},
         {"optimizer": {"peak_lr": 1e-2, "state_bits": 8}},

@@ -13,6 +13,7 @@ from puna.devices import free_memory_bytes, takes_cuda_kernels
 from puna.errors import UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.draft_model import DraftModel
 from puna.generate.engine.drafts import Drafter, PromptLookup
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling, check_numbers
@@ -48,6 +49,7 @@ class Engine:
         cache_tokens: tokens that the cache holds; None: as many as memory allows.
         step_tokens: most tokens of a step; None: what suits the device.
         lookup: guess what comes next where a text repeats itself, and check the guesses together.
+        draft: a small model of the same vocabulary that guesses instead.
         compile: on CUDA, compile the layers too: a minute at the start, and faster from then on.
     """
 
@@ -61,6 +63,7 @@ class Engine:
         step_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         lookup: bool = False,
+        draft: Llama | None = None,
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -71,7 +74,11 @@ class Engine:
         self.cache = PagedCache(model.config, n_blocks, block_tokens, dtype=self._dtype, device=self.device)
         tokens = step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE)
         self.scheduler = Scheduler(self.pool, step_tokens=max(tokens, max_rows), max_rows=max_rows)
+        if lookup and draft is not None:
+            raise UsageError("a step tries one set of guesses; give lookup or a draft model, not both")
         self._new_drafter: Callable[[], Drafter | None] = PromptLookup if lookup else lambda: None
+        if draft is not None:
+            self._new_drafter = lambda: DraftModel(draft, self._spelled)
         self._graphs = _graphs(model, self.cache, is_compiled=compile)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)

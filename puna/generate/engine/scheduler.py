@@ -139,6 +139,7 @@ class Scheduler:
         for running in [each for each in self.running if each.is_done]:
             self.running.remove(running)
             self._give_up(running)
+            running.drafter = None  # it may hold a cache of its own
         self.waiting = deque(each for each in self.waiting if not each.is_done)
 
     def _chunk_of(self, running: Running, left: int) -> Chunk | None:

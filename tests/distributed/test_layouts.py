@@ -34,6 +34,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_shard 2, blocks recomputed": {"dp_shard": 2, "micro_batch_rows": 2, "recompute": "block"},
         "pp 2, blocks recomputed from the host": {"pp": 2, "micro_batch_rows": 2, "recompute": "offload"},
         "dp_shard 2, blocks recomputed from the host": {"dp_shard": 2, "micro_batch_rows": 2, "recompute": "offload"},
+        "dp_shard 2, compiled layers recomputed": {
+            "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
+        },
         "dp_shard 2, in bf16": {"dp_shard": 2, "micro_batch_rows": 4, "precision": "bf16"},
     },
     4: {

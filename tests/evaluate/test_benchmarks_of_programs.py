@@ -270,6 +270,9 @@ def test_humaneval_plus_asks_whether_a_root_is_one_and_is_exact_where_answers_ar
     for answer, verdict in (("-0.50001", "passed"), ("-0.6", "wrong")):
         job = HumanEvalPlus().job(plus_task(**root), Sample("HumanEval/0", f"    return {answer}\n"))
         assert sandbox.judge(job).verdict == verdict
+    infinite = {"base_input": [[[float("inf"), 1]]]}
+    job = HumanEvalPlus().job(plus_task(**infinite), Sample("HumanEval/0", "    return sum(xs) / len(xs)\n"))
+    assert sandbox.judge(job).verdict == "passed"
     whole = {"canonical_solution": "    return 10 ** 9\n"}
     job = HumanEvalPlus().job(plus_task(**whole), Sample("HumanEval/0", "    return 10 ** 9 + 1\n"))
     assert sandbox.judge(job).verdict == "wrong"

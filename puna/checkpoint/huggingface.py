@@ -11,7 +11,7 @@ model and one tensor more. Every tensor of the model must be there and every ten
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -42,8 +42,22 @@ SHARD_BYTES = 5_000_000_000
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+class Share(Protocol):
+    """A part of a model, whose other parts are elsewhere."""
+
+    def index(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Which part of a stored tensor is read."""
+
+    def join(self, model: Llama) -> None:
+        """Is given the model once its tensors are there, to connect them with the other parts."""
+
+
 def load(
-    folder: Path | str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    share: Callable[[ModelConfig], Share] | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
@@ -51,6 +65,7 @@ def load(
         folder: a folder in Hugging Face layout, or a hub id.
         dtype: of the weights ("fp32", "bf16", "fp16" or a torch dtype); None: as stored.
         device: where the weights go.
+        share: gives the part of the model to load; None: the whole.
 
     Returns:
         The model, and the tokenizer or None if the folder has none.
@@ -60,11 +75,13 @@ def load(
             the model has no embedding for.
     """
     folder = resolve(folder)
-    config, _ = load_quantized_config(folder)
+    config, quantization = load_quantized_config(folder)
     tokenizer = load_tokenizer_of(folder)
     if tokenizer is not None and hasattr(tokenizer, "check_vocab_size"):
         tokenizer.check_vocab_size(config.vocab_size)
-    return load_model(folder, dtype=dtype, device=device), tokenizer
+    part, tensors = None if share is None else share(config), open_weights(folder)
+    model = build_model(config, tensors, quantization=quantization, dtype=dtype, device=device, share=part)
+    return model, tokenizer
 
 
 def load_model(
@@ -83,8 +100,9 @@ def build_model(
     quantization: Quantization | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    share: Share | None = None,
 ) -> Llama:
-    """Makes a model of stored tensors, reading one at a time.
+    """Makes a model, or a share of one, of stored tensors, reading one at a time.
 
     A quantised model computes in the dtype that its other weights have, in bf16 where that is fp16.
 
@@ -96,6 +114,8 @@ def build_model(
     tensors = fit(config, tensors, quantization)
     if quantization is not None:
         dtype = _compute_dtype(dtype, tensors[EMBEDDING].dtype)
+    if share is not None:
+        tensors = {name: stored.part(share.index(name, stored.shape)) for name, stored in tensors.items()}
     check_room(config, tensors, dtype, device)
     model = model_without_memory(config, quantization)
     for name, stored in tensors.items():
@@ -103,6 +123,8 @@ def build_model(
         _fill(model.get_submodule(owner), leaf, stored, dtype, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if share is not None:
+        share.join(model)
     if quantization is not None:
         model.compute_dtype = dtype
         for module in model.modules():

@@ -73,6 +73,11 @@ class StoredTensor:
         """Rows `start` to `stop` of dim 0."""
         return self.read()[start:stop] if self.read_rows is None else self.read_rows(start, stop)
 
+    def part(self, index: tuple[slice, ...]) -> "StoredTensor":
+        """A part of the tensor, a slice of every dim; of mapped memory no other bytes are read."""
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True))
+        return StoredTensor(shape, self.dtype, self.where, lambda: self.read()[index])
+
     def pieces(self) -> Iterator[Tensor]:
         """The tensor in pieces of whole rows, one behind the other, that take about `PIECE_BYTES` of memory each."""
         if self.read_rows is None or not self.shape or not self.size_bytes:

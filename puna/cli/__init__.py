@@ -44,6 +44,27 @@ def _options(
         os.environ["PUNA_DEBUG"] = "1"
 
 
+def words_of(context: typer.Context, *, without: str) -> list[str]:
+    """What follows `puna` in a command line that asks for the same, but for one parameter.
+
+    Args:
+        context: of the command.
+        without: name of the parameter to leave out.
+    """
+    options: list[str] = []
+    arguments: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name == without or value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            arguments += map(str, values)
+        else:
+            options += [parameter.opts[0] if value is True else f"{parameter.opts[0]}={each}" for each in values]
+    return [str(context.info_name), *options, "--", *arguments]
+
+
 for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f"puna.cli.{_module}")
 

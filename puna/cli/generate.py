@@ -1,22 +1,24 @@
 """`puna generate`: continues texts; and the options that it shares with `puna infill` and `puna chat`."""
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TextIO
 
 import typer
 
-from puna.cli import app
+from puna.cli import app, words_of
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside
 from puna.progress import Progress, say
 
 if TYPE_CHECKING:
-    from puna.generate import Completion
+    from puna.generate import Completion, OnText
     from puna.model.llama import Llama
     from puna.tokenizer import Tokenizer
 
@@ -31,11 +33,13 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Seed = Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, npu …; default: an accelerator if there is one.")]
+Nproc = Annotated[int | None, typer.Option(help="Processes of this machine that share the model, one a device.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts; -: standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help='JSON lines with "prompt"; their other fields are kept.')] = None,
@@ -61,14 +65,19 @@ def generate(
     lookup: Annotated[
         bool, typer.Option("--lookup", help="Guess what repeats and check it: the same text, sooner.")
     ] = False,
+    nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue texts; one alone is printed while it grows."""
-    records = _records(prompts or [], file, keep_going=keep_going)
+    if nproc is not None:
+        from puna.parallel.start import start_processes
+
+        raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
     from puna.generate import Sampling
-    from puna.generate import generate as complete_texts
+    from puna.parallel.collectives import of_first_rank
+    from puna.parallel.mesh import is_first_rank
 
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -85,29 +94,17 @@ def generate(
         "seed": seed,
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
-    loaded, tokenizer = open_model(model, dtype, device)
-    started = time.monotonic()
-    with Results(output, [model, dtype, n, settings, records], n * len(records)) as results:
-        missing = [number for number in range(len(records)) if not results.has(range(number * n, number * n + n))]
-        texts = [records[number]["prompt"] for number in missing]
-
-        def keep(index: int, completion: "Completion") -> None:
-            number, sample = divmod(index, n)
-            results.put(missing[number] * n + sample, records[missing[number]] | as_record(completion))
-
+    with processes(device):
+        is_first = is_first_rank()
+        records = of_first_rank(_records(prompts or [], file, keep_going=keep_going) if is_first else [])
+        loaded, tokenizer = open_model(model, dtype, device)
+        started, total = time.monotonic(), n * len(records)
+        on_text = print_piece if is_first and not as_json and output is None else None
         options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "lookup": lookup, **settings}
-        if n * len(records) == 1:
-            on_text = None if as_json or output else print_piece
-            complete_texts(loaded, tokenizer, texts, on_text=on_text, on_completion=keep, **options)
-        else:
-            with Progress("completing", n * len(records), "completions") as progress:
-                progress.advance(n * (len(records) - len(missing)))
-
-                def note(index: int, completion: "Completion") -> None:
-                    keep(index, completion)
-                    progress.advance()
-
-                complete_texts(loaded, tokenizer, texts, on_completion=note, **options)
+        with Results(output if is_first else None, [model, dtype, n, settings, records], total) as results:
+            _complete(loaded, tokenizer, records, results, on_text, options)
+    if not is_first:
+        return  # the first process speaks for all
     summary = {
         "model": model,
         "completion_tokens": sum(result["completion_tokens"] for result in results),
@@ -117,25 +114,76 @@ def generate(
         print(json.dumps(summary | ({"completions": list(results)} if output is None else {"output": str(output)})))
     elif output is not None:
         print(output)
-    elif n * len(records) == 1:
+    elif total == 1:
         print()
     else:
         for number, result in enumerate(results, 1):
-            print(f"=== {number}/{n * len(records)}: {_last_line(result['prompt'])} ({result['finish']})")
+            print(f"=== {number}/{total}: {_last_line(result['prompt'])} ({result['finish']})")
             print(result["completion"])
 
 
+def _complete(
+    model: "Llama",
+    tokenizer: "Tokenizer",
+    records: list[dict[str, Any]],
+    results: "Results",
+    on_text: "OnText | None",
+    options: dict[str, Any],
+) -> None:
+    """Completes what is missing of the results; a single text is given to `on_text`, several move a progress bar."""
+    from puna.generate import generate as complete_texts
+    from puna.parallel.collectives import of_first_rank
+
+    n = options["n"]
+    total = n * len(records)
+    missing = [number for number in range(len(records)) if not results.has(range(number * n, number * n + n))]
+    missing = of_first_rank(missing)  # it alone knows what was there before
+    texts = [records[number]["prompt"] for number in missing]
+
+    def keep(index: int, completion: "Completion") -> None:
+        number, sample = divmod(index, n)
+        results.put(missing[number] * n + sample, records[missing[number]] | as_record(completion))
+
+    if total == 1:
+        complete_texts(model, tokenizer, texts, on_text=on_text, on_completion=keep, **options)
+        return
+    with Progress("completing", total, "completions") as progress:
+        progress.advance(total - n * len(missing))
+
+        def note(index: int, completion: "Completion") -> None:
+            keep(index, completion)
+            progress.advance()
+
+        complete_texts(model, tokenizer, texts, on_completion=note, **options)
+
+
+@contextlib.contextmanager
+def processes(device: str | None) -> Iterator[None]:
+    """While open, this process is one of those that were started together, if it was; the first speaks for all."""
+    from puna.devices import pick_device
+    from puna.parallel.mesh import process_group, rank_device
+
+    with process_group(rank_device(pick_device(device))):
+        yield
+
+
 def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama, Tokenizer]":
-    """Loads a model that comes with its tokenizer.
+    """Loads a model that comes with its tokenizer; of several `processes`, each loads its share.
 
     Raises:
         PunaError: it cannot be loaded, or has no tokenizer.
     """
+    import torch.distributed as dist
+
     from puna.checkpoint import load, resolve
     from puna.devices import has_fast_bf16, pick_device
+    from puna.parallel.inference import Share
+    from puna.parallel.mesh import rank_device
 
-    folder, place = resolve(name), pick_device(device)
-    model, tokenizer = load(folder, dtype=dtype, device=place)
+    folder, place = resolve(name), rank_device(pick_device(device))
+    ranks = dist.group.WORLD
+    share = None if ranks is None else partial(Share, group=ranks)
+    model, tokenizer = load(folder, dtype=dtype, device=place, share=share)
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype

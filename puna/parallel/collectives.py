@@ -1,8 +1,12 @@
 """Exchanges between ranks that gradients flow through."""
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # torch 2.13 gave both new names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,6 +44,24 @@ def all_sum(*numbers: float) -> list[float]:
 def all_max(*numbers: float) -> list[float]:
     """The largest of each number over all ranks there are."""
     return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+def all_min(number: int, group: dist.ProcessGroup | None) -> int:
+    """The smallest of the numbers that the ranks of a group give; None: this process needs nobody."""
+    if group is None:
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MIN, group)
+    return int(value)
+
+
+def of_first_rank(value: T) -> T:
+    """What the first of all ranks there are gave; of the others, any value."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, device=torch.device("cpu"))
+    return held[0]
 
 
 def _reduced(numbers: tuple[float, ...], operation: dist.ReduceOp.RedOpType) -> list[float]:

@@ -98,15 +98,8 @@ class Layout:
 
     def _misfits(self, recipe: Recipe, config: ModelConfig) -> Iterator[str]:
         """What is wrong with this layout, a sentence each."""
-        kv_heads = config.num_key_value_heads
-        if kv_heads % self.tp:
-            yield f"parallel.tp={self.tp} must divide the {kv_heads} key/value heads; use one of {divisors(kv_heads)}"
-        elif config.intermediate_size % self.tp or config.vocab_size % self.tp:
-            fits = divisors(math.gcd(config.intermediate_size, config.vocab_size, kv_heads))
-            yield (
-                f"parallel.tp={self.tp} must divide intermediate_size={config.intermediate_size} and "
-                f"vocab_size={config.vocab_size}; use one of {fits}"
-            )
+        if reason := tp_misfit(config, self.tp, "parallel.tp"):
+            yield reason
         if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's
             yield "parallel.tp > 1 does not work with compile=true; use parallel.dp_shard instead, or compile=false"
         parts = self.cp * self.tp * (2 if self.cp > 1 else 1)
@@ -166,6 +159,26 @@ class Layout:
                 f"smaller, batch_tokens larger, or use pp={micro_batches} or less"
             )
         return None
+
+
+def tp_misfit(config: ModelConfig, tp: int, setting: str) -> str | None:
+    """Why `tp` ranks cannot share every matrix of a model, and how many can; None: they can.
+
+    Args:
+        config: of the model.
+        tp: how many.
+        setting: what the number is called where it was given.
+    """
+    kv_heads = config.num_key_value_heads
+    fits = divisors(math.gcd(config.intermediate_size, config.vocab_size, kv_heads))
+    if kv_heads % tp:
+        return f"{setting}={tp} must divide the {kv_heads} key/value heads; use one of {fits}"
+    if config.intermediate_size % tp or config.vocab_size % tp:
+        return (
+            f"{setting}={tp} must divide intermediate_size={config.intermediate_size} and "
+            f"vocab_size={config.vocab_size}; use one of {fits}"
+        )
+    return None
 
 
 def divisors(number: int) -> list[int]:

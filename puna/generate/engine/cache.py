@@ -30,15 +30,24 @@ class PagedCache:
         block_tokens: tokens of a block.
         dtype: of keys and values.
         device: where they live.
+        tp_size: ranks that share the heads, each with a cache of its own.
 
     Attributes:
         keys, values: (layers, blocks + 1, block_tokens, K, H); the last block is for rows that stand empty.
     """
 
     def __init__(
-        self, config: ModelConfig, n_blocks: int, block_tokens: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        n_blocks: int,
+        block_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp_size: int = 1,
     ) -> None:
-        shape = (config.num_hidden_layers, n_blocks + 1, block_tokens, config.num_key_value_heads, config.head_dim)
+        kv_heads = config.num_key_value_heads // tp_size
+        shape = (config.num_hidden_layers, n_blocks + 1, block_tokens, kv_heads, config.head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.block_tokens, self.device = block_tokens, device
         self.step: Step | None = None

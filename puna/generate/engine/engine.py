@@ -19,6 +19,8 @@ from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling, check_numbers
 from puna.generate.sequence import Completion, OnCompletion, OnText, Sequence
 from puna.model.llama import Llama
+from puna.parallel.collectives import all_min
+from puna.parallel.inference import group_of
 from puna.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ class Engine:
 
     A completion depends on its prompt and its sampling alone, whatever else is in the batch, whenever it came, and
     whether the beginning of its prompt was known already (but for the rounding of sums).
+
+    Where ranks share the model (`puna.parallel.inference`), each has an engine of its own that is given the same
+    prompts; logits are equal to the last bit, so all take the same steps.
 
     Args:
         model: on its device.
@@ -69,9 +74,13 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
         self._dtype = model.compute_dtype or model.lm_head.weight.dtype
+        self._group = group_of(model)
+        tp_size = 1 if self._group is None else self._group.size()
         n_blocks = -(-(cache_tokens or self._room(max_rows)) // block_tokens)
         self.pool = BlockPool(n_blocks, block_tokens)
-        self.cache = PagedCache(model.config, n_blocks, block_tokens, dtype=self._dtype, device=self.device)
+        self.cache = PagedCache(
+            model.config, n_blocks, block_tokens, dtype=self._dtype, device=self.device, tp_size=tp_size
+        )
         tokens = step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE)
         self.scheduler = Scheduler(self.pool, step_tokens=max(tokens, max_rows), max_rows=max_rows)
         if lookup and draft is not None:
@@ -134,7 +143,12 @@ class Engine:
         Args:
             prompt: as for `generate`.
             sampling: the fields of `Sampling`.
+
+        Raises:
+            UsageError: ranks share the model, which would have to begin and cancel in the same steps.
         """
+        if self._group is not None:
+            raise UsageError("a model that processes share cannot stream; use generate, with on_text in the first one")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | BaseException | None]()
 
         def tell(piece: str | BaseException | None) -> None:
@@ -245,12 +259,15 @@ class Engine:
         return self.model.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _room(self, max_rows: int) -> int:
-        """Tokens of cache that memory allows, and that so many rows could ever use."""
+        """Tokens of cache that memory allows on every rank, and that so many rows could ever use."""
         config = self.model.config
         token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
         share = CACHE_SHARE.get(self.device.type, CACHE_SHARE_ELSEWHERE)
+        if self._group is not None and self.device.type != "cpu":  # ranks on a CPU share its memory as well
+            token //= self._group.size()
         most = max_rows * config.max_position_embeddings
-        return max(BLOCK_TOKENS, min(most, int(free_memory_bytes(self.device) * share / token)))
+        room = max(BLOCK_TOKENS, min(most, int(free_memory_bytes(self.device) * share / token)))
+        return all_min(room, self._group)
 
 
 def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":

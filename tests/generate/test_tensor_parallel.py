@@ -1,0 +1,161 @@
+"""Ranks that share a model choose the tokens that one process chooses with all of it."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import puna
+from puna.checkpoint import load, quantize, save_model
+from puna.cli import run
+from puna.errors import UsageError
+from puna.generate import complete
+from puna.model.split import split_dim
+from puna.parallel import start
+from puna.parallel.inference import Share
+from puna.testing import tiny_model, write_tiny_model
+from tests.generate import sharing_ranks
+from tests.generate.sharing_ranks import GREEDY, PROMPTS, SAMPLED
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+WIDE = {**HEADS, "head_dim": 16, "hidden_size": 128, "intermediate_size": 256}
+
+#: Folder -> fields of its model.
+PLAIN: dict[str, dict[str, Any]] = {
+    "plain": HEADS,
+    "tied": {**HEADS, "tie_word_embeddings": True},
+    "biased": {**HEADS, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+}
+#: Folder -> scheme and groups that make it of a model with the fields of `WIDE`.
+QUANTIZED: dict[str, dict[str, Any]] = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4", "group_size": 32}}
+
+MODELS = [*PLAIN, *QUANTIZED]
+SIZES = [2, 4]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each model; biases are random."""
+    place = tmp_path_factory.mktemp("models")
+    for name, fields in {**PLAIN, "wide": WIDE}.items():
+        model = tiny_model(**fields)
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith("bias"):
+                torch.nn.init.normal_(weight, std=0.2)
+        save_model(model, place / name)
+    for name, how in QUANTIZED.items():
+        quantize(place / "wide", place / name, **how)
+    return {name: place / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
+    """Number of processes -> what each of them found, started once."""
+
+    @cache
+    def found(size: int) -> list[dict[str, Any]]:
+        results = tmp_path_factory.mktemp("results")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        words = [sharing_ranks.__file__, results, *folders.values()]
+        done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads((results / f"{rank}.json").read_text()) for rank in range(size)]
+
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_choose_the_tokens_of_the_plain_loop(ranks, folders: dict[str, Path], name: str, size: int) -> None:
+    model, _ = load(folders[name], dtype=torch.float32)
+    greedy, sampled = (
+        [completion.tokens for completion in complete(model, None, PROMPTS, samplings)]
+        for samplings in (GREEDY, SAMPLED)
+    )
+    for rank in ranks(size):
+        assert rank[name]["greedy"] == greedy
+        assert rank[name]["sampled"] == sampled
+        assert rank[name]["leaked"] == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_all_ranks_have_the_same_logits_to_the_last_bit(ranks, name: str, size: int) -> None:
+    assert len({rank[name]["logits"] for rank in ranks(size)}) == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_rank_holds_its_share_of_weights_and_cache(ranks, folders: dict[str, Path], name: str, size: int) -> None:
+    model, _ = load(folders[name])
+    share = sum(w.numel() // (1 if split_dim(n) is None else size) for n, w in model.named_parameters())
+    for rank in ranks(size):
+        assert rank[name]["parameters"] == share
+        assert rank[name]["cache"] == [2, 25, 4, 4 // size, 8]  # layers, blocks and one, tokens, heads, width
+
+
+def test_a_shared_model_does_not_stream(ranks) -> None:
+    assert all("cannot stream" in rank["plain"]["stream"] for rank in ranks(2))
+
+
+class _Ranks:
+    """A process group of which only the size matters."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = lambda: size, lambda: 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "expected"),
+    [
+        ({}, 8, r"the number of processes=8 must divide the 4 key/value heads; use one of \[1, 2, 4\]"),
+        ({"vocab_size": 510}, 4, r"must divide intermediate_size=176 and vocab_size=510; use one of \[1, 2\]"),
+    ],
+)
+def test_too_many_processes_are_refused_with_the_numbers_that_would_do(
+    fields: dict[str, Any], size: int, expected: str
+) -> None:
+    config = tiny_model(**HEADS, **fields).config
+    with pytest.raises(UsageError, match=expected):
+        Share(config, _Ranks(size))  # type: ignore[arg-type]
+
+
+def test_a_group_of_quantised_weights_is_not_cut() -> None:
+    share = Share(tiny_model(**HEADS).config, _Ranks(4))  # type: ignore[arg-type]
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    assert share.index(name, (64, 8)) == (slice(0, 64), slice(0, 2))
+    assert share.index(name, (64, 1)) == (slice(0, 64), slice(0, 1)), "a scale of whole rows is every rank's"
+    with pytest.raises(UsageError, match="has 6 groups in a row, which 4 processes cannot share"):
+        share.index(name, (64, 6))
+
+
+def test_the_command_speaks_once_and_says_what_one_process_says(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    prompts = ["def bubble_sort(arr):", "def quick_sort(arr):"]
+    output = tmp_path / "out.jsonl"
+    command = ["generate", str(folder), *prompts, "--max-tokens", "20", "--dtype", "fp32", "-o", str(output), "--json"]
+    assert run([*command, "--nproc", "2"]) == 0
+    printed, said = capfd.readouterr()
+    assert json.loads(printed)["output"] == str(output)
+    assert said.count("2/2 completions") == 1
+    expected = puna.generate(*load(folder, dtype=torch.float32), prompts, max_tokens=20)
+    assert [json.loads(line)["completion"] for line in output.read_text().splitlines()] == [x.text for x in expected]
+
+
+def test_each_process_is_given_the_same_command_without_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(start, "start_processes", lambda words, count: started.append((words, count)) or 0)
+    given = ["--nproc", "4", "--stop", "--", "--stop", "-x", "-o", "out.jsonl", "--ignore-eos", "--seed", "3"]
+    assert run(["generate", *given, "folder", "--", "-1", "a b"]) == 0
+    ((words, count),) = started
+    assert count == 4
+    assert words[-4:] == ["--", "folder", "-1", "a b"]
+    assert {"--stop=--", "--stop=-x", "--output=out.jsonl", "--ignore-eos", "--seed=3"} < set(words)
+    assert not any("nproc" in word or word == "--json" for word in words)

@@ -65,6 +65,12 @@ def generate(
     lookup: Annotated[
         bool, typer.Option("--lookup", help="Guess what repeats and check it: the same text, sooner.")
     ] = False,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A small model of the same vocabulary that guesses instead.")
+    ] = None,
+    healing: Annotated[
+        bool, typer.Option("--healing", help="Split the end of a prompt anew: a word may go on as one token.")
+    ] = False,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -98,10 +104,12 @@ def generate(
         is_first = is_first_rank()
         records = of_first_rank(_records(prompts or [], file, keep_going=keep_going) if is_first else [])
         loaded, tokenizer = open_model(model, dtype, device)
+        guesses = {"lookup": lookup, "draft": None if draft is None else open_draft(draft, tokenizer, dtype, device)}
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
-        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "lookup": lookup, **settings}
-        with Results(output if is_first else None, [model, dtype, n, settings, records], total) as results:
+        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **guesses, **settings}
+        asked = [model, dtype, n, healing, settings, records]
+        with Results(output if is_first else None, asked, total) as results:
             _complete(loaded, tokenizer, records, results, on_text, options)
     if not is_first:
         return  # the first process speaks for all
@@ -190,6 +198,23 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     if dtype_in_use.itemsize == 2 and not has_fast_bf16(place):
         say("this CPU has no units for 16-bit numbers; --dtype fp32 is many times faster, in twice the memory")
     return model, tokenizer
+
+
+def open_draft(name: str, tokenizer: "Tokenizer", dtype: str | None, device: str | None) -> "Llama":
+    """Loads a small model that guesses for a large one; of several processes, each loads the whole of it.
+
+    Raises:
+        UsageError: its ids stand for other pieces than those of `tokenizer`, the large one's.
+    """
+    from puna.checkpoint import load, resolve
+    from puna.devices import pick_device
+    from puna.parallel.mesh import rank_device
+
+    draft, its = load(resolve(name), dtype=dtype, device=rank_device(pick_device(device)))
+    shared = range(0 if its is None else min(its.vocab_size, tokenizer.vocab_size))
+    if its is not None and any(its.piece(id) != tokenizer.piece(id) for id in shared):
+        raise UsageError(f"{name} splits texts into other tokens than the model; a draft shares the model's vocabulary")
+    return draft
 
 
 def print_piece(_: int, text: str) -> None:

@@ -15,7 +15,7 @@ from puna.cli.generate import Results
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
 from puna.prompts import chat_template, cut_around_gap, infill_prompt
-from puna.testing import ScriptedModel, tiny_model
+from puna.testing import ScriptedModel, tiny_model, write_tiny_model
 from puna.tokenizer import Tokenizer, train_tokenizer
 
 QUESTION = "def f(x):\n"
@@ -301,6 +301,26 @@ def test_sixteen_bits_on_a_cpu_without_units_for_them_are_pointed_out(
     assert "--dtype fp32 is many times faster" in capsys.readouterr().err
     assert run(words) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_draft_and_healing_are_options(loaded, tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    draft = write_tiny_model(tmp_path / "draft", seed=7)
+    words = ["generate", str(tiny_model_folder), "retur", "--max-tokens", "12"]
+    assert run([*words, "--draft", str(draft)]) == 0
+    assert capsys.readouterr().out == continued(loaded, "retur", max_tokens=12) + "\n"
+    assert run([*words, "--healing"]) == 0
+    healed = puna.generate(*loaded, "retur", healing=True, max_tokens=12)[0].text
+    assert capsys.readouterr().out == healed + "\n"
+    assert healed != continued(loaded, "retur", max_tokens=12)
+    assert run([*words, "--draft", str(draft), "--lookup"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_a_draft_of_another_vocabulary_is_refused(loaded, tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    other = train_tokenizer(["words of another kind, all of them\n" * 50], tmp_path / "words", vocab_size=310)
+    save_model(tiny_model(), tmp_path / "draft", tokenizer=other)
+    assert run(["generate", str(tiny_model_folder), "x", "--draft", str(tmp_path / "draft")]) == 2
+    assert "splits texts into other tokens than the model" in capsys.readouterr().err
 
 
 # puna infill

@@ -86,6 +86,11 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values, over all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
 @dataclass(frozen=True)
 class _Layer:
     """One layer of a `KVCache`."""

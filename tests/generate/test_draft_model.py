@@ -144,6 +144,19 @@ def test_guesses_come_from_one_source(model: Llama) -> None:
         Engine(model, lookup=True, draft=model)
 
 
+def test_memory_is_shared_with_the_drafts_caches(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda _: 10_000_000)
+    alone, shared = (Engine(model, draft=draft) for draft in (None, model))
+    drafter = DraftModel(model, 512)
+    drafter.guess([1] * 300, 5)
+    assert drafter._cache is not None
+    paged_bytes = alone.cache.keys.nbytes // (alone.pool.n_blocks + 1) // shared.pool.size * 2
+    draft_bytes = 2 * drafter._cache.keys.nbytes / 300
+    assert shared.pool.n_blocks / alone.pool.n_blocks == pytest.approx(
+        paged_bytes / (paged_bytes + draft_bytes), rel=0.05
+    )
+
+
 def test_a_draft_of_another_dtype_guesses_too(model: Llama) -> None:
     half = tiny_model().to(torch.bfloat16)
     steps, tokens = steps_of(

@@ -11,7 +11,7 @@ The guesses of a sequence are computed on their own, so this pays where few sequ
 import torch
 from torch import Tensor
 
-from puna.model.cache import KVCache
+from puna.model.cache import KVCache, token_bytes
 from puna.model.llama import Llama
 
 #: Guesses a step: at first, and at most.
@@ -20,8 +20,8 @@ FIRST, MOST = 5, 16
 #: Tokens that are computed at a time while it catches up.
 CHUNK_TOKENS = 512
 
-#: Tokens that its cache holds at least.
-SMALLEST_CACHE = 256
+#: Tokens that its cache holds at least, and how much more than is needed when it grows.
+SMALLEST_CACHE, GROWTH = 256, 2
 
 
 class DraftModel:
@@ -82,10 +82,9 @@ class DraftModel:
         """The cache, in a larger one where it is too small."""
         old, config = self._cache, self._model.config
         if old is None or old.capacity < n_tokens:
-            capacity = min(config.max_position_embeddings, max(2 * n_tokens, SMALLEST_CACHE))
-            weight = self._model.lm_head.weight
-            dtype = self._model.compute_dtype or weight.dtype
-            self._cache = new = KVCache(config, 1, capacity, dtype=dtype, device=weight.device)
+            capacity = min(config.max_position_embeddings, max(GROWTH * n_tokens, SMALLEST_CACHE))
+            device = self._model.lm_head.weight.device
+            self._cache = new = KVCache(config, 1, capacity, dtype=_dtype(self._model), device=device)
             if old is not None:
                 new.keys[:, :, : old.used], new.values[:, :, : old.used] = (
                     kept[:, :, : old.used] for kept in (old.keys, old.values)
@@ -93,3 +92,12 @@ class DraftModel:
                 new.used = old.used
             return new
         return old
+
+
+def draft_token_bytes(model: Llama) -> int:
+    """Bytes that a draft model's cache takes for each token of a text that fills it, room to grow included."""
+    return GROWTH * token_bytes(model.config, _dtype(model))
+
+
+def _dtype(model: Llama) -> torch.dtype:
+    return model.compute_dtype or model.lm_head.weight.dtype

@@ -13,11 +13,12 @@ from puna.devices import free_memory_bytes, takes_cuda_kernels
 from puna.errors import UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.cache import PagedCache, Step
-from puna.generate.engine.draft_model import DraftModel
+from puna.generate.engine.draft_model import DraftModel, draft_token_bytes
 from puna.generate.engine.drafts import Drafter, PromptLookup
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling, check_numbers
 from puna.generate.sequence import Completion, OnCompletion, OnText, Sequence
+from puna.model.cache import token_bytes
 from puna.model.llama import Llama
 from puna.parallel.collectives import all_min
 from puna.parallel.inference import group_of
@@ -76,7 +77,7 @@ class Engine:
         self._dtype = model.compute_dtype or model.lm_head.weight.dtype
         self._group = group_of(model)
         tp_size = 1 if self._group is None else self._group.size()
-        n_blocks = -(-(cache_tokens or self._room(max_rows)) // block_tokens)
+        n_blocks = -(-(cache_tokens or self._room(max_rows, draft)) // block_tokens)
         self.pool = BlockPool(n_blocks, block_tokens)
         self.cache = PagedCache(
             model.config, n_blocks, block_tokens, dtype=self._dtype, device=self.device, tp_size=tp_size
@@ -258,13 +259,14 @@ class Engine:
     def _spelled(self) -> int:
         return self.model.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
-    def _room(self, max_rows: int) -> int:
+    def _room(self, max_rows: int, draft: Llama | None) -> int:
         """Tokens of cache that memory allows on every rank, and that so many rows could ever use."""
         config = self.model.config
-        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
+        token = token_bytes(config, self._dtype)
         share = CACHE_SHARE.get(self.device.type, CACHE_SHARE_ELSEWHERE)
         if self._group is not None and self.device.type != "cpu":  # ranks on a CPU share its memory as well
             token //= self._group.size()
+        token += 0 if draft is None else draft_token_bytes(draft)
         most = max_rows * config.max_position_embeddings
         room = max(BLOCK_TOKENS, min(most, int(free_memory_bytes(self.device) * share / token)))
         return all_min(room, self._group)

@@ -4,6 +4,7 @@
 `benchmarks/`; programs that a model wrote run in `sandbox.py` and nowhere else.
 """
 
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def evaluate(
             f"{name or 'the model'} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder, "
             "or give tokenizer=puna.load_tokenizer(folder)"
         )
+    if name is not None and "name" in inspect.signature(module.evaluate).parameters:
+        options |= {"name": name, "weights": _weights(Path(name))}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:
         result = {"benchmark": result["benchmark"], "model": name} | result
@@ -79,3 +82,10 @@ def evaluate(
 
         write_json(Path(output) / "result.json", result)
     return result
+
+
+def _weights(folder: Path) -> str | None:
+    """What tells a folder's weights from others that may stand there: sizes and times; None for a hub id."""
+    files = sorted(folder.glob("*.safetensors"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else None

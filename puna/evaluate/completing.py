@@ -87,17 +87,19 @@ class Completer:
         if self.template is not None:
             stops = self.template.stops(tokenizer)
             self.sampling = replace(self.sampling, stop=self.template.stop_strings, stop_ids=stops)
+        self._engine: Any = None
         self.longest_prompt = max(1, context - max_tokens, context // 2)
         self.cut_prompts = 0
 
     def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None) -> list[str]:
         """The answers."""
-        from puna.generate import complete
+        from puna.generate import Engine
 
+        if self._engine is None:
+            self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows)
         tokens = [self._encoded(ask) for ask in asks]
         samplings = [replace(self.sampling, seed=seed) for seed in seeds or [0] * len(asks)]
-        completions = complete(self.model, self.tokenizer, tokens, samplings, batch_rows=self.batch_rows)
-        return [completion.text for completion in completions]
+        return [completion.text for completion in self._engine.generate(tokens, samplings)]
 
     def _encoded(self, ask: Ask) -> list[int]:
         from puna.prompts import infill_prompt

@@ -122,6 +122,8 @@ class Programs(ABC):
         max_tokens: int | None = None,
         workers: int | None = None,
         complete: Completes | None = None,
+        name: str | None = None,
+        weights: str | None = None,
     ) -> dict[str, Any]:
         """Share of the tasks whose tests pass.
 
@@ -142,6 +144,8 @@ class Programs(ABC):
             max_tokens: an answer's greatest length, other than the benchmark's.
             workers: how many judgements run at once; by default one a core.
             complete: instead of a model, a function from asks and seeds to answers.
+            name: what the model is called.
+            weights: what tells its weights from others, so that a folder of another model is not gone on with.
 
         Returns:
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
@@ -154,38 +158,33 @@ class Programs(ABC):
         tasks = self.read(path)
         if not tasks:
             raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
-        max_tokens = max_tokens or self.max_tokens
-        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": self.stops, "batch_rows": batch, "how": how}
-        if server is not None:
-            complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
-        elif model is not None and not isinstance(model, Replicas):
-            complete = Completer(model, tokenizer, template=template, order=order, **options)
-        given = None if samples is None else read_samples(samples, tasks)
-        settings = {
-            "benchmark": self.name,
-            **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
-            "data": {"file": path.name, "sha256": sha256_of(path)},
-            **({"model": complete.model} if isinstance(complete, RemoteCompleter) else {}),
-            "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
-            if samples is not None
-            else {"protocol": protocol, **vars(how), "max_tokens": max_tokens, "seed": seed, "template": template}
-            | ({"order": order} if self.ask(next(iter(tasks.values()))).suffix is not None else {}),
-        }
-        folder = None if output is None else _open_folder(Path(output), settings)
-        started = time.monotonic()
+        most = max_tokens or self.max_tokens
         with ExitStack() as stack:
+            if samples is None and complete is None:
+                options = {"max_tokens": most, "stop": self.stops, "batch_rows": batch, "how": how}
+                complete = _completer(stack, model, tokenizer, server, template, order, options)
+            settings = {
+                "benchmark": self.name,
+                **_named(complete, name, weights),
+                **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
+                "data": {"file": path.name, "sha256": sha256_of(path)},
+                "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
+                if samples is not None
+                else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
+                | ({"order": order} if self._fills_gaps(tasks) else {}),
+            }
+            folder = None if output is None else _open_folder(Path(output), settings)
+            started = time.monotonic()
             # Before the model works for hours: is there a sandbox?
             sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
-            verdicts = stack.enter_context(Log(folder and folder / "verdicts.jsonl"))
-            judge = _Judge(self, tasks, sandbox, verdicts)
-            if given is None:
-                if isinstance(model, Replicas):
-                    complete = stack.enter_context(Spread(model, template=template, order=order, **options))
-                    batch *= model.count
-                assert complete is not None
+            judge = _Judge(self, tasks, sandbox, stack.enter_context(Log(folder and folder / "verdicts.jsonl")))
+            if complete is None:
+                given = read_samples(samples or "", tasks)
+            else:
                 written = stack.enter_context(Log(folder and folder / "samples.jsonl"))
+                many = model.count if isinstance(model, Replicas) else 1
                 wanted = _Wanted(tasks, how.samples, seed)
-                given = wanted.samples(self, complete, written, judge, batch=batch, is_chat=template is not None)
+                given = wanted.samples(self, complete, written, judge, batch=batch * many, is_chat=template is not None)
             generated = time.monotonic()
             for sample in given:
                 judge.submit(sample)
@@ -203,6 +202,9 @@ class Programs(ABC):
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
 
+    def _fills_gaps(self, tasks: Mapping[str, Task]) -> bool:
+        return self.ask(next(iter(tasks.values()))).suffix is not None
+
     def _file(self, variant: str | None) -> str:
         if variant is None:
             return next(iter(self.files.values()))
@@ -210,6 +212,29 @@ class Programs(ABC):
             known = ", ".join(name for name in self.files if name) or "none"
             raise UsageError(f"{self.name} has no variant {variant!r}; it has {known}")
         return self.files[variant]
+
+
+def _named(complete: Completes | None, name: str | None, weights: str | None) -> dict[str, Any]:
+    if isinstance(complete, RemoteCompleter):
+        return {"model": complete.model}
+    return {} if name is None else {"model": name, "weights": weights}
+
+
+def _completer(
+    stack: ExitStack,
+    model: Any,
+    tokenizer: Any,
+    server: str | None,
+    template: str | None,
+    order: Literal["psm", "spm"],
+    options: dict[str, Any],
+) -> Completes:
+    """Who answers: a server, copies of a model on many devices, or the model here."""
+    if server is not None:
+        return RemoteCompleter(server, model, is_chat=template is not None, **options)
+    if isinstance(model, Replicas):
+        return stack.enter_context(Spread(model, template=template, order=order, **options))
+    return Completer(model, tokenizer, template=template, order=order, **options)
 
 
 def _how(protocol: str, samples_per_task: int | None) -> How:

@@ -1,6 +1,7 @@
 """What all benchmarks of programs share: protocols, seeds, going on after a kill, forms of samples."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
 from puna.evaluate.paper import paper_name, table
-from puna.testing import ScriptedModel
+from puna.testing import ScriptedModel, write_tiny_model
 
 TASKS = [
     {
@@ -71,6 +72,20 @@ def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_pat
     evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run")
     with pytest.raises(PunaError, match=r"run holds answers of another run: its answers is .*'seed': 0.*'seed': 1"):
         evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run", seed=1)
+
+
+def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": data, "max_tokens": 2, "device": "cpu", "output": tmp_path / "run"}
+    first, second = (write_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second")))
+    evaluate("humaneval", str(first), **options)
+    evaluate("humaneval", str(first), **options)
+    with pytest.raises(PunaError, match=r"answers of another run: its model is .*first, this one's .*second"):
+        evaluate("humaneval", str(second), **options)
+    shutil.copytree(second, first, dirs_exist_ok=True)
+    with pytest.raises(PunaError, match=r"answers of another run: its weights is "):
+        evaluate("humaneval", str(first), **options)
 
 
 def test_each_answer_has_a_seed_of_its_own_that_depends_on_task_and_number_alone(

@@ -9,6 +9,7 @@ import puna
 from puna.cli import run
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
+from puna.evaluate.sandbox import VERDICTS
 from puna.testing import write_tiny_model
 
 TASK = {
@@ -88,3 +89,11 @@ def test_every_file_of_the_folder_is_a_benchmark() -> None:
     assert benchmarks.names() == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     for name in benchmarks.names():
         assert callable(benchmarks.find(name).evaluate)
+
+
+def test_the_guide_lists_every_benchmark_and_every_verdict() -> None:
+    guide = (Path(puna.__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    listed = [name for line in guide.splitlines() if line.startswith("| `") for name in [line.split("`")[1]]]
+    assert sorted(listed) == benchmarks.names()
+    table = guide.partition("## Verdicts")[2].partition("\n\nPrograms")[0]
+    assert all(verdict in table for verdict in VERDICTS)

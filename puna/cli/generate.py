@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Seed = Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, npu …; default: an accelerator if there is one.")]
-Nproc = Annotated[int | None, typer.Option(help="Processes of this machine that share the model, one a device.")]
+Nproc = Annotated[
+    int | None, typer.Option(help="Processes to start on this machine, one a device; they share the model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -81,9 +84,10 @@ def generate(
         from puna.parallel.start import start_processes
 
         raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
+    is_first = os.environ.get("RANK", "0") == "0"
+    records = _records(prompts or [], file, keep_going=keep_going) if is_first else []
     from puna.generate import Sampling
     from puna.parallel.collectives import of_first_rank
-    from puna.parallel.mesh import is_first_rank
 
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -101,8 +105,7 @@ def generate(
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
     with processes(device):
-        is_first = is_first_rank()
-        records = of_first_rank(_records(prompts or [], file, keep_going=keep_going) if is_first else [])
+        records = of_first_rank(records)
         loaded, tokenizer = open_model(model, dtype, device)
         guesses = {"lookup": lookup, "draft": None if draft is None else open_draft(draft, tokenizer, dtype, device)}
         started, total = time.monotonic(), n * len(records)

@@ -6,7 +6,8 @@ of them has given up, and then posts its own last note, however stuck the rank i
     rank 0: time is up ─▶ store: "hang" ─▶ every rank's thread: store "hang/r" = its last collective ─▶ rank 0's error
 
 gloo, which every run uses for the numbers of its steps, gives up with an error, and that becomes the one here. NCCL's
-watchdog ends the process instead; it prints each waiting rank's collective itself.
+watchdog ends the process instead; it prints each waiting rank's collective itself. A rank that ends is no hang: gloo
+tells the others at once, and they leave with one line each, so that its own words are not lost among theirs.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 
 @contextlib.contextmanager
 def explained_hangs() -> Iterator[None]:
-    """While open, a collective that waits in vain ends in an error that says what every rank did last.
+    """While open, a collective that waits in vain ends in an error that says why, and what every rank did last.
 
     Raises:
         PunaError: in place of the error of torch.
@@ -46,6 +47,8 @@ def explained_hangs() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if re.search(r"(closed|reset) by peer", str(error), re.IGNORECASE):
+            raise PunaError("another rank ended while this one waited for it; what it said says why") from error
         if not re.search(r"time[d]?[ -]?out", str(error), re.IGNORECASE):
             raise
         raise PunaError(_message(store)) from error

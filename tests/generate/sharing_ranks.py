@@ -1,8 +1,9 @@
-"""Completes prompts by engines that share a model; started by torchrun.
+"""Completes prompts by engines that share a model; started as four processes.
 
-    python -m torch.distributed.run --nproc-per-node 4 sharing_ranks.py results folder …
+    sharing_ranks.py results folder …
 
-For each folder, each rank writes to `results/RANK.json` what it chose, what it holds, and a fingerprint of its logits.
+Two and two of them share the model of each folder, then all four. Each rank writes to `results/RANK.json` what it
+chose, what it holds, and a fingerprint of its logits.
 """
 
 import asyncio
@@ -25,17 +26,17 @@ from puna.parallel.mesh import process_group
 
 SHARED = [1, *range(40, 60)]
 PROMPTS = [SHARED, [5, 6, 7, 8, 5, 6], SHARED[:13], [1], list(range(3, 33)), SHARED]
-GREEDY = [Sampling(max_tokens=24, ignore_eos=True)] * len(PROMPTS)
+GREEDY = [Sampling(max_tokens=16, ignore_eos=True)] * len(PROMPTS)
 SAMPLED = [
-    Sampling(max_tokens=24 - i, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=i)
+    Sampling(max_tokens=16 - i, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=i)
     for i in range(len(PROMPTS))
 ]
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    """What this rank's engine gives for a model of which it holds a share."""
-    model, _ = load(folder, dtype=torch.float32, share=partial(Share, group=dist.group.WORLD))
-    # 24 blocks for three rows of up to 14: some give way, and are computed again.
+def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+    """What this rank's engine gives for a model that it shares with a group."""
+    model, _ = load(folder, dtype=torch.float32, share=partial(Share, group=group))
+    # 24 blocks for three rows of up to 12: some give way, and are computed again.
     engine = Engine(model, cache_tokens=96, block_tokens=4, max_rows=3, step_tokens=10, lookup=True)
     with torch.inference_mode():
         logits = model(torch.tensor([SHARED]))
@@ -64,7 +65,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results, *folders = map(Path, sys.argv[1:])
     with process_group(torch.device("cpu")):
-        found = {folder.name: results_of(folder) for folder in folders}
+        two, _ = dist.new_subgroups(2)
+        groups = [two, dist.group.WORLD]
+        found = {group.size(): {folder.name: results_of(folder, group) for folder in folders} for group in groups}
         (results / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 

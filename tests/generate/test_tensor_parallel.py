@@ -1,9 +1,6 @@
 """Ranks that share a model choose the tokens that one process chooses with all of it."""
 
 import json
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +51,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
-    """Number of processes -> what each of them found, started once."""
-
-    @cache
-    def found(size: int) -> list[dict[str, Any]]:
-        results = tmp_path_factory.mktemp("results")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        words = [sharing_ranks.__file__, results, *folders.values()]
-        done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return [json.loads((results / f"{rank}.json").read_text()) for rank in range(size)]
-
-    return found
+def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of four processes found: by the number of those that share a model, and by its folder."""
+    results = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "PUNA", [sharing_ranks.__file__])
+        assert start.start_processes([str(results), *map(str, folders.values())], 4) == 0
+    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(4)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,16 +68,16 @@ def test_ranks_choose_the_tokens_of_the_plain_loop(ranks, folders: dict[str, Pat
         [completion.tokens for completion in complete(model, None, PROMPTS, samplings)]
         for samplings in (GREEDY, SAMPLED)
     )
-    for rank in ranks(size):
-        assert rank[name]["greedy"] == greedy
-        assert rank[name]["sampled"] == sampled
-        assert rank[name]["leaked"] == 0
+    for rank in ranks:
+        assert rank[str(size)][name]["greedy"] == greedy
+        assert rank[str(size)][name]["sampled"] == sampled
+        assert rank[str(size)][name]["leaked"] == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_all_ranks_have_the_same_logits_to_the_last_bit(ranks, name: str, size: int) -> None:
-    assert len({rank[name]["logits"] for rank in ranks(size)}) == 1
+    assert len({rank[str(size)][name]["logits"] for rank in ranks}) == 1
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -94,13 +85,19 @@ def test_all_ranks_have_the_same_logits_to_the_last_bit(ranks, name: str, size: 
 def test_a_rank_holds_its_share_of_weights_and_cache(ranks, folders: dict[str, Path], name: str, size: int) -> None:
     model, _ = load(folders[name])
     share = sum(w.numel() // (1 if split_dim(n) is None else size) for n, w in model.named_parameters())
-    for rank in ranks(size):
-        assert rank[name]["parameters"] == share
-        assert rank[name]["cache"] == [2, 25, 4, 4 // size, 8]  # layers, blocks and one, tokens, heads, width
+    for rank in ranks:
+        assert rank[str(size)][name]["parameters"] == share
+        assert rank[str(size)][name]["cache"] == [
+            2,
+            25,
+            4,
+            4 // size,
+            8,
+        ]  # layers, blocks and one, tokens, heads, width
 
 
 def test_a_shared_model_does_not_stream(ranks) -> None:
-    assert all("cannot stream" in rank["plain"]["stream"] for rank in ranks(2))
+    assert all("cannot stream" in rank["2"]["plain"]["stream"] for rank in ranks)
 
 
 class _Ranks:
@@ -147,6 +144,18 @@ def test_the_command_speaks_once_and_says_what_one_process_says(
     assert said.count("2/2 completions") == 1
     expected = puna.generate(*load(folder, dtype=torch.float32), prompts, max_tokens=20)
     assert [json.loads(line)["completion"] for line in output.read_text().splitlines()] == [x.text for x in expected]
+
+
+def test_what_befalls_one_process_ends_all_with_a_line_each(
+    tmp_path: Path, tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"  # no folder; only the first process writes, and so only it finds out
+    file.write_text("")
+    assert run(["generate", str(tiny_model_folder), "def", "-o", str(file / "out.jsonl"), "--nproc", "2"]) == 1
+    printed, said = capfd.readouterr()
+    assert printed == ""
+    assert f"({file}" in said
+    assert "Traceback" not in said
 
 
 def test_each_process_is_given_the_same_command_without_nproc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Ranks that share a model choose the tokens that one process chooses with all of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 
 import puna
 from puna.checkpoint import load, quantize, save_model
+from puna.checkpoint.huggingface import load_quantized_config, open_weights
 from puna.cli import run
 from puna.errors import UsageError
 from puna.generate import complete
+from puna.model.config import preset
+from puna.model.llama import Llama, init_weights
 from puna.model.split import split_dim
 from puna.parallel import start
 from puna.parallel.inference import Share
-from puna.testing import tiny_model, write_tiny_model
+from puna.testing import PeakAnonymousMemory, tiny_model, write_tiny_model
 from tests.generate import sharing_ranks
 from tests.generate.sharing_ranks import GREEDY, PROMPTS, SAMPLED
 
@@ -101,10 +105,36 @@ def test_a_shared_model_does_not_stream(ranks) -> None:
 
 
 class _Ranks:
-    """A process group of which only the size matters."""
+    """A process group that exchanges nothing."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.rank = lambda: size, lambda: 0
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self.size, self.rank = lambda: size, lambda: rank
+
+
+def test_the_shares_of_all_ranks_make_up_the_stored_tensors(folders: dict[str, Path]) -> None:
+    for name in MODELS:
+        config, _ = load_quantized_config(folders[name])
+        shares = [Share(config, _Ranks(4, rank)) for rank in range(4)]  # type: ignore[arg-type]
+        for tensor_name, stored in open_weights(folders[name]).items():
+            whole, made = stored.read(), torch.zeros(stored.shape, dtype=stored.dtype)
+            for share in shares:
+                index = share.index(tensor_name, stored.shape)
+                part = stored.part(index)
+                made[index] = part.read()
+                assert part.shape == made[index].shape
+            assert torch.equal(made, whole)
+
+
+def test_a_share_is_loaded_in_the_memory_of_a_share(tmp_path: Path) -> None:
+    config = replace(preset("tiny-512"), vocab_size=8000)
+    model = Llama(config)
+    init_weights(model, seed=0)
+    save_model(model, tmp_path / "model")
+    size_bytes = sum(weight.nbytes for weight in model.parameters())
+    with PeakAnonymousMemory() as memory:
+        share, _ = load(tmp_path / "model", share=lambda config: Share(config, _Ranks(8)))  # type: ignore[arg-type]
+    assert share.config == config
+    assert memory.grown_bytes < size_bytes / 4
 
 
 @pytest.mark.parametrize(

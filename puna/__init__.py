@@ -25,6 +25,7 @@ _HOMES = {
     "quantize": "puna.checkpoint",
     "migrate": "puna.migrate",
     "generate": "puna.generate",
+    "Engine": "puna.generate.engine",
     "infill": "puna.generate",
     "chat": "puna.generate",
     "evaluate": "puna.evaluate",

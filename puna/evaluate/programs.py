@@ -59,6 +59,7 @@ class Programs(ABC):
         max_tokens: most tokens of an answer.
         limits: what one judgement may use.
         figures: variant -> the paper's figures; see `paper`.
+        has_questions: whether a task can be put as a question, to a model with a chat template.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Programs(ABC):
     max_tokens: int = 512
     limits: Limits = Limits()
     figures: Mapping[str, Figures] = {}
+    has_questions: bool = True
 
     @abstractmethod
     def read(self, path: Path) -> dict[str, Task]:
@@ -153,6 +155,8 @@ class Programs(ABC):
         """
         if sum(given is not None for given in (model if server is None else server, samples, complete)) != 1:
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
+        if template is not None and not self.has_questions:
+            raise UsageError(f"{self.name} asks for what is missing in a program, not in chat; leave --template out")
         how = _how(protocol, samples_per_task)
         path = data_file(self.name, data, self._file(variant), self.where)
         tasks = self.read(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import mbpp
 from puna.evaluate.benchmarks.humaneval import HumanEval
@@ -212,6 +212,12 @@ def test_the_papers_figure_is_that_of_the_order_of_the_prompt(shared: Path, bubb
     figures = {order: evaluate("infilling", samples=tmp_path / "s.jsonl", data=path, order=order)["paper"]["7B"]
                for order in ("psm", "spm")}  # fmt: skip
     assert figures == {"psm": {"pass@1": 0.741}, "spm": {"pass@1": 0.833}}
+
+
+@pytest.mark.parametrize("benchmark", ["infilling", "multipl_e", "humaneval_x"])
+def test_what_is_no_question_is_not_asked_in_chat(benchmark: str) -> None:
+    with pytest.raises(UsageError, match=f"{benchmark} asks for what is missing .* leave --template out"):
+        evaluate(benchmark, samples="s.jsonl", template="codellama")
 
 
 def test_infilling_prompts_are_laid_out_in_either_order(tiny_model_folder: Path) -> None:

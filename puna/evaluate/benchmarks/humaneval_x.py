@@ -37,6 +37,7 @@ class HumanEvalX(Programs):
     files = FILES
     where = "https://github.com/THUDM/CodeGeeX has it (codegeex/benchmark/humaneval-x)"
     limits = LIMITS
+    has_questions = False
 
     def read(self, path: Path) -> dict[str, Task]:
         """The tasks of one language; see `Programs`."""
@@ -54,8 +55,6 @@ class HumanEvalX(Programs):
 
     def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
         """What is written up to the brace that closes the function."""
-        if is_chat:
-            raise UsageError("humaneval_x asks for the rest of a function; leave --template out")
         body, brace, _ = text.partition(CLOSING)
         return Sample(task.task_id, f"{body}{brace}\n")
 

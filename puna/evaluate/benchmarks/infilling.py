@@ -53,6 +53,7 @@ class Infilling(Programs):
     files = FILES
     where = "https://github.com/openai/human-eval-infilling has it (data/)"
     max_tokens = 256
+    has_questions = False
     figures = FIGURES
 
     def read(self, path: Path) -> dict[str, Task]:

@@ -55,6 +55,7 @@ class MultiPLE(Programs):
     files = FILES
     where = "https://github.com/deepseek-ai/DeepSeek-Coder has it (Evaluation/HumanEval/data)"
     limits = LIMITS
+    has_questions = False
     figures = FIGURES
 
     def read(self, path: Path) -> dict[str, Task]:
@@ -72,13 +73,11 @@ class MultiPLE(Programs):
         return next((_language(task) for task in self.read(path).values()), super().variant(path))
 
     def ask(self, task: Task) -> Ask:
-        """The prompt; of a model with a chat template, the whole function is hard to tell from the rest."""
+        """The prompt."""
         return Ask(task["prompt"])
 
     def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
         """What stands before the task's own stop strings."""
-        if is_chat:
-            raise UsageError("multipl_e asks for the rest of a function; leave --template out")
         return Sample(task.task_id, cut(text, task["stop_tokens"]))
 
     def job(self, task: Task, sample: Sample) -> Script:

@@ -65,7 +65,7 @@ def load(
         folder: a folder in Hugging Face layout, or a hub id.
         dtype: of the weights ("fp32", "bf16", "fp16" or a torch dtype); None: as stored.
         device: where the weights go.
-        share: gives the part of the model to load; None: the whole.
+        share: gives the part of the model to load, e.g. `puna.parallel.inference.Share`; None: the whole.
 
     Returns:
         The model, and the tokenizer or None if the folder has none.

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TextIO
 
@@ -192,9 +191,7 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     from puna.parallel.mesh import rank_device
 
     folder, place = resolve(name), rank_device(pick_device(device))
-    ranks = dist.group.WORLD
-    share = None if ranks is None else partial(Share, group=ranks)
-    model, tokenizer = load(folder, dtype=dtype, device=place, share=share)
+    model, tokenizer = load(folder, dtype=dtype, device=place, share=Share if dist.is_initialized() else None)
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype

@@ -24,17 +24,20 @@ HEAD = "lm_head"
 
 
 class Share:
-    """A rank's part of a model that all ranks of a group hold together.
+    """A rank's part of a model that all ranks of a group hold together: `puna.load(folder, share=Share)`.
 
     Args:
         config: of the whole model.
-        group: the ranks.
+        group: the ranks; None: all there are.
 
     Raises:
-        UsageError: so many ranks cannot share the model; the message says how many can.
+        UsageError: so many ranks cannot share the model, and the message says how many can; or there are none.
     """
 
-    def __init__(self, config: ModelConfig, group: dist.ProcessGroup) -> None:
+    def __init__(self, config: ModelConfig, group: dist.ProcessGroup | None = None) -> None:
+        group = group or dist.group.WORLD
+        if group is None:
+            raise UsageError("a model is shared by processes that were started together; use --nproc, or torchrun")
         if reason := tp_misfit(config, group.size(), "the number of processes"):
             raise UsageError(reason)
         self.group = group

@@ -26,9 +26,9 @@ from puna.parallel.mesh import process_group
 
 SHARED = [1, *range(40, 60)]
 PROMPTS = [SHARED, [5, 6, 7, 8, 5, 6], SHARED[:13], [1], list(range(3, 33)), SHARED]
-GREEDY = [Sampling(max_tokens=16, ignore_eos=True)] * len(PROMPTS)
+GREEDY = [Sampling(max_tokens=12, ignore_eos=True)] * len(PROMPTS)
 SAMPLED = [
-    Sampling(max_tokens=16 - i, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=i)
+    Sampling(max_tokens=12 - i, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=i)
     for i in range(len(PROMPTS))
 ]
 
@@ -36,7 +36,7 @@ SAMPLED = [
 def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """What this rank's engine gives for a model that it shares with a group."""
     model, _ = load(folder, dtype=torch.float32, share=partial(Share, group=group))
-    # 24 blocks for three rows of up to 12: some give way, and are computed again.
+    # 24 blocks for three rows of up to 11: some give way, and are computed again.
     engine = Engine(model, cache_tokens=96, block_tokens=4, max_rows=3, step_tokens=10, lookup=True)
     with torch.inference_mode():
         logits = model(torch.tensor([SHARED]))

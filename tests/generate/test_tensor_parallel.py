@@ -29,8 +29,13 @@ WIDE = {**HEADS, "head_dim": 16, "hidden_size": 128, "intermediate_size": 256}
 #: Folder -> fields of its model.
 PLAIN: dict[str, dict[str, Any]] = {
     "plain": HEADS,
-    "tied": {**HEADS, "tie_word_embeddings": True},
-    "biased": {**HEADS, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "tied, with biases": {
+        **HEADS,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+    },
 }
 #: Folder -> scheme and groups that make it of a model with the fields of `WIDE`.
 QUANTIZED: dict[str, dict[str, Any]] = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4", "group_size": 32}}
@@ -150,6 +155,11 @@ def test_too_many_processes_are_refused_with_the_numbers_that_would_do(
     config = tiny_model(**HEADS, **fields).config
     with pytest.raises(UsageError, match=expected):
         Share(config, _Ranks(size))  # type: ignore[arg-type]
+
+
+def test_a_process_alone_has_no_share() -> None:
+    with pytest.raises(UsageError, match="started together; use --nproc, or torchrun"):
+        Share(tiny_model().config)
 
 
 def test_a_group_of_quantised_weights_is_not_cut() -> None:

@@ -199,7 +199,16 @@ class _Rank:
         output = stream if self.case.layout.pp > 1 else 0
         cast = self.layer.cast * stage * n if self.case.recipe.recompute == "none" else 0
         leaving = OFFLOADS_IN_FLIGHT * stream if self.case.recipe.recompute == "offload" else 0
-        return n * (self.layer.kept * stage + output) + leaving, cast
+        return n * (self.layer.kept * stage + output) + leaving + self._deferred(), cast
+
+    def _deferred(self) -> float:
+        """Gradients of products that wait, in a zero-bubble pipeline, for those of the weights to be formed."""
+        case = self.case
+        if case.layout.pp == 1 or case.recipe.parallel.schedule != "zero-bubble":
+            return 0
+        Q, K, F = case.widths
+        numbers = Q + 2 * K + 2 * F + 2 * case.config.hidden_size
+        return (self.rank + 1) * max(self.stages) * case.compute_bytes * numbers * case.tokens
 
     def _rotations(self) -> float:
         """Rotations and ids."""
@@ -324,11 +333,16 @@ class _Rank:
         return UPDATE_TEMPORARIES[kind] * 4 * min(largest, UPDATE_PIECE[self.case.is_cpu])
 
     def _pipeline_buffers(self) -> float:
-        """Torch's pipeline stages have a buffer a micro-batch for what comes from either side."""
+        """Torch's pipeline stages have a buffer a micro-batch for what comes from either side.
+
+        When the backward pass is split, they also keep the gradients that they have sent.
+        """
         layout = self.case.layout
         if layout.pp == 1:
             return 0
         sides = 2 * layout.stages_per_rank - self.has_embedding - self.has_head
+        if self.case.recipe.parallel.schedule == "zero-bubble":
+            sides += layout.stages_per_rank - self.has_embedding
         return sides * layout.micro_batches * self.hidden / layout.tp
 
 

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     rows = []
+    load = os.getloadavg()[0]  # of others: rates are those of a quiet machine only where it is near 0
     counted = _enter_group()
     atexit.register(_leave_group, counted)
     for per_task in (1, 10):
@@ -74,6 +75,7 @@ def main() -> None:
         r["cpu_ms_per_judgement"] for r in rows if r["completions"] == 1640 and r["contender"] == "puna"
     )
     facts = {**ratios, "cpu_counted": "control group" if counted else "whole machine", "repeats": args.repeats}
+    facts["load_average_before"] = load
     record("judging", rows, {**facts, "left_behind": _left_behind(args.data)})
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from puna.checkpoint import load
 from puna.errors import UsageError
 from puna.generate import Engine, Sampling
+from puna.generate.engine.scheduler import Running
 from puna.parallel.inference import Share
 from puna.parallel.mesh import process_group
 
@@ -36,16 +37,20 @@ SAMPLED = [
 def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """What this rank's engine gives for a model that it shares with a group."""
     model, _ = load(folder, dtype=torch.float32, share=partial(Share, group=group))
-    # 24 blocks for three rows of up to 11: some give way, and are computed again.
-    engine = Engine(model, cache_tokens=96, block_tokens=4, max_rows=3, step_tokens=10, lookup=True)
+    # 14 blocks for three rows of up to 11: some give way, and are computed again.
+    engine = Engine(model, cache_tokens=56, block_tokens=4, max_rows=3, step_tokens=10, lookup=True)
+    given_way: list[Running] = []
+    preempt = engine.scheduler._preempt
+    engine.scheduler._preempt = lambda running: (given_way.append(running), preempt(running))  # type: ignore
     with torch.inference_mode():
         logits = model(torch.tensor([SHARED]))
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "cache": list(engine.cache.keys.shape),
+        "kv_heads": engine.cache.keys.shape[-2],
         "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
         "greedy": [completion.tokens for completion in engine.generate(PROMPTS, GREEDY)],
         "sampled": [completion.tokens for completion in engine.generate(PROMPTS, SAMPLED)],
+        "given_way": len(given_way),
         "leaked": engine.pool.n_blocks - engine.pool.n_free,
         "stream": asyncio.run(_refusal(engine)),
     }

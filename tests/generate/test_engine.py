@@ -212,6 +212,22 @@ def test_streams_run_side_by_side_and_leaving_one_frees_its_blocks(model: Llama,
     assert_all_free(engine)
 
 
+def test_a_stream_that_does_not_fit_is_an_error_of_its_own(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=64, block_tokens=8)
+
+    async def read(most: int) -> str:
+        return "".join([piece async for piece in engine.stream("def f", max_tokens=most, ignore_eos=True)])
+
+    async def both() -> list[str | BaseException]:
+        return await asyncio.gather(read(300), read(20), return_exceptions=True)
+
+    error, text = asyncio.run(both())
+    assert isinstance(error, PunaError)
+    assert "lower max_tokens" in str(error)
+    tokens = tokenizer.encode("def f", bos=True)
+    assert text == complete(model, tokenizer, [tokens], Sampling(max_tokens=20, ignore_eos=True))[0].text
+
+
 def test_an_error_in_a_step_reaches_every_stream(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, cache_tokens=512)
     engine._compute = lambda chunks: 1 / 0  # type: ignore

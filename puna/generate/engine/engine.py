@@ -1,7 +1,9 @@
 """Requests in, completions out: steps of the network over whatever the scheduler puts together."""
 
 import asyncio
+import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Several
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.devices import free_memory_bytes, takes_cuda_kernels
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.cache import PagedCache, Step
 from puna.generate.engine.draft_model import DraftModel, draft_token_bytes
@@ -91,7 +93,8 @@ class Engine:
             self._new_drafter = lambda: DraftModel(draft, self._spelled)
         self._graphs = _graphs(model, self.cache, is_compiled=compile)
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._door = threading.Lock()
+        self._incoming: deque[Running] = deque()
         self._thread: threading.Thread | None = None
 
     def generate(
@@ -153,7 +156,8 @@ class Engine:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | BaseException | None]()
 
         def tell(piece: str | BaseException | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         sequence = self._sequence(0, prompt, Sampling.of(sampling), lambda _, text: tell(text))
         running = self._new(sequence, tell)
@@ -167,20 +171,22 @@ class Engine:
             running.is_cancelled = True
 
     def _begin(self, running: Running) -> None:
-        with self._lock:
-            self.scheduler.add(running)
+        with self._door:  # never held during a step: who comes does not wait for it
+            self._incoming.append(running)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True, name="puna engine")
                 self._thread.start()
-            self._work.notify()
 
     def _serve(self) -> None:
         """Takes steps for `stream` while there is work."""
         while True:
             with self._lock:
+                self._let_in()
                 self.scheduler.drop_finished()
-                if self.scheduler.is_idle:
-                    self._work.wait()
+                with self._door:
+                    if self.scheduler.is_idle and not self._incoming:
+                        self._thread = None
+                        return
                 live = [*self.scheduler.running, *self.scheduler.waiting]
                 failure: Exception | None = None
                 try:
@@ -192,6 +198,15 @@ class Engine:
                 for running in live:
                     if running.is_done and running.on_end is not None:
                         running.on_end(failure)
+
+    def _let_in(self) -> None:
+        while self._incoming:
+            running = self._incoming.popleft()
+            try:
+                self.scheduler.add(running)
+            except PunaError as error:
+                assert running.on_end is not None
+                running.on_end(error)
 
     @torch.inference_mode()
     def _step(self) -> None:

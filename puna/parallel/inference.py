@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from puna.errors import UsageError
 from puna.model.config import ModelConfig
 from puna.model.llama import Embedding, Linear, Llama
-from puna.model.split import split_dim
+from puna.model.split import split_dim, split_misfit
 from puna.parallel.collectives import gather_dim
-from puna.parallel.layout import tp_misfit
 from puna.quantized import QuantizedLinear
 
 HEAD = "lm_head"
@@ -38,7 +37,7 @@ class Share:
         group = group or dist.group.WORLD
         if group is None:
             raise UsageError("a model is shared by processes that were started together; use --nproc, or torchrun")
-        if reason := tp_misfit(config, group.size(), "the number of processes"):
+        if reason := split_misfit(config, group.size(), "the number of processes"):
             raise UsageError(reason)
         self.group = group
 

@@ -6,13 +6,13 @@ Rows are shared by dp_replicate x dp_shard ranks, a row's tokens by cp, and weig
 torch is needed to think about it: `puna plan` checks thousands of layouts, and a recipe is refused before torch loads.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from puna.config import Recipe
 from puna.errors import UsageError
 from puna.model.config import ModelConfig
+from puna.model.split import divisors, split_misfit
 
 #: Names of the axes, outermost first.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -98,7 +98,7 @@ class Layout:
 
     def _misfits(self, recipe: Recipe, config: ModelConfig) -> Iterator[str]:
         """What is wrong with this layout, a sentence each."""
-        if reason := tp_misfit(config, self.tp, "parallel.tp"):
+        if reason := split_misfit(config, self.tp, "parallel.tp"):
             yield reason
         if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's
             yield "parallel.tp > 1 does not work with compile=true; use parallel.dp_shard instead, or compile=false"
@@ -159,28 +159,3 @@ class Layout:
                 f"smaller, batch_tokens larger, or use pp={micro_batches} or less"
             )
         return None
-
-
-def tp_misfit(config: ModelConfig, tp: int, setting: str) -> str | None:
-    """Why `tp` ranks cannot share every matrix of a model, and how many can; None: they can.
-
-    Args:
-        config: of the model.
-        tp: how many.
-        setting: what the number is called where it was given.
-    """
-    kv_heads = config.num_key_value_heads
-    fits = divisors(math.gcd(config.intermediate_size, config.vocab_size, kv_heads))
-    if kv_heads % tp:
-        return f"{setting}={tp} must divide the {kv_heads} key/value heads; use one of {fits}"
-    if config.intermediate_size % tp or config.vocab_size % tp:
-        return (
-            f"{setting}={tp} must divide intermediate_size={config.intermediate_size} and "
-            f"vocab_size={config.vocab_size}; use one of {fits}"
-        )
-    return None
-
-
-def divisors(number: int) -> list[int]:
-    """The whole numbers that divide `number`, smallest first."""
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -13,7 +13,8 @@ from typing import Any
 from puna.config import Recipe
 from puna.errors import UsageError
 from puna.model.config import ModelConfig
-from puna.parallel.layout import AXES, Layout, divisors
+from puna.model.split import divisors
+from puna.parallel.layout import AXES, Layout
 from puna.plan.case import Case
 from puna.plan.memory import Memory, memory
 from puna.plan.speed import Cluster, Speed, speed

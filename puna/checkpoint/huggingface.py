@@ -114,9 +114,10 @@ def build_model(
     tensors = fit(config, tensors, quantization)
     if quantization is not None:
         dtype = _compute_dtype(dtype, tensors[EMBEDDING].dtype)
+    whole = tensors
     if share is not None:
-        tensors = {name: stored.part(share.index(name, stored.shape)) for name, stored in tensors.items()}
-    check_room(config, tensors, dtype, device)
+        tensors = {name: stored.part(share.index(name, stored.shape)) for name, stored in whole.items()}
+    check_room(config, tensors, dtype, device, share=_size_bytes(tensors) / _size_bytes(whole))
     model = model_without_memory(config, quantization)
     for name, stored in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -131,6 +132,10 @@ def build_model(
             if isinstance(module, QuantizedLinear):
                 module.pack()
     return model
+
+
+def _size_bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(tensor.size_bytes for tensor in tensors.values())
 
 
 def _fill(module: nn.Module, leaf: str, stored: StoredTensor, dtype: torch.dtype | None, device: torch.device) -> None:

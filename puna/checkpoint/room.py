@@ -12,7 +12,12 @@ from puna.quantized import Quantization, model_without_memory, schemes
 
 
 def check_room(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None, device: torch.device
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    share: float = 1.0,
 ) -> None:
     """Refuses to load what does not fit, before a byte of it is read.
 
@@ -21,6 +26,7 @@ def check_room(
         tensors: what is to be loaded.
         dtype: of those that are not quantised; None: as stored.
         device: where they go.
+        share: of the model that they are.
 
     Raises:
         PunaError: they do not fit; the message says by how much, and which schemes of quantisation would.
@@ -30,7 +36,9 @@ def check_room(
     if needed > free:
         sizes = {name: _quantized_bytes(config, name) for name in schemes.names()}
         fitting = [
-            f"{name} ({size / 2**30:,.1f} GiB)" for name, size in sizes.items() if size is not None and size <= free
+            f"{name} ({size * share / 2**30:,.1f} GiB)"
+            for name, size in sizes.items()
+            if size is not None and size * share <= free
         ]
         raise PunaError(
             f"the weights need {needed / 2**30:,.1f} GiB, {(needed - free) / 2**30:,.1f} GiB more than {device} has "

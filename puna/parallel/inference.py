@@ -111,7 +111,11 @@ class SummedEmbedding(nn.Module):
 
 
 class SummedLinear(nn.Module):
-    """A linear layer of which each rank holds some inputs; the sum of the ranks' outputs is the output."""
+    """A linear layer of which each rank holds some inputs; the sum of the ranks' outputs is the output.
+
+    A scheme that rounds activations by the row (fp8) rounds each rank's part of it for itself: a little finer than the
+    whole row would be.
+    """
 
     def __init__(self, linear: Linear | QuantizedLinear, group: dist.ProcessGroup) -> None:
         super().__init__()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import puna
-from puna.checkpoint import load, quantize, save_model
+from puna.checkpoint import load, quantize, room, save_model
 from puna.checkpoint.huggingface import load_quantized_config, open_weights
 from puna.cli import run
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 from puna.generate import complete
 from puna.model.config import preset
 from puna.model.llama import Llama, init_weights
@@ -102,6 +102,17 @@ def test_a_rank_holds_its_share_of_weights_and_cache(ranks, folders: dict[str, P
 
 def test_a_shared_model_does_not_stream(ranks) -> None:
     assert all("cannot stream" in rank["2"]["plain"]["stream"] for rank in ranks)
+
+
+def test_a_share_without_room_is_told_what_a_share_of_few_bits_would_take(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size_bytes = sum(weight.nbytes for weight in load(folders["plain"])[0].parameters())
+    monkeypatch.setattr(room, "free_memory_bytes", lambda device: size_bytes // 5)
+    with pytest.raises(PunaError, match=r"the weights need .* int8 .* would fit"):
+        load(folders["plain"], share=lambda config: Share(config, _Ranks(4)))  # type: ignore[arg-type]
+    with pytest.raises(PunaError, match="no quantisation would help"):
+        load(folders["plain"])
 
 
 class _Ranks:

@@ -56,6 +56,7 @@ class Engine:
         max_rows: most sequences that run at a time.
         cache_tokens: tokens that the cache holds; None: as many as memory allows.
         step_tokens: most tokens of a step; None: what suits the device.
+        block_tokens: tokens of a block: what prompts that begin alike share, and a power of two of 16 or more on CUDA.
         lookup: guess what comes next where a text repeats itself, and check the guesses together.
         draft: a small model of the same vocabulary that guesses instead.
         compile: on CUDA, compile the layers too: a minute at the start, and faster from then on.
@@ -127,12 +128,11 @@ class Engine:
             with self._lock:
                 for running in added:
                     self.scheduler.add(running)
-                told: set[int] = set()
-                while not all(running.is_done for running in added):
-                    self._step()
-                    for running in added:
-                        if on_completion and running.is_done and running.sequence.index not in told:
-                            told.add(running.sequence.index)
+                pending = set(added)
+                while pending:
+                    for running in pending.intersection(self._step()):
+                        pending.remove(running)
+                        if on_completion:
                             on_completion(running.sequence.index, running.sequence.completion())
         finally:
             for running in added:
@@ -209,16 +209,18 @@ class Engine:
                 running.on_end(error)
 
     @torch.inference_mode()
-    def _step(self) -> None:
+    def _step(self) -> list[Running]:
+        """Computes the next step; returns the sequences that ended in it."""
         chunks = self.scheduler.next_step()
         if not chunks:
-            return
+            return []
         asked = self._compute(chunks)
         for chunk, logits in zip(chunks, asked, strict=True):
             if logits is not None:
                 self._take(chunk, logits)
             self.scheduler.advance(chunk)
         self.scheduler.drop_finished()
+        return [chunk.running for chunk in chunks if chunk.running.is_done]
 
     def _compute(self, chunks: list[Chunk]) -> "list[_Logits | None]":
         """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on."""

@@ -116,6 +116,9 @@ class Scheduler:
                 chunks.append(chunk)
                 left -= chunk.stop - chunk.start
         while self.waiting and left > 0 and len(self.running) < self.max_rows:
+            if self.waiting[0].is_done:
+                self.waiting.popleft()
+                continue
             being_read = {self._beginning_of(each) for each in self.running if not each._known}
             if self._beginning_of(self.waiting[0]) in being_read:
                 break  # in the next step it finds there what is being computed in this one
@@ -140,7 +143,8 @@ class Scheduler:
             self.running.remove(running)
             self._give_up(running)
             running.drafter = None  # it may hold a cache of its own
-        self.waiting = deque(each for each in self.waiting if not each.is_done)
+        while self.waiting and self.waiting[0].is_done:  # those behind are met when their turn comes
+            self.waiting.popleft()
 
     def _chunk_of(self, running: Running, left: int) -> Chunk | None:
         """What a running sequence computes next; None: it had to give way."""

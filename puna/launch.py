@@ -244,6 +244,11 @@ while kill -0 "$step" 2>/dev/null; do # the signal ended the wait, not the run
     wait "$step"
     code=$?
 done
+if [ "$code" -gt 128 ]; then # or both ended at once: ask again, 127 says that this was the run's own code
+    wait "$step"
+    again=$?
+    [ "$again" -eq 127 ] || code=$again
+fi
 if [ -n "$is_time_up" ] && [ "$code" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: What makes the README's training short.
 SHORT = (
     "steps=2 sequence_length=64 batch_tokens=128 precision=fp32 schedule.warmup_steps=1 validation.rows=2 "
-    "recompute=none device=cpu"
+    "recompute=none compile=false device=cpu"
 )
 
 

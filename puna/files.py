@@ -7,6 +7,7 @@ or a full disk leave what was there before.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,21 @@ def file_aside(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, mapped to be read.
+
+    Raises:
+        PunaError: it is missing or empty.
+    """
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise PunaError(f"{path} does not exist") from None
+    except ValueError:
+        raise PunaError(f"{path} is empty; fetch or make it again") from None
 
 
 @contextlib.contextmanager

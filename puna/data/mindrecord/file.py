@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from puna.data.mindrecord.integers import decode_integers
 from puna.errors import PunaError
+from puna.files import map_file
 
 #: Types of fields that are arrays -> NumPy's; integers are compressed.
 ARRAY_TYPES: dict[str, np.dtype[Any]] = {
@@ -92,13 +93,7 @@ class MindRecord:
         Raises:
             PunaError: it is missing, none of MindRecord's, or damaged.
         """
-        try:
-            with open(path, "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise PunaError(f"{path} does not exist") from None
-        except ValueError:
-            raise PunaError(f"{path} is empty; fetch or make it again") from None
+        data = map_file(path)
         try:
             size = int.from_bytes(data[:LENGTH_BYTES], "little")
             if size > len(data) - LENGTH_BYTES:

@@ -25,7 +25,7 @@ from torch import Tensor
 from puna.checkpoint.formats.mindspore import wire
 from puna.checkpoint.tensors import StoredTensor, bytes_of
 from puna.errors import PunaError
-from puna.files import file_aside
+from puna.files import file_aside, map_file
 
 #: MindSpore's name of a dtype -> torch's.
 DTYPES = {
@@ -64,13 +64,7 @@ def open_ckpt(path: Path) -> dict[str, StoredTensor | str]:
     Raises:
         PunaError: the file is missing, damaged, cut off or encrypted, or holds what is neither tensor nor text.
     """
-    try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise PunaError(f"{path} does not exist") from None
-    except ValueError:
-        raise PunaError(f"{path} is empty; fetch or make it again") from None
+    data = map_file(path)
     stop = _checked_end(path, data)
     try:
         parameters = _parameters(path, data, stop)

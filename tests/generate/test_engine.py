@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +18,9 @@ from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.scheduler import Running
 from puna.model.llama import Llama
 from puna.testing import PeakAnonymousMemory, ScriptedModel, tiny_model
-from puna.tokenizer import Tokenizer, load_tokenizer
+from puna.tokenizer import Tokenizer
 
 SHARED = [1, *range(40, 60)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path) -> Tokenizer:
-    return load_tokenizer(tiny_model_folder)
 
 
 def assert_all_free(engine: Engine) -> None:

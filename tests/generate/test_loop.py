@@ -19,19 +19,9 @@ from puna.model.cache import KVCache
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.testing import ScriptedModel, tiny_model
-from puna.tokenizer import Tokenizer, load_tokenizer
+from puna.tokenizer import Tokenizer
 
 PROMPTS = [[1, 17, 203, 44], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11, 300, 301, 302], [1, 44, 44, 17]]
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path) -> Tokenizer:
-    return load_tokenizer(tiny_model_folder)
 
 
 def theirs(model: Llama) -> LlamaForCausalLM:

@@ -83,12 +83,7 @@ class Step:
     def of(cls, chunks: list[Chunk], cache: PagedCache) -> "Step":
         """For chunks in the scheduler's order, single tokens first."""
         size, device = cache.block_tokens, cache.device
-        slots = [
-            block * size + place % size
-            for chunk in chunks
-            for place in range(chunk.start, chunk.stop)
-            for block in [chunk.running.blocks[place // size]]
-        ]
+        slots = [slot for chunk in chunks for slot in chunk.slots(size)]
         n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if takes_cuda_kernels(device.type) else 0
         tables = None
         if n_decoding:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Several
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -225,7 +226,7 @@ class Engine:
     def _compute(self, chunks: list[Chunk]) -> "list[_Logits | None]":
         """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on."""
         if self._graphs is not None and self._graphs.takes(chunks):
-            logits = _Logits(self._graphs.logits(chunks), self._spelled)
+            logits = _Logits.of(self._graphs.logits(chunks), self._spelled)
             return [logits.part(row, 1) for row in range(len(chunks))]
         self.cache.step = Step.of(chunks, self.cache)
         ids = torch.tensor([id for chunk in chunks for id in chunk.ids])
@@ -234,18 +235,18 @@ class Engine:
             ids.to(self.device)[None], positions=positions.to(self.device)[None], cache=self.cache
         )[0]
         rows: list[int] = []
-        counts: list[int] = []
+        parts: list[tuple[int, int]] = []  # of `rows`: where a chunk's begin, and how many they are
         end = 0
         for chunk in chunks:
-            end += chunk.stop - chunk.start
-            counts.append(1 + len(chunk.running.drafts) if chunk.is_last else 0)
-            counts[-1] = min(counts[-1], chunk.stop - chunk.start)
-            rows += range(end - counts[-1], end)
+            size = chunk.stop - chunk.start
+            count = min(1 + len(chunk.running.drafts), size) if chunk.is_last else 0
+            end += size
+            parts.append((len(rows), count))
+            rows += range(end - count, end)
         if not rows:
             return [None] * len(chunks)
-        logits = _Logits(self.model.lm_head(hidden[torch.tensor(rows, device=self.device)]), self._spelled)
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [logits.part(start, count) if count else None for start, count in zip(starts, counts, strict=True)]
+        logits = _Logits.of(self.model.lm_head(hidden[torch.tensor(rows, device=self.device)]), self._spelled)
+        return [logits.part(start, count) if count else None for start, count in parts]
 
     def _take(self, chunk: Chunk, logits: "_Logits") -> None:
         """Lets a sequence choose, and go on with its guesses as long as they are what it chose."""
@@ -298,26 +299,27 @@ def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGra
     return DecodeGraphs(model, cache, is_compiled=is_compiled)
 
 
+@dataclass
 class _Logits:
-    """Logits (n, V) on the device; the likeliest of each row is asked for once for all."""
+    """Logits (n, V) on the device, and the likeliest id of each row, which is asked for once for all."""
 
-    def __init__(self, logits: Tensor, spelled: int) -> None:
-        self._logits = logits
+    logits: Tensor
+    likeliest: list[int]
+
+    @classmethod
+    def of(cls, logits: Tensor, spelled: int) -> "_Logits":
+        """Of ids below `spelled`; refuses what is no number."""
         best, ids = logits[:, :spelled].max(-1)
         check_numbers(best)
-        self.likeliest: list[int] = ids.tolist()
-        self._range = range(len(logits))
+        return cls(logits, ids.tolist())
 
     def part(self, start: int, count: int) -> "_Logits":
         """Some of the rows."""
-        part = object.__new__(_Logits)
-        part._logits, part.likeliest = self._logits[start : start + count], self.likeliest[start : start + count]
-        part._range = range(count)
-        return part
+        return _Logits(self.logits[start : start + count], self.likeliest[start : start + count])
 
     def row(self, number: int) -> Tensor:
         """One row on the CPU, in fp32."""
-        return self._logits[number].float().cpu()
+        return self.logits[number].float().cpu()
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self.likeliest)

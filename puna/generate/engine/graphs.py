@@ -115,9 +115,9 @@ class _Graph:
         size, width = cache.block_tokens, self.host.shape[1] - 4
         rows = []
         for chunk in chunks:
-            blocks, place = chunk.running.blocks, chunk.start
-            slot = blocks[place // size] * size + place % size
-            rows.append([chunk.ids[0], place, slot, chunk.stop, *blocks, *[0] * (width - len(blocks))])
+            blocks = chunk.running.blocks
+            row = [*chunk.ids, chunk.start, *chunk.slots(size), chunk.stop]
+            rows.append([*row, *blocks, *[0] * (width - len(blocks))])
         self.host[: len(rows)] = torch.tensor(rows)
         if len(rows) < len(self.host):
             self.host[len(rows) :] = 0

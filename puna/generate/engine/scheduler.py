@@ -72,6 +72,11 @@ class Chunk:
         tokens, beyond = self.running.tokens, self.stop - len(self.running.tokens)
         return tokens[self.start : self.stop] + self.running.drafts[: max(0, beyond)]
 
+    def slots(self, size: int) -> list[int]:
+        """Where in the pool of blocks of `size` tokens each of them is kept."""
+        blocks = self.running.blocks
+        return [blocks[place // size] * size + place % size for place in range(self.start, self.stop)]
+
 
 class Scheduler:
     """Chooses the chunks of each step.

@@ -18,9 +18,10 @@ from typing import Any
 import puna
 from puna.adapt import stages
 from puna.adapt.recipe import choose_recipe
-from puna.adapt.results import write_results
+from puna.adapt.results import results_of
 from puna.adapt.stages import Places
 from puna.checkpoint import resolve
+from puna.report import write_report
 from puna.story import Story
 from puna.twins import make_callable
 
@@ -80,4 +81,4 @@ def adapt(
     story.stage(
         "Score it on HumanEval, for what it may have forgotten", stages.score_general_after, at, humaneval, device
     )
-    return write_results(at, story)
+    return write_report(results_of(at, story), at.report, data=at.results)

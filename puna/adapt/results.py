@@ -8,8 +8,7 @@ from puna.adapt.stages import Places
 from puna.evaluate.comparing import compare
 from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.samples import read_lines
-from puna.files import write_json
-from puna.report import duration, what_runs_here, write_report
+from puna.report import duration, what_runs_here
 from puna.story import Story
 
 #: Score -> its name on the page, its unit, and what is better.
@@ -23,13 +22,6 @@ ROWS = {
 
 #: Lines and blocks shown of those whose completion changed, and characters shown of what stands before them.
 SHOWN, SHOWN_CHARACTERS = 8, 300
-
-
-def write_results(at: Places, story: Story) -> Path:
-    """Writes results.json and report.html; returns the latter's path."""
-    results = results_of(at, story)
-    write_json(at.results, results)
-    return write_report(results, at.report)
 
 
 def results_of(at: Places, story: Story) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import puna
 from puna.demo import stages
-from puna.demo.results import write_results
+from puna.demo.results import results_of
 from puna.demo.stages import Places, Size
+from puna.report import write_report
 from puna.story import Story
 
 __all__ = ["Size", "demo"]
@@ -48,4 +49,4 @@ def demo(output: str | Path = "demo", *, size: Size = Size()) -> Path:
     story.stage("Complete, fill in and answer", stages.write_samples, at, size)
     story.stage("Score the models on code that they have not seen", stages.score_completion, at, size)
     story.stage("Run the functions that they write, in a sandbox", stages.score_problems, at)
-    return write_results(at, story)
+    return write_report(results_of(at, story), at.report, data=at.results)

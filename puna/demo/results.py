@@ -4,20 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from puna.demo.stages import Places
-from puna.files import write_json
-from puna.report import duration, what_runs_here, write_report
+from puna.report import duration, what_runs_here
 from puna.report.chart import smoothed
 from puna.story import Story
 
 #: Column of the table of scores -> the model's name in the stages' scores.
 MODELS = {"random weights": "random", "pretrained": "pretrained", "fine-tuned on dialogs": "chat"}
-
-
-def write_results(at: Places, story: Story) -> Path:
-    """Writes results.json and report.html; returns the latter's path."""
-    results = results_of(at, story)
-    write_json(at.results, results)
-    return write_report(results, at.report)
 
 
 def results_of(at: Places, story: Story) -> dict[str, Any]:

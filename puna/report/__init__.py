@@ -30,7 +30,7 @@ from typing import Any
 
 import puna
 from puna.errors import UsageError
-from puna.files import file_aside
+from puna.files import file_aside, write_json
 from puna.report.chart import line_chart
 
 #: The parts of a page, in the order in which it shows them.
@@ -42,12 +42,13 @@ PARTS = (
 PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "pyarrow", "safetensors")
 
 
-def write_report(results: Mapping[str, Any], path: Path | str) -> Path:
+def write_report(results: Mapping[str, Any], path: Path | str, *, data: Path | None = None) -> Path:
     """Writes the page.
 
     Args:
         results: see above.
         path: the HTML file; it takes the place of an older one.
+        data: a JSON file for the same results; None: none is written.
 
     Returns:
         `path`.
@@ -56,6 +57,8 @@ def write_report(results: Mapping[str, Any], path: Path | str) -> Path:
         UsageError: `results` has no title, or a part that no page has.
     """
     page = render(results)
+    if data is not None:
+        write_json(data, results)
     with file_aside(path, "w") as file:
         file.write(page)
     return Path(path)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
-from puna.model.attention_in_blocks import attend_in_blocks
+from puna.model.attention_in_blocks import Span, attend_in_blocks
 
-#: Tokens of a document from which `attend_in_blocks` serves bf16 training on a CPU. fp32 gains nothing by it.
-IN_BLOCKS_FROM = 256
+#: Tokens of a document from which `attend_in_blocks` serves bf16 on a CPU. fp32 gains nothing by it.
+IN_BLOCKS_FROM = 64
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     is_grouped = q.shape[2] != k.shape[2]
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
     if documents is None or set(documents.lengths) == {q.shape[1]}:
-        if _is_for_blocks(q_, k_, v_, q.shape[1]):
-            return attend_in_blocks(q_, k_, v_, [q.shape[1]] * len(q)).view_as(q)
+        if _is_for_blocks(q, q.shape[1]):
+            return attend_in_blocks(q_, k_, v_, Span.of_documents([q.shape[1]] * len(q))).view_as(q)
         return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
     if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
         starts, longest = documents.starts, documents.longest
@@ -78,28 +78,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if _is_for_blocks(q, k, v, len(q)):
-        return attend_in_blocks(q, k, v, [len(q)])
+    if _is_for_blocks(q, len(q)):
+        return attend_in_blocks(q, k, v, Span.of_documents([len(q)]))
     return _sdpa(q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[0]
 
 
-def _is_for_blocks(q: Tensor, k: Tensor, v: Tensor, length: int) -> bool:
-    """Whether gradients of a long document in bf16 will be asked for on a CPU."""
-    is_training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return is_training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and length >= IN_BLOCKS_FROM
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of queries of one document, and the keys from its start that the last of them sees.
-
-    Query `queries_stop - 1 - i` sees all but the last i keys. Both are numbered over rows laid end to end.
-    """
-
-    queries_start: int
-    queries_stop: int
-    keys_start: int
-    keys_stop: int
+def _is_for_blocks(q: Tensor, n_queries: int) -> bool:
+    """Whether so many queries of a document are computed in blocks."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_queries >= IN_BLOCKS_FROM
 
 
 def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
@@ -122,6 +108,8 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
         starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)).to(q.device) for n in counts]
         longest = [int(n.max()) for n in counts]
         return varlen(q_, k_, v_, *starts, *longest, window_size=(-1, 0)).view_as(q)
+    if _is_for_blocks(q, max(span.queries_stop - span.queries_start for span in spans)):
+        return attend_in_blocks(q_, k_, v_, spans).view_as(q)
     out = []
     for queries, keys in places:
         n_queries, n_keys = queries.stop - queries.start, keys.stop - keys.start

@@ -1,16 +1,19 @@
-"""Causal attention for training on a CPU: matrix products over blocks of queries.
+"""Causal attention on a CPU: matrix products over blocks of queries.
 
 torch's CPU kernel spends more time around its small products than in them, above all backward and in bf16. Here one
 block of queries meets every key that its last query sees, for as many heads as fit the cache at once:
 
     document of 300 tokens     queries 0-127 x keys 0-127, queries 128-255 x keys 0-255, queries 256-299 x keys 0-299
+    its last 100 tokens        queries 0-99 x keys 0-299
 
 All that a query sees is in its block, so softmax and its gradient are one call each, and nothing is kept but queries,
 keys and values: the backward pass forms the weights again. Above the diagonal only a block's last square is computed.
 Products are in the dtype of the input, softmax in fp32 inside; `attend_reference` is the plain formula.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -21,27 +24,46 @@ QUERIES = 128
 SCORES = 1 << 20
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Causal attention within documents that lie end to end, differentiable once.
+@dataclass(frozen=True)
+class Span:
+    """A run of queries of one document, and the keys from its start that the last of them sees.
+
+    Query `queries_stop - 1 - i` sees all but the last i keys. Both are numbered over rows laid end to end.
+    """
+
+    queries_start: int
+    queries_stop: int
+    keys_start: int
+    keys_stop: int
+
+    @classmethod
+    def of_documents(cls, lengths: Iterable[int]) -> "list[Span]":
+        """Those of whole documents that lie end to end."""
+        stops = list(itertools.accumulate(lengths))
+        return [cls(start, stop, start, stop) for start, stop in itertools.pairwise([0, *stops])]
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+    """Causal attention of runs of queries to the keys of their documents, differentiable once.
 
     Args:
-        q: (T, N, H) queries.
+        q: (Tq, N, H) queries.
         k, v: (T, K, H) keys and values; N is a multiple of K.
-        lengths: tokens of each document; their sum is T.
+        spans: which queries see which keys; together they hold each query once.
 
     Returns:
-        (T, N, H).
+        (Tq, N, H).
     """
-    out: Tensor = _AttendInBlocks.apply(q, k, v, list(lengths))
+    out: Tensor = _AttendInBlocks.apply(q, k, v, [place for span in spans for place in astuple(span)])
     return out
 
 
 class _AttendInBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.lengths = lengths
-        out: Tensor = torch.ops.puna.attend_in_blocks(q, k, v, lengths)
+        ctx.places = places
+        out: Tensor = torch.ops.puna.attend_in_blocks(q, k, v, places)
         return out
 
     @staticmethod
@@ -52,7 +74,7 @@ class _AttendInBlocks(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         # (K, H, T) in fp32: products of small transposed matrices with whole weights are faster than the reverse.
         grad_k, grad_v = (torch.zeros(k.shape[1], k.shape[2], k.shape[0], device=k.device) for _ in range(2))
-        for queries, keys, heads in _blocks(q, k, ctx.lengths):
+        for queries, keys, heads in _blocks(q, k, ctx.places):
             q_, k_, v_ = _heads_first(q, queries, heads, groups) * scale, k[keys, heads], v[keys, heads]
             grad_ = _heads_first(grad, queries, heads, groups)
             weights = _weights(q_, k_, mask)
@@ -64,26 +86,25 @@ class _AttendInBlocks(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> Tensor:
     groups, scale, mask = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _mask(q, k)
     out = torch.empty_like(q)
-    for queries, keys, heads in _blocks(q, k, lengths):
+    for queries, keys, heads in _blocks(q, k, places):
         weights = _weights(_heads_first(q, queries, heads, groups) * scale, k[keys, heads], mask)
         _put(out, queries, heads, groups, weights @ v[keys, heads].transpose(0, 1))
     return out
 
 
-def _blocks(q: Tensor, k: Tensor, lengths: list[int]) -> Iterator[tuple[slice, slice, slice]]:
+def _blocks(q: Tensor, k: Tensor, places: list[int]) -> Iterator[tuple[slice, slice, slice]]:
     """The queries of each block, the keys they see, and the key/value heads that are done at once."""
     groups = q.shape[1] // k.shape[1]
-    first = 0
-    for length in lengths:
-        for start in range(first, first + length, QUERIES):
-            stop = min(start + QUERIES, first + length)
-            n_heads = max(1, SCORES // (groups * (stop - start) * (stop - first)))
+    for span in (Span(*places[i : i + 4]) for i in range(0, len(places), 4)):
+        for start in range(span.queries_start, span.queries_stop, QUERIES):
+            stop = min(start + QUERIES, span.queries_stop)
+            keys = slice(span.keys_start, span.keys_stop - (span.queries_stop - stop))
+            n_heads = max(1, SCORES // (groups * (stop - start) * (keys.stop - keys.start)))
             for head in range(0, k.shape[1], n_heads):
-                yield slice(start, stop), slice(first, stop), slice(head, min(head + n_heads, k.shape[1]))
-        first += length
+                yield slice(start, stop), keys, slice(head, min(head + n_heads, k.shape[1]))
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
@@ -120,6 +141,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 # One operation by name, so that selective recomputation can keep its result.
 _LIBRARY = torch.library.Library("puna", "DEF")
-_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v, int[] lengths) -> Tensor")
+_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v, int[] places) -> Tensor")
 _LIBRARY.impl("attend_in_blocks", _forward, "CPU")
-_LIBRARY.impl("attend_in_blocks", lambda q, k, v, lengths: torch.empty_like(q), "Meta")
+_LIBRARY.impl("attend_in_blocks", lambda q, k, v, places: torch.empty_like(q), "Meta")

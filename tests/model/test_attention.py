@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from puna.model import attention, attention_in_blocks
-from puna.model.attention import Documents, attend, attend_cached, attend_reference
+from puna.model.attention import Documents, attend, attend_cached, attend_reference, attend_spans
+from puna.model.attention_in_blocks import Span, attend_in_blocks
 from puna.model.recompute import prepare_layers
 from puna.testing import tiny_model
 
@@ -92,7 +93,7 @@ def test_attention_in_blocks_is_the_reference_forward_and_backward(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_in_blocks, "QUERIES", queries)
         patch.setattr(attention_in_blocks, "SCORES", scores)
-        out = attention_in_blocks.attend_in_blocks(*(x[0] for x in ours), lengths)[None]
+        out = attend_in_blocks(*(x[0] for x in ours), Span.of_documents(lengths))[None]
         grads = torch.autograd.grad(out, ours, slope)
     numbers = np.repeat(np.arange(len(lengths)), lengths)[None]
     reference = attend_reference(*expected, numbers)
@@ -110,17 +111,18 @@ def test_long_documents_in_bf16_go_in_blocks_beside_short_ones(
     monkeypatch.setattr(attention, "IN_BLOCKS_FROM", 6)
     monkeypatch.setattr(attention_in_blocks, "QUERIES", 4)
     seen: list[list[int]] = []
-    in_blocks = attention_in_blocks.attend_in_blocks
-    monkeypatch.setattr(attention, "attend_in_blocks", lambda q, k, v, n: seen.append(n) or in_blocks(q, k, v, n))
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+        seen.append([span.queries_stop - span.queries_start for span in spans])
+        return attend_in_blocks(q, k, v, spans)
+
+    monkeypatch.setattr(attention, "attend_in_blocks", noted)
     for lengths, expected in (([[5, 6, 5], [16]], [[6], [16]]), ([[16], [16]], [[16, 16]])):
         numbers = numbers_of(lengths)
         qkv = [x.detach().bfloat16().requires_grad_() for x in random_qkv(0, 2, *heads)]
         out = attend(*qkv, Documents.of(numbers))
         assert seen == expected
         torch.testing.assert_close(out, attend_reference(*qkv, numbers), atol=3e-2, rtol=3e-2)
-        with torch.no_grad():
-            attend(*qkv, Documents.of(numbers))
-        assert seen == expected, "without gradients torch's kernel serves"
         changed = [x.detach().clone() for x in qkv]
         for x in changed:
             x[0, :5] += 1
@@ -145,9 +147,42 @@ def test_attention_in_blocks_can_be_computed_again(mode: str, monkeypatch: pytes
 
 def test_attention_in_blocks_is_known_to_the_meta_device() -> None:
     q, k = torch.empty(9, 4, 8, device="meta", requires_grad=True), torch.empty(9, 2, 8, device="meta")
-    out = attention_in_blocks.attend_in_blocks(q, k, k, [4, 5])
+    out = attend_in_blocks(q, k, k, Span.of_documents([4, 5]))
     assert out.shape == q.shape
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=3),
+    heads=HEADS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_last_queries_of_a_document_get_what_they_get_among_all(
+    documents: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(len(documents))
+    lengths = [asked + before for asked, before in documents]
+    shapes = [(1, sum(lengths), n, 8) for n in (heads[0], heads[1], heads[1])]
+    ours = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    theirs = [x.detach().float().requires_grad_() for x in ours]
+    numbers = np.repeat(np.arange(len(lengths)), lengths)[None]
+    is_asked = torch.cat([torch.arange(n) >= n - asked for n, (asked, _) in zip(lengths, documents, strict=True)])
+    spans, query, key = [], 0, 0
+    for asked, before in documents:
+        spans.append(Span(query, query + asked, key, key + asked + before))
+        query, key = query + asked, key + asked + before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "IN_BLOCKS_FROM", 6)
+        patch.setattr(attention_in_blocks, "QUERIES", 4)
+        out = attend_spans(ours[0][:, is_asked], *ours[1:], spans)
+        expected = attend_reference(*theirs, numbers)[:, is_asked]
+        slope = torch.randn(out.shape, generator=generator)
+        grads = torch.autograd.grad(out, ours, slope.to(dtype))
+    expected_grads = torch.autograd.grad(expected, theirs, slope)
+    for mine, reference in zip((out, *grads), (expected, *expected_grads), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+        assert (mine.float() - reference).norm() <= tolerance * reference.norm() + tolerance / 10
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])

@@ -28,6 +28,7 @@ from puna.generate.engine import Engine
 from puna.generate.engine.scheduler import Running
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.model.packed import pack_layers
 
 TINY_LLAMA = ModelConfig(32000, 2048, 5632, 22, 32, 4, rope_theta=1e4, max_position_embeddings=2048)
 
@@ -46,6 +47,7 @@ def main() -> None:
     works = args.only.split(",")
     rows: list[dict[str, Any]] = []
     theirs = twin(ours, dtype) if set(works) & {"decode", "prefill", "requests"} else None
+    pack_layers(ours)  # as `puna.load` does for inference; the peer keeps the weights as they were
     rate = read_rate()
     read = config.matmul_parameter_count * dtype.itemsize
     if "decode" in works:

@@ -30,6 +30,7 @@ from puna.errors import PunaError, UsageError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.model.packed import PackedLinear, pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 from puna.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,6 +59,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     share: Callable[[ModelConfig], Share] | None = None,
+    for_inference: bool = False,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
@@ -66,6 +68,8 @@ def load(
         dtype: of the weights ("fp32", "bf16", "fp16" or a torch dtype); None: as stored.
         device: where the weights go.
         share: gives the part of the model to load, e.g. `puna.parallel.inference.Share`; None: the whole.
+        for_inference: lay weights out as products without gradients read them fastest: bf16 on a CPU multiplies up to
+            twice as fast, but such a model can be neither trained nor saved.
 
     Returns:
         The model, and the tokenizer or None if the folder has none.
@@ -80,7 +84,15 @@ def load(
     if tokenizer is not None and hasattr(tokenizer, "check_vocab_size"):
         tokenizer.check_vocab_size(config.vocab_size)
     part, tensors = None if share is None else share(config), open_weights(folder)
-    model = build_model(config, tensors, quantization=quantization, dtype=dtype, device=device, share=part)
+    model = build_model(
+        config,
+        tensors,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        share=part,
+        for_inference=for_inference,
+    )
     return model, tokenizer
 
 
@@ -101,8 +113,9 @@ def build_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     share: Share | None = None,
+    for_inference: bool = False,
 ) -> Llama:
-    """Makes a model, or a share of one, of stored tensors, reading one at a time.
+    """Makes a model, or a share of one, of stored tensors, reading one at a time; arguments as for `load`.
 
     A quantised model computes in the dtype that its other weights have, in bf16 where that is fp16.
 
@@ -124,6 +137,8 @@ def build_model(
         _fill(model.get_submodule(owner), leaf, stored, dtype, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if for_inference:
+        pack_layers(model)
     if share is not None:
         share.join(model)
     if quantization is not None:
@@ -278,10 +293,12 @@ def save_model(
     """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
 
     Raises:
-        PunaError: the folder exists, or the model is quantised.
+        PunaError: the folder exists, or the model is quantised or was loaded for inference.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise PunaError("a quantised model is not saved from memory; copy the folder that it was loaded from")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise PunaError("a model that was loaded for inference cannot be saved; load it without for_inference")
     tensors = {name: StoredTensor.of(values) for name, values in model.named_parameters()}
     write_model(folder, model.config, tensors, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 

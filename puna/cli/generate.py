@@ -191,7 +191,8 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     from puna.parallel.mesh import rank_device
 
     folder, place = resolve(name), rank_device(pick_device(device))
-    model, tokenizer = load(folder, dtype=dtype, device=place, share=Share if dist.is_initialized() else None)
+    share = Share if dist.is_initialized() else None
+    model, tokenizer = load(folder, dtype=dtype, device=place, share=share, for_inference=True)
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype
@@ -210,7 +211,7 @@ def open_draft(name: str, tokenizer: "Tokenizer", dtype: str | None, device: str
     from puna.devices import pick_device
     from puna.parallel.mesh import rank_device
 
-    draft, its = load(resolve(name), dtype=dtype, device=rank_device(pick_device(device)))
+    draft, its = load(resolve(name), dtype=dtype, device=rank_device(pick_device(device)), for_inference=True)
     shared = range(0 if its is None else min(its.vocab_size, tokenizer.vocab_size))
     if its is not None and any(its.piece(id) != tokenizer.piece(id) for id in shared):
         raise UsageError(f"{name} splits texts into other tokens than the model; a draft shares the model's vocabulary")

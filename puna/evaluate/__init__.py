@@ -65,7 +65,7 @@ def evaluate(
         from puna.checkpoint import load
         from puna.devices import pick_device
 
-        model, its_own = load(name, dtype=dtype, device=pick_device(device))
+        model, its_own = load(name, dtype=dtype, device=pick_device(device), for_inference=True)
         tokenizer = tokenizer or its_own
     if model is not None and tokenizer is None and nproc is None and "server" not in options:
         raise UsageError(

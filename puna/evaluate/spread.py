@@ -112,7 +112,7 @@ def _completer(replicas: Replicas, rank: int, options: dict[str, Any]) -> Any:
     if not accelerators:
         torch.set_num_threads(max(1, cpu_cores() // replicas.count))
     device = accelerators[rank % len(accelerators)] if accelerators else "cpu"
-    model, tokenizer = load(replicas.model, dtype=replicas.dtype, device=pick_device(device))
+    model, tokenizer = load(replicas.model, dtype=replicas.dtype, device=pick_device(device), for_inference=True)
     if tokenizer is None:
         raise PunaError(
             f"{replicas.model} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder"

@@ -1,0 +1,76 @@
+"""Packed linear layers against plain ones over the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.checkpoint import load, save_model
+from puna.errors import PunaError
+from puna.generate import Sampling
+from puna.generate.engine import Engine
+from puna.model import packed
+from puna.model.llama import Linear
+from puna.model.packed import PackedLinear, pack_layers
+from puna.testing import tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not packed._gains(torch.empty(1, 1, dtype=torch.bfloat16)),
+    reason="this CPU has no units for bf16 that oneDNN knows",
+)
+
+
+def random_linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
+    linear = Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+    for weight in linear.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(inputs + outputs))
+    return linear
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70), inputs=st.integers(1, 150), outputs=st.integers(1, 150), bias=st.booleans()
+)  # fmt: skip
+@torch.no_grad()
+def test_a_packed_layer_computes_what_the_plain_one_does(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    linear = random_linear(inputs, outputs, bias=bias)
+    x = torch.randn(2, rows, inputs, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    expected = linear.double()(x.double())
+    packed_linear = PackedLinear(linear.bfloat16())
+    for out in (packed_linear(x), packed_linear(x.transpose(0, 1)).transpose(0, 1)):
+        assert out.dtype == torch.bfloat16
+        assert out.shape == expected.shape
+        assert (out - expected).norm() <= 3e-3 * expected.norm()
+
+
+def test_only_layers_in_bf16_are_packed() -> None:
+    for dtype, expected in ((torch.bfloat16, True), (torch.float32, False), (torch.float16, False)):
+        model = tiny_model().to(dtype)
+        pack_layers(model)
+        layers = [module for module in model.modules() if isinstance(module, Linear)]
+        assert len(layers) == 7 * model.config.num_hidden_layers + 1
+        assert all((type(layer) is PackedLinear) == expected for layer in layers)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_loaded_for_inference_writes_what_the_plain_one_does(tied: bool, tmp_path: Path) -> None:
+    save_model(tiny_model(tie_word_embeddings=tied).to(torch.bfloat16), tmp_path / "model")
+    plain, _ = load(tmp_path / "model")
+    fast, _ = load(tmp_path / "model", for_inference=True)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected, logits = plain(ids).float(), fast(ids).float()
+    assert not torch.equal(logits, torch.zeros_like(logits))
+    assert (logits - expected).norm() <= 1e-2 * expected.norm()
+    completion = Engine(fast).generate([[5, 6, 7]], Sampling(max_tokens=5, ignore_eos=True))[0]
+    assert len(completion.tokens) == 5
+
+
+def test_a_model_loaded_for_inference_is_not_saved(tmp_path: Path) -> None:
+    save_model(tiny_model().to(torch.bfloat16), tmp_path / "model")
+    fast, _ = load(tmp_path / "model", for_inference=True)
+    with pytest.raises(PunaError, match="load it without for_inference"):
+        save_model(fast, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -42,22 +42,23 @@ class SentencePieceTokenizer(Tokenizer):
             # file by itself would have it, by half a marker.
             if piece.piece in (*INFILLING_PIECES, STEP_PIECE):
                 piece.type = CONTROL
-        bos_id, eos_id, unk_id = _special_ids(model, path)
-        added = _added_pieces(path, len(model.pieces))
+        pieces, types = zip(*((piece.piece, piece.type) for piece in model.pieces), strict=True)
+        bos_id, eos_id, unk_id = _special_ids(model, pieces, path)
+        added, byte_ids = _added_pieces(path, len(pieces)), _byte_ids(pieces, types)
         super().__init__(
             path,
-            pieces=[piece.piece for piece in model.pieces] + added,
-            spellings=[_spelling(piece, model.trainer_spec.unk_surface) for piece in model.pieces] + [b""] * len(added),
+            pieces=[*pieces, *added],
+            spellings=_spellings(pieces, types, model.trainer_spec.unk_surface) + [b""] * len(added),
             control=[
-                *(i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNUSED)),
-                *range(len(model.pieces), len(model.pieces) + len(added)),
+                *(i for i, type in enumerate(types) if type in (CONTROL, UNUSED)),
+                *range(len(pieces), len(pieces) + len(added)),
             ],
             bos_id=bos_id,
             eos_id=eos_id,
             unk_id=unk_id,
             adds_leading_space=model.normalizer_spec.add_dummy_prefix,
-            byte_ids=_byte_ids(model),
-            merges_plain_text=_merges_plain_text(model),
+            byte_ids=byte_ids,
+            merges_plain_text=bool(byte_ids) and USER_DEFINED not in types and _merges_alone(model),
             adds_space_after_control=_settings(path).get("legacy") is not False,
         )
         self._spaced = _processor(model)
@@ -106,9 +107,9 @@ def _processor(model: Any) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def _special_ids(model: Any, path: Path) -> tuple[int, int, int | None]:
+def _special_ids(model: Any, pieces: Sequence[str], path: Path) -> tuple[int, int, int | None]:
     """The ids of BOS, EOS and of what cannot be spelled."""
-    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    ids = {piece: i for i, piece in enumerate(pieces)}
     told = model.trainer_spec
     bos, eos, unk = (
         id if 0 <= id < len(ids) else ids.get(piece)
@@ -119,27 +120,33 @@ def _special_ids(model: Any, path: Path) -> tuple[int, int, int | None]:
     return (eos if bos is None else bos), eos, unk
 
 
-def _spelling(piece: Any, unk_surface: str) -> bytes:
-    if piece.type == BYTE:
-        return bytes([int(piece.piece[3:5], 16)])
-    if piece.type == UNKNOWN:
-        return unk_surface.encode()
-    return b"" if piece.type == CONTROL else piece.piece.replace(SPACE_MARK, " ").encode()
+def _spellings(pieces: Sequence[str], types: Sequence[int], unk_surface: str) -> list[bytes]:
+    spellings = [piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
+    for i, type in enumerate(types):
+        if type == BYTE:
+            spellings[i] = bytes([_byte(pieces[i])])
+        elif type in (UNKNOWN, CONTROL):
+            spellings[i] = unk_surface.encode() if type == UNKNOWN else b""
+    return spellings
 
 
-def _byte_ids(model: Any) -> dict[int, int]:
-    ids = {int(piece.piece[3:5], 16): i for i, piece in enumerate(model.pieces) if piece.type == BYTE}
+def _byte_ids(pieces: Sequence[str], types: Sequence[int]) -> dict[int, int]:
+    ids = {_byte(pieces[i]): i for i, type in enumerate(types) if type == BYTE}
     return ids if len(ids) == 256 else {}
 
 
-def _merges_plain_text(model: Any) -> bool:
+def _byte(piece: str) -> int:
+    """What a piece such as `<0x0A>` spells."""
+    return int(piece[3:5], 16)
+
+
+def _merges_alone(model: Any) -> bool:
+    """Whether the file asks for merging neighbours, and for nothing to be done to a text before."""
     normalizer = model.normalizer_spec
     return (
         model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE
-        and bool(_byte_ids(model))
         and normalizer.escape_whitespaces
         and not model.trainer_spec.treat_whitespace_as_suffix
         and not normalizer.remove_extra_whitespaces
         and not normalizer.precompiled_charsmap
-        and not any(piece.type == USER_DEFINED for piece in model.pieces)
     )

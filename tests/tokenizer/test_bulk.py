@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.errors import PunaError
 from puna.tokenizer import BulkEncoder, bulk, load_tokenizer
 from puna.tokenizer.sentence_piece import NORMAL, USER_DEFINED, read_model
 
@@ -46,6 +47,20 @@ def test_bulk_ids_are_plain_ids_in_llamas_vocabulary(llama_bulk, text, leading_s
     assert ids.tolist() == llama_bulk.tokenizer.encode(text, leading_space=leading_space)
 
 
+@settings(max_examples=50, deadline=None)
+@given(several=st.lists(texts, max_size=6), leading_space=st.booleans())
+def test_many_texts_at_once_have_the_ids_of_each(llama_bulk, several, leading_space):
+    ids = llama_bulk.encode_all(several, leading_space=leading_space)
+    assert [row.tolist() for row in ids] == [
+        llama_bulk.tokenizer.encode(text, leading_space=leading_space) for text in several
+    ]
+
+
+def test_half_a_surrogate_pair_among_many_texts_is_refused(llama_bulk):
+    with pytest.raises(PunaError, match="half of a surrogate pair"):
+        llama_bulk.encode_all(["fine", "\ud800"])
+
+
 def test_bulk_ids_of_real_code_are_plain_ids(llama_bulk):
     library = Path(os.__file__).parent
     for name in ("argparse.py", "ast.py", "test/test_unicode_identifiers.py", "encodings/cp1251.py", "typing.py"):
@@ -78,7 +93,7 @@ def test_a_piece_of_letters_and_signs_only_stops_the_finer_cut(small_tokenizer, 
 def test_vocabularies_trained_as_llamas_allow_the_finer_cut(small_bulk, llama_bulk):
     for encoder in (small_bulk, llama_bulk):
         encoder.encode("finer(cut)")
-        assert {" finer", "(", "cut", ")"} <= encoder._memory._known.keys()
+        assert {b" finer", b"(", b"cut", b")"} <= encoder._memory._known.keys()
 
 
 def test_a_vocabulary_that_does_more_than_merge_is_not_cut(small_tokenizer, tmp_path):

@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import pkgutil
+import time
 from typing import Annotated
 
 import typer
@@ -93,11 +94,18 @@ def run(arguments: list[str]) -> int:
 
 _INTERRUPTED = 130
 
+#: How long a rank leaves it to the first one to say what is wrong with the request.
+_FIRST_SECONDS = 10.0
+
 
 def _explained(error: Exception) -> int:
+    is_said: bool | None = getattr(error, "is_said", None)  # by the first rank; None: the ranks have not met yet
+    if is_said:
+        return error.exit_code if isinstance(error, PunaError) else 1
+    if isinstance(error, UsageError) and is_said is None and os.environ.get("RANK", "0") != "0":
+        time.sleep(_FIRST_SECONDS)  # the first rank makes the same of a wrong request, and then all are stopped
     if isinstance(error, PunaError):
-        speak = say if isinstance(error, UsageError) else complain  # all ranks make the same of a wrong request
-        speak(f"puna: {error}")
+        complain(f"puna: {error}")
         return error.exit_code
     if hasattr(error, "format_message"):  # click's own: a wrong option or argument
         complain(f"puna: {error.format_message()} (see --help)")

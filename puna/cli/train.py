@@ -24,8 +24,10 @@ def train(
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
     """
     if nproc is not None:
+        from puna.config import load_recipe
         from puna.parallel.start import start_processes
 
+        load_recipe(recipe, overrides)  # refused before anything starts
         words = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
         raise typer.Exit(start_processes(words, nproc))
     from puna.train import train as train_recipe

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from puna.errors import UsageError
+from puna.parallel.errors import said_once
 from puna.parallel.hangs import explained_hangs
 from puna.parallel.layout import Layout
 
@@ -80,7 +81,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     )
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        with explained_hangs():
+        with said_once(), explained_hangs():
             yield
     finally:
         dist.destroy_process_group()
@@ -91,11 +92,9 @@ def rank_device(device: torch.device) -> torch.device:
     if device.type == "cpu" or "LOCAL_RANK" not in os.environ:
         return device
     index = int(os.environ["LOCAL_RANK"])
-    if index >= torch.accelerator.device_count():
-        raise UsageError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on a machine with "
-            f"{torch.accelerator.device_count()} devices; start one a device"
-        )
+    started, there = int(os.environ.get("LOCAL_WORLD_SIZE", index + 1)), torch.accelerator.device_count()
+    if started > there:  # even the ranks that have a device say so: one of them speaks for all
+        raise UsageError(f"{started} processes were started on a machine with {there} devices; start one a device")
     torch.accelerator.set_device_index(index)
     return torch.device(device.type, index)
 

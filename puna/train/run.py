@@ -39,7 +39,7 @@ from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
-from puna.parallel.collectives import all_max
+from puna.parallel.collectives import all_max, of_first_rank
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
 from puna.parallel.model import DistributedModel
@@ -71,16 +71,17 @@ class Stopped(PunaError):
 def run(recipe: Recipe) -> dict[str, Any]:
     """Does what `puna.train` promises, for a recipe that has been checked."""
     device = rank_device(devices.pick_device(None if recipe.device == "auto" else recipe.device))
-    recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
-    config, run_dir = model_config(recipe), Path(recipe.run_dir)
-    layout = Layout.of(recipe, config, world_size())
-    with process_group(device), _only_run_in(run_dir):
-        _check_continues(recipe, run_dir)
-        run_ = _Run(recipe, config, run_dir, Ranks.of(layout, device), device)
-        try:
-            return run_.go()
-        finally:
-            run_.checkpoints.wait()  # a save in the background needs the process group
+    with process_group(device):
+        recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
+        config, run_dir = model_config(recipe), Path(recipe.run_dir)
+        layout = Layout.of(recipe, config, world_size())
+        with _only_run_in(run_dir):
+            _check_continues(recipe, run_dir)
+            run_ = _Run(recipe, config, run_dir, Ranks.of(layout, device), device)
+            try:
+                return run_.go()
+            finally:
+                run_.checkpoints.wait()  # a save in the background needs the process group
 
 
 class _Run:
@@ -384,14 +385,15 @@ def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
 def _only_run_in(run_dir: Path) -> Iterator[None]:
     """Keeps a second process from training in the same folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not is_first_rank():
-        yield
-        return
-    with open(run_dir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PunaError(f"another process is training in {run_dir}; choose another run_dir") from None
+    with open(run_dir / ".lock", "a") as lock:
+        is_free = True
+        if is_first_rank():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_free = False
+        if not of_first_rank(is_free):
+            raise PunaError(f"another process is training in {run_dir}; choose another run_dir")
         yield
 
 

@@ -127,6 +127,27 @@ def test_a_rank_that_hangs_is_an_error_with_the_last_collective_of_each(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("change", "said", "code"),
+    [("steps=many", "steps='many': input should be", 2), ("data.train=nowhere", "puna: nowhere does not exist", 1)],
+)
+def test_what_is_wrong_for_all_ranks_is_said_once(
+    change: str, said: str, code: int, content: dict[str, Any], tmp_path: Path
+) -> None:
+    done = _train(content, tmp_path / "run", "--nproc", "2", change)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("puna: ") == 1
+    assert said in done.stderr
+
+
+def test_a_wrong_recipe_is_said_once_under_torchrun_too(content: dict[str, Any], tmp_path: Path) -> None:
+    words = _command(content, tmp_path / "run", "steps=many")[1:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("steps='many': input should be") == 1
+
+
 def test_an_impossible_layout_is_refused_once_with_what_would_do(content: dict[str, Any], tmp_path: Path) -> None:
     done = _train(content, tmp_path / "run", "--nproc", "4", "parallel.tp=4")
     assert done.returncode == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from puna.data import corpora
 from puna.data.documents import Document, LeftOut, Span
@@ -24,6 +25,12 @@ from puna.tokenizer import BulkEncoder, Tokenizer, load_tokenizer
 
 #: The parts that documents go to, and the folder of each within the prepared folder.
 PARTS = {"train": "", "held_out": "held_out"}
+
+#: Bytes of documents that are encoded at once: enough to be fast, small in memory.
+BATCH_BYTES = 1 << 20
+
+#: Part, tokens, and which of them are targets; None: all.
+_Encoded = tuple[str, NDArray[np.int32], NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,7 @@ class PrepareUnit:
         left_out: list[LeftOut] = []
         writers: dict[str, ShardWriter] = {}
         with contextlib.ExitStack() as stack:
-            for document in self._documents(unit):
-                encoded = document if isinstance(document, LeftOut) else self._encoded(document)
+            for document, encoded in self._all_encoded(unit):
                 if isinstance(encoded, LeftOut):
                     left_out.append(encoded)
                     continue
@@ -126,7 +132,22 @@ class PrepareUnit:
                     document = LeftOut(document.id, document.source, "near-duplicate", original)
             yield document
 
-    def _encoded(self, document: Document) -> tuple[str, np.ndarray, np.ndarray | None] | LeftOut:
+    def _all_encoded(self, unit: Unit) -> Iterator[tuple[Document | LeftOut, _Encoded | LeftOut]]:
+        """Every document with its tokens, or with why it is left out.
+
+        Documents are laid out twice, some megabytes at a time: first to hear which texts there are to encode, so that
+        they are encoded all at once.
+        """
+        for batch in _batches(self._documents(unit)):
+            with self.bulk.listening():
+                for document in batch:
+                    if isinstance(document, Document):
+                        self._encoded(document)
+            for document in batch:
+                yield document, document if isinstance(document, LeftOut) else self._encoded(document)
+            self.bulk.forget()
+
+    def _encoded(self, document: Document) -> _Encoded | LeftOut:
         """The part that a document goes to, its tokens, and which of them are targets."""
         part = "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
         if document.messages is not None:
@@ -144,11 +165,11 @@ class PrepareUnit:
         tokens = infill_document(as_tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order)
         return part, np.array(tokens, np.int32), None
 
-    def _encoded_dialog(self, part: str, document: Document) -> tuple[str, np.ndarray, np.ndarray] | LeftOut:
+    def _encoded_dialog(self, part: str, document: Document) -> _Encoded | LeftOut:
         assert self.template is not None
         assert document.messages is not None
         try:
-            encoded = self.template.encode(self.tokenizer, cast(list[Message], document.messages))
+            encoded = self.template.encode(cast(Tokenizer, self.bulk), cast(list[Message], document.messages))
         except UnusableDialog as error:
             detail = str(error).partition(f"{error.reason} (")[2].removesuffix(")")
             return LeftOut(document.id, document.source, error.reason, detail)
@@ -156,7 +177,7 @@ class PrepareUnit:
             return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
         return part, np.array(encoded.tokens, np.int32), np.array(encoded.is_target, np.bool_)
 
-    def _checked_tokens(self, part: str, document: Document) -> tuple[str, np.ndarray, np.ndarray] | LeftOut:
+    def _checked_tokens(self, part: str, document: Document) -> _Encoded | LeftOut:
         tokens, is_target = document.tokens, document.is_target
         assert tokens is not None
         assert is_target is not None
@@ -198,22 +219,65 @@ def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Docume
 
 
 class _BulkTokenizer:
-    """What `infill_document` asks of a tokenizer, answered by the fast encoder."""
+    """What layouts ask of a tokenizer, answered from what has been encoded ahead.
+
+    While it is listening it gives no ids, and remembers which texts it was asked for.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.path, self.infilling = tokenizer.path, tokenizer.infilling
-        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
-        self._encode = BulkEncoder(tokenizer).encode
+        self._tokenizer, self._encoder = tokenizer, BulkEncoder(tokenizer)
+        self._heard: dict[bool, dict[str, NDArray[np.int32] | None]] = {True: {}, False: {}}
+        self._is_listening = False
 
-    def encode(self, text: str, *, leading_space: bool = True) -> list[int]:
-        return self._encode(text, leading_space=leading_space).tolist()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
-    def encode_document(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, leading_space: bool = True) -> list[int]:
+        ids = self._ids(text, leading_space).tolist()
+        return [self._tokenizer.bos_id] * bos + ids + [self._tokenizer.eos_id] * eos
+
+    def encode_document(self, text: str) -> NDArray[np.int32]:
         """BOS, the text, EOS."""
-        ids = self._encode(text)
+        ids = self._ids(text, leading_space=True)
         tokens = np.empty(len(ids) + 2, np.int32)
-        tokens[0], tokens[1:-1], tokens[-1] = self.bos_id, ids, self.eos_id
+        tokens[0], tokens[1:-1], tokens[-1] = self._tokenizer.bos_id, ids, self._tokenizer.eos_id
         return tokens
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Once the block has ended, all texts that were asked for in it are encoded."""
+        self._is_listening = True
+        yield
+        self._is_listening = False
+        for leading_space, heard in self._heard.items():
+            heard.update(zip(heard, self._encoder.encode_all(list(heard), leading_space=leading_space), strict=True))
+
+    def forget(self) -> None:
+        """Gives up what has been encoded ahead."""
+        for heard in self._heard.values():
+            heard.clear()
+
+    def _ids(self, text: str, leading_space: bool) -> NDArray[np.int32]:
+        if self._is_listening:
+            self._heard[leading_space][text] = None
+            return _NO_IDS
+        ids = self._heard[leading_space].get(text)
+        return self._encoder.encode(text, leading_space=leading_space) if ids is None else ids
+
+
+_NO_IDS = np.zeros(0, np.int32)
+
+
+def _batches(documents: Iterator[Document | LeftOut]) -> Iterator[list[Document | LeftOut]]:
+    """Documents in lists of about `BATCH_BYTES`."""
+    held, size = list[Document | LeftOut](), 0
+    for document in documents:
+        held.append(document)
+        size += _size_bytes(document) if isinstance(document, Document) else 0
+        if size >= BATCH_BYTES:
+            yield held
+            held, size = [], 0
+    yield held
 
 
 def _size_bytes(document: Document) -> int:

@@ -193,21 +193,20 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 def test_infilling_documents_are_laid_out_as_prompts_spells_them(library, make, small_tokenizer, tmp_path, monkeypatch):
     from puna.data import units
 
-    cuts = []
+    cuts = {}
     real = units.cut_for_infilling
 
     def cut(text, *, id, **settings):
-        cuts.append((id, text, real(text, id=id, **settings)))
-        return cuts[-1][2]
+        cuts[id] = text, real(text, id=id, **settings)
+        return cuts[id][1]
 
     monkeypatch.setattr(units, "cut_for_infilling", cut)
     info = make("code", library, tmp_path / "out", fim_rate=0.5, seed=3)
     found = documents_of(tmp_path / "out")
     assert info["fill"] == "whole-documents"
     assert len(cuts) == len(found) > 30
-    orders = [cut and cut.order for _, _, cut in cuts]
-    assert {"psm", "spm", None} == set(orders)
-    for id, text, cut in cuts:
+    assert {"psm", "spm", None} == {cut and cut.order for _, cut in cuts.values()}
+    for id, (text, cut) in cuts.items():
         if cut is None:
             assert found[id] == small_tokenizer.encode(text, bos=True, eos=True)
         else:

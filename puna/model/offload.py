@@ -31,11 +31,11 @@ class Offload:
         self._in_flight: deque[tuple[torch.Event, Tensor]] = deque()
 
     def keeping(self) -> saved_tensors_hooks:
-        """While open, what autograd saves goes to the host; integers, which are small, stay."""
+        """While open, what autograd saves goes to the host; integers, which are small, and what is empty, stay."""
         return saved_tensors_hooks(self._to_host, self._to_device)
 
     def _to_host(self, x: Tensor) -> Tensor | _OnHost:
-        if not x.is_floating_point():
+        if not x.is_floating_point() or not x.numel():  # recomputation of torch 2.11 saves an empty tensor too
             return x
         if x.device.type == "cpu":
             return _OnHost(x.clone(), x.device, None)

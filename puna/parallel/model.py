@@ -23,7 +23,7 @@ from puna.model.llama import Llama
 from puna.parallel.context import share_tokens, token_indices
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
-from puna.parallel.pipeline import make_schedule
+from puna.parallel.pipeline import check_schedule, make_schedule
 from puna.parallel.stage import Stage
 from puna.parallel.tensor import gather_tokens, split_weights
 
@@ -82,7 +82,12 @@ class DistributedModel:
             dtype: of the weights that are trained.
             compute_dtype: of activations and products; None: that of the weights.
             prepare: is given each stage's network before its weights are sharded.
+
+        Raises:
+            UsageError: the pipeline's schedule needs another version of torch.
         """
+        if ranks.layout.pp > 1:
+            check_schedule(settings.schedule)
         layers = ranks.layout.stage_layers(config.num_hidden_layers)
         stages = []
         for number in range(ranks.pp_rank, ranks.layout.stages, ranks.layout.pp):

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from puna.errors import UsageError
 from puna.parallel.mesh import Ranks
 from puna.parallel.stage import Stage
 
@@ -21,6 +22,19 @@ SCHEDULES: dict[str, tuple[Any, bool]] = {
     "interleaved": (ScheduleInterleaved1F1B, True),
     "zero-bubble": (ScheduleInterleavedZeroBubble, True),
 }
+
+
+def check_schedule(name: str) -> None:
+    """Refuses a schedule that this version of torch cannot run.
+
+    Raises:
+        UsageError: the backward pass is split, and torch drops the loss's node before the head has its gradient.
+    """
+    if name == "zero-bubble" and torch.__version__ < "2.13":
+        raise UsageError(
+            f"parallel.schedule=zero-bubble needs torch 2.13 or newer, and this is {torch.__version__}; install it, or "
+            f"use interleaved"
+        )
 
 
 def make_schedule(

@@ -30,7 +30,8 @@ def peak_bytes(work: Callable[[], object], device: "torch.device") -> int:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()  # what is garbage already would be freed while it runs
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: torch 2.11 warns of its absence, though nothing here has a second cycle.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from puna.config import load_recipe
 from puna.errors import UsageError
 from puna.model.config import preset
 from puna.parallel.layout import Layout
+from puna.parallel.pipeline import check_schedule
 
 
 def _layout(devices: int, changes: dict[str, Any]) -> Layout:
@@ -44,6 +47,15 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
 def test_an_impossible_layout_is_refused_with_a_way_out(devices: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _layout(devices, changes)
+
+
+def test_a_schedule_that_this_torch_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    check_schedule("interleaved")
+    with pytest.raises(UsageError, match=r"needs torch 2.13 or newer, and this is 2.11.0\+cpu; .* interleaved"):
+        check_schedule("zero-bubble")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    check_schedule("zero-bubble")
 
 
 def test_a_possible_layout_says_what_it_is() -> None:

@@ -48,6 +48,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2, dp_shard 2, blocks recomputed": (4, {"pp": 2, "recompute": "block"}),
     "pp 2, dp_shard 2, tp 2": (8, {"pp": 2, "tp": 2}),
 }
+if torch.__version__ < "2.13":
+    del LAYOUTS["pp 2, zero-bubble"]  # refused
 
 #: Changes of the recipe on one device.
 SETTINGS: dict[str, dict[str, Any]] = {

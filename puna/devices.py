@@ -234,6 +234,11 @@ def cpu_bf16_units() -> list[str]:
     return sorted(BF16_FLAGS & set(flags.split()))
 
 
+def has_int8_units() -> bool:
+    """Whether the CPU sums products of int8 and uint8 in 32 bits; older ones pass through 16, which they overflow."""
+    return "avx512_vnni" in (_cpu_info("flags") or "").split()
+
+
 def cpu_name() -> str:
     """What its maker calls this CPU, as far as the system tells."""
     return _cpu_info("model name") or platform.processor() or platform.machine()

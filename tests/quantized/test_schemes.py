@@ -150,6 +150,18 @@ def test_the_reference_multiplies_the_weight_that_was_quantised():
     assert errors["int4"] < 0.15
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, int8.PACKED_ROWS + 1])
+def test_int8_does_without_units_for_it(monkeypatch, rows, dtype):
+    monkeypatch.setattr(int8, "has_int8_units", lambda: False)
+    layer = layer_of(int8.Linear, random_weight(96, 128))
+    x = torch.randn(rows, 128).to(dtype)
+    expected = layer.reference(x)
+    layer.pack()
+    assert layer.weight.layout == torch.strided
+    assert relative_error(layer(x), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_int4s_two_products_on_a_cpu_agree(monkeypatch):
     layer = layer_of(int4.Linear, random_weight(256, 128))
     layer.pack()

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.devices import has_int8_units
+from puna.quantized.digits import product_by_digits
 from puna.quantized.linear import Form, QuantizedLinear
 
-#: Rows of activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the codes
-#: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
+#: Rows of activations up to which torch's packed product is faster than a dequantised one on a CPU without units for
+#: int8: it reads the codes once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
 PACKED_ROWS = 24
 
 
@@ -25,6 +27,7 @@ class Linear(QuantizedLinear):
 
     weight: Tensor
     weight_scale: Tensor
+    _is_packed = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -46,8 +49,17 @@ class Linear(QuantizedLinear):
         """Codes times scales."""
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
+    def pack(self) -> None:
+        """Orders the codes as a CPU with units for int8 reads them."""
+        if self.weight.device.type == "cpu" and has_int8_units():
+            self._is_packed = True
+            self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.weight_scale = self.weight_scale.float()
+
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
+        if self._is_packed:
+            return product_by_digits(x, self.weight, self.weight_scale)
         scale = self.weight_scale.to(x.dtype).view(-1)
         if x.device.type == "cpu" and len(x) <= PACKED_ROWS:
             return torch.ops.aten._weight_int8pack_mm(x, self.weight, scale)

@@ -23,8 +23,14 @@ ASIDE = ".aside"
 
 
 @contextlib.contextmanager
-def file_aside(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a file beside `path` that takes its place, synced, once the block has ended without an error."""
+def file_aside(path: Path | str, mode: str = "wb", *, sync: bool = True) -> Iterator[IO[Any]]:
+    """Opens a file beside `path` that takes its place, synced, once the block has ended without an error.
+
+    Args:
+        path: the file.
+        mode: as for `open`.
+        sync: wait until it is on the disk; False for what is made anew after a crash.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
@@ -32,9 +38,11 @@ def file_aside(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(aside, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -1,8 +1,8 @@
-"""The command line: one file a command, found because it is there.
+"""The command line: one file a command, called like it, found because it is there.
 
-Each module of this folder adds its commands to `app`, declares the arguments and imports what does the work inside the
-function, so that `puna --help` loads neither torch nor numpy. `run` turns errors into messages and exit codes:
-0 success, 1 an error of the work, 2 wrong usage, 130 interrupted.
+Each module of this folder adds its command to `app`, declares the arguments and imports what does the work inside the
+function, so that `puna --help` loads neither torch nor numpy; `puna prepare …` loads `prepare.py` alone. `run` turns
+errors into messages and exit codes: 0 success, 1 an error of the work, 2 wrong usage, 130 interrupted.
 """
 
 import errno
@@ -66,8 +66,16 @@ def words_of(context: typer.Context, *, without: str) -> list[str]:
     return [str(context.info_name), *options, "--", *arguments]
 
 
-for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-    importlib.import_module(f"puna.cli.{_module}")
+def load_commands(name: str = "") -> typer.Typer:
+    """Adds to `app` the command of this name, or all where there is none.
+
+    Returns:
+        `app`.
+    """
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    for module in [name] if name in names else names:
+        importlib.import_module(f"puna.cli.{module}")
+    return app
 
 
 def run(arguments: list[str]) -> int:
@@ -79,6 +87,7 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
+    load_commands(*arguments[:1])
     try:
         code = app(arguments, standalone_mode=False) or 0
     except Exception as error:

@@ -94,7 +94,7 @@ def prepare(
 
 def _work(job: "_Job", count: int) -> None:
     """Looks at the sources and makes the shards that are not there yet."""
-    with Workers(PrepareUnit(job.kind, job.options, job.tokenizer_path, job.output), count) as pool:
+    with Workers(PrepareUnit(job.kind, job.options, job.tokenizer, job.output), count) as pool:
         size_bytes = job.look(start_processes=pool.start)
         if job.options.get("near_duplicates"):
             job.find_near_duplicates(count, size_bytes)
@@ -135,11 +135,6 @@ class _Job:
         }
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The copy of the tokenizer in the prepared folder, which workers load."""
-        return self.output / "tokenizer" / self.tokenizer.path.name
-
-    @property
     def work(self) -> Path:
         """The folder that is there until all is done."""
         return self.output / WORK_FOLDER
@@ -149,8 +144,8 @@ class _Job:
         total = 0
         self.sources = {}
         with (
-            file_aside(self.work / "plan.jsonl", "w") as plan,
-            file_aside(self.work / LEFT_OUT_FILE, "w") as left_out,
+            file_aside(self.work / "plan.jsonl", "w", sync=False) as plan,
+            file_aside(self.work / LEFT_OUT_FILE, "w", sync=False) as left_out,
             Progress("looking at the sources", unit="MB") as progress,
         ):
             for unit in cut_into_units(self._spans(left_out)):

@@ -67,19 +67,17 @@ class PrepareUnit:
     Args:
         kind: of the corpus.
         options: all of them, see `corpora.checked_options`.
-        tokenizer_path: of the tokenizer.
+        tokenizer: a copy of it is in the prepared folder, which worker processes load.
         output: the prepared folder.
     """
 
     kind: str
     options: dict[str, Any]
-    tokenizer_path: Path
+    tokenizer: Tokenizer
     output: Path
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Loaded where it is first needed, not where this is made."""
-        return load_tokenizer(self.tokenizer_path)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, (self.kind, self.options, self.output / "tokenizer" / self.tokenizer.path.name, self.output)
 
     @cached_property
     def bulk(self) -> "_BulkTokenizer":
@@ -189,6 +187,10 @@ class PrepareUnit:
 
     def _shard(self, part: str, unit: Unit) -> Path:
         return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
+
+
+def _loaded(kind: str, options: dict[str, Any], tokenizer: Path, output: Path) -> PrepareUnit:
+    return PrepareUnit(kind, options, load_tokenizer(tokenizer), output)
 
 
 @dataclass

@@ -32,17 +32,20 @@ model_pb2: Any = sentencepiece_model_pb2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
+_MARKERS = frozenset((*INFILLING_PIECES, STEP_PIECE))
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model`; see `Tokenizer`."""
 
     def __init__(self, path: Path) -> None:
         model = read_model(path)
-        for piece in model.pieces:
-            # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
-            # file by itself would have it, by half a marker.
-            if piece.piece in (*INFILLING_PIECES, STEP_PIECE):
-                piece.type = CONTROL
-        pieces, types = zip(*((piece.piece, piece.type) for piece in model.pieces), strict=True)
+        pieces = [piece.piece for piece in model.pieces]
+        # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
+        # file by itself would have it, by half a marker.
+        for i in [i for i, piece in enumerate(pieces) if piece in _MARKERS]:
+            model.pieces[i].type = CONTROL
+        types = [piece.type for piece in model.pieces]
         bos_id, eos_id, unk_id = _special_ids(model, pieces, path)
         added, byte_ids = _added_pieces(path, len(pieces)), _byte_ids(pieces, types)
         super().__init__(

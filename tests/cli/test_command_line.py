@@ -3,9 +3,11 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import puna
 from puna import cli
@@ -69,6 +71,7 @@ def test_what_the_system_says_is_explained(
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
+    cli.load_commands()
     monkeypatch.setattr(cli, "app", fail)
     monkeypatch.delenv("PUNA_DEBUG", raising=False)
     assert cli.run(["train"]) == code
@@ -96,3 +99,8 @@ def test_every_command_has_help() -> None:
         done = _puna(command, "--help")
         assert done.returncode == 0
         assert "Usage: " in done.stdout
+
+
+def test_a_command_is_called_like_its_file() -> None:
+    files = {file.stem for file in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(typer.main.get_command(cli.load_commands()).commands)  # type: ignore[attr-defined]

@@ -59,12 +59,12 @@ def test_a_second_telling_does_nothing_again(told: Path, capfd: pytest.CaptureFi
 
 
 def test_the_commands_shown_are_commands_that_there_are(told: Path) -> None:
-    from puna.cli import app
+    from puna.cli import load_commands
 
     lines = [line for stage in read_json(told / FILE)["stages"] for line in _commands(stage["outcome"]["command"])]
     assert {words[1] for words in lines} >= {"prepare", "train", "export", "generate", "infill", "chat", "evaluate"}
     for words in lines:
-        group: Any = typer.main.get_command(app)
+        group: Any = typer.main.get_command(load_commands())
         name, *rest = words[1:]
         context = group.make_context("puna", [name, *rest])
         group.get_command(context, name).make_context(name, rest, parent=context)

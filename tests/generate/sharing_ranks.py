@@ -46,7 +46,7 @@ def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
         logits = model(torch.tensor([SHARED]))
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "kv_heads": engine.cache.keys.shape[-2],
+        "kv_heads": engine._runner.cache.keys.numbers.shape[-2],
         "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
         "greedy": [completion.tokens for completion in engine.generate(PROMPTS, GREEDY)],
         "sampled": [completion.tokens for completion in engine.generate(PROMPTS, SAMPLED)],

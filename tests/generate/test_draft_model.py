@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 import puna
 from puna.errors import UsageError
 from puna.generate import Sampling, complete
-from puna.generate.engine import Engine, draft_model
-from puna.generate.engine.draft_model import FIRST, MOST, DraftModel
+from puna.generate.engine import Engine
+from puna.generate.engine.draft_model import DraftModel
+from puna.generate.engine.scheduler import Running
+from puna.generate.sequence import Sequence
 from puna.model.llama import Llama
 from puna.testing import tiny_model
 
@@ -36,7 +38,6 @@ def steps_of(engine: Engine, prompt: list[int], sampling: Sampling) -> tuple[int
         engine._step()
         steps += 1
     assert engine.pool.n_free == engine.pool.n_blocks
-    assert running.drafter is None, "its cache is given back with the blocks"
     return steps, running.tokens[len(prompt) :]
 
 
@@ -49,7 +50,7 @@ def test_a_draft_that_is_right_gives_all_its_guesses_and_one_token_more_a_step(m
     steps, tokens = steps_of(Engine(model, draft=model, cache_tokens=256), PROMPT, sampling)
     lengths = [1]  # the prompt's own step
     while sum(lengths) < 100:
-        lengths.append(1 + min(MOST, FIRST + 2 * (len(lengths) - 1)))
+        lengths.append(1 + min(16, 5 + 2 * (len(lengths) - 1)))
     assert steps == len(lengths) == 9
     assert tokens == greedy(model, PROMPT, 100)
 
@@ -78,54 +79,86 @@ def test_completions_are_those_of_the_plain_loop(
     assert engine.pool.n_free == engine.pool.n_blocks
 
 
-def test_guesses_are_what_the_draft_says_by_itself(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_model, "SMALLEST_CACHE", 4)
-    monkeypatch.setattr(draft_model, "CHUNK_TOKENS", 3)
-    drafter = DraftModel(model, 512)
-    text = [*PROMPT, 9, 8, 7]
-    for right in (5, 0, 2, 3, 1):  # how many of its guesses the text goes on with
-        guesses = drafter.guess(text, 5)
-        assert guesses == greedy(model, text, 5)
-        text = [*text, *guesses[:right], 1 + guesses[right - 1]]
-    assert drafter.guess(text, 2) == greedy(model, text, 2)
-    assert drafter.guess([*text, 30, 31, 32], 2) == greedy(model, [*text, 30, 31, 32], 2), "it fell behind"
+class Drafting:
+    """A draft model and texts that grow as if a large model were there; block i holds the tokens of text i."""
+
+    def __init__(self, model: Llama, *prompts: list[int], vocab_size: int = 512) -> None:
+        self.drafter = DraftModel(model, vocab_size, n_blocks=len(prompts), block_tokens=64)
+        config = tiny_model().config
+        self.texts = [
+            Running(Sequence(i, prompt, Sampling(), config, None), blocks=[i]) for i, prompt in enumerate(prompts)
+        ]
+
+    def guess(self, *most: int) -> list[list[int]]:
+        """What is guessed behind each text."""
+        for running in self.texts:
+            running.drafts = []
+            running.drafted = min(running.drafted, len(running.tokens) - 1)
+        self.drafter.guess(list(zip(self.texts, most, strict=True)))
+        return [running.drafts for running in self.texts]
 
 
-def test_only_what_is_new_is_computed(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guesses_are_what_the_draft_says_by_itself(model: Llama) -> None:
+    drafting = Drafting(model, PROMPT, [1, 9, 8, 7, 300, 301])
+    for rights in ((5, 2), (0, 3), (2, 0), (3, 3), (1, 4)):  # how many of its guesses the texts go on with
+        most = 5, 5 if rights[0] else 3
+        found = drafting.guess(*most)
+        assert found == [greedy(model, each.tokens, n) for each, n in zip(drafting.texts, most, strict=True)]
+        for each, guesses, right in zip(drafting.texts, found, rights, strict=True):
+            each.tokens.extend([*guesses[:right], 1 + guesses[right - 1]])
+    drafting.texts[1].tokens.extend([30, 31, 32])
+    assert drafting.guess(2, 0)[0] == greedy(model, drafting.texts[0].tokens, 2)
+    assert drafting.guess(0, 2)[1] == greedy(model, drafting.texts[1].tokens, 2), "it fell behind"
+
+
+def test_sequences_share_the_drafts_steps_and_only_what_is_new_is_computed(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, **rest: seen.append(ids.shape[1]) or hidden(ids, **rest))
-    drafter = DraftModel(model, 512)
-    text = list(range(3, 30))
-    guesses = drafter.guess(text, 3)
-    drafter.guess([*text, *guesses[:2], 400], 2)
-    assert seen == [27, 1, 1, 1, 1], "the two that were right are in the cache"
+    drafting = Drafting(model, list(range(3, 30)), [5, 6], [7])
+    first, second, third = drafting.guess(3, 2, 3)
+    assert seen == [27 + 2 + 1, 3, 2]
+    seen.clear()
+    drafting.texts[0].tokens.extend([*first[:2], 400])
+    drafting.texts[1].tokens.extend([*second, 401])
+    drafting.texts[2].tokens.extend([1 + third[0]])
+    drafting.guess(2, 1, 1)
+    assert seen == [1 + 2 + 1, 1], "what was right is in the cache, but for the last guess"
+
+
+def test_the_draft_reads_prompts_with_the_large_model(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = tiny_model()
+    seen: list[int] = []
+    hidden = draft.hidden
+    monkeypatch.setattr(draft, "hidden", lambda ids, **rest: seen.append(ids.shape[1]) or hidden(ids, **rest))
+    engine = Engine(model, draft=draft, cache_tokens=128, block_tokens=4, step_tokens=16, max_rows=2)
+    prompt = [1, *range(40, 66)]
+    settings = Sampling(max_tokens=4, ignore_eos=True)
+    expected = complete(model, None, [prompt], settings)
+    assert engine.generate([prompt], settings) == expected
+    assert seen == [16, 11, 1, 1]
+    seen.clear()
+    assert engine.generate([prompt], settings) == expected
+    assert seen == [3, 1, 1], "24 tokens, six blocks, were there"
 
 
 def test_the_number_of_guesses_follows_how_many_were_right(model: Llama) -> None:
-    drafter = DraftModel(model, 512)
-    assert len(drafter.guess(PROMPT, 99)) == FIRST
-    drafter.learn(FIRST, FIRST)
-    assert len(drafter.guess(PROMPT, 99)) == FIRST + 2
-    assert len(drafter.guess(PROMPT, 3)) == 3
-    assert drafter.guess(PROMPT, 0) == []
-    for _ in range(20):
-        drafter.learn(1, 0)
-    assert len(drafter.guess(PROMPT, 99)) == 1
-    drafter.learn(0, 0)
-    assert len(drafter.guess(PROMPT, 99)) == 1
-    for _ in range(20):
-        drafter.learn(1, 1)
-    assert len(drafter.guess(PROMPT, 99)) == MOST
+    length = DraftModel(model, 512, 1, 4)
+    assert length.first == 5
+    assert [length.next_length(5, 5, right) for right in (5, 4, 0)] == [7, 4, 4]
+    assert length.next_length(5, 2, 2) == 7
+    assert [length.next_length(16, 16, 16), length.next_length(1, 1, 0)] == [16, 1]
 
 
 def test_ids_that_one_of_both_does_not_know_are_not_guessed(model: Llama) -> None:
     narrow = tiny_model(vocab_size=300)
-    all_guesses = {id for start in range(40) for id in DraftModel(model, 300).guess([1, start], 5)}
-    assert max(all_guesses) < 300
-    assert max(id for start in range(40) for id in DraftModel(model, 512).guess([1, start], 5)) >= 300
-    assert len(DraftModel(narrow, 512).guess([1, 299], 5)) == 5
-    assert DraftModel(narrow, 512).guess([1, 300], 5) == []
+    prompts = [[1, start] for start in range(40)]
+    most = [5] * 40
+    assert max(max(ids) for ids in Drafting(model, *prompts, vocab_size=300).guess(*most)) < 300
+    assert max(max(ids) for ids in Drafting(model, *prompts).guess(*most)) >= 300
+    assert [len(ids) for ids in Drafting(narrow, [1, 299], [1, 300]).guess(5, 5)] == [5, 0]
     for large, small in ((narrow, model), (model, narrow)):
         _, tokens = steps_of(Engine(large, draft=small, cache_tokens=64), PROMPT, Sampling(max_tokens=20))
         assert tokens == complete(large, None, [PROMPT], Sampling(max_tokens=20))[0].tokens
@@ -133,10 +166,24 @@ def test_ids_that_one_of_both_does_not_know_are_not_guessed(model: Llama) -> Non
 
 def test_a_text_beyond_the_drafts_context_goes_on_without_guesses(model: Llama) -> None:
     short = tiny_model(max_position_embeddings=16)
-    assert len(DraftModel(short, 512).guess([1] * 13, 9)) == 3
-    assert DraftModel(short, 512).guess([1] * 16, 9) == []
+    assert [len(ids) for ids in Drafting(short, [1] * 13, [1] * 16, [1] * 40).guess(9, 9, 9)] == [3, 0, 0]
     _, tokens = steps_of(Engine(model, draft=short, cache_tokens=64), PROMPT, Sampling(max_tokens=40, ignore_eos=True))
     assert tokens == greedy(model, PROMPT, 40)
+
+
+def test_guesses_never_keep_another_sequence_from_its_next_token(model: Llama) -> None:
+    prompts = [[1, 5 + i, 9] for i in range(3)]
+    engine = Engine(model, draft=model, cache_tokens=80, block_tokens=4, max_rows=3, step_tokens=10)
+    settings = Sampling(max_tokens=20, ignore_eos=True)
+    added = [engine._new(engine._sequence(i, prompt, settings, None)) for i, prompt in enumerate(prompts)]
+    for running in added:
+        engine.scheduler.add(running)
+    engine._step()
+    while live := [running for running in added if not running.is_done]:
+        lengths = [len(running.tokens) for running in live]
+        engine._step()
+        assert all(len(running.tokens) > length for running, length in zip(live, lengths, strict=True))
+    assert [running.tokens[3:] for running in added] == [greedy(model, prompt, 20) for prompt in prompts]
 
 
 def test_guesses_come_from_one_source(model: Llama) -> None:
@@ -144,17 +191,16 @@ def test_guesses_come_from_one_source(model: Llama) -> None:
         Engine(model, lookup=True, draft=model)
 
 
-def test_memory_is_shared_with_the_drafts_caches(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_shared_with_the_drafts_cache(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda _: 10_000_000)
-    alone, shared = (Engine(model, draft=draft) for draft in (None, model))
-    drafter = DraftModel(model, 512)
-    drafter.guess([1] * 300, 5)
-    assert drafter._cache is not None
-    paged_bytes = alone.cache.keys.nbytes // (alone.pool.n_blocks + 1) // shared.pool.size * 2
-    draft_bytes = 2 * drafter._cache.keys.nbytes / 300
-    assert shared.pool.n_blocks / alone.pool.n_blocks == pytest.approx(
-        paged_bytes / (paged_bytes + draft_bytes), rel=0.05
-    )
+    small = tiny_model(num_hidden_layers=1)
+    alone, shared = (Engine(model, draft=draft) for draft in (None, small))
+    assert isinstance(shared._drafter, DraftModel)
+    caches = [shared._runner.cache, shared._drafter._runner.cache]
+    block_bytes = [2 * cache.keys.nbytes / (shared.pool.n_blocks + 1) for cache in caches]
+    assert block_bytes[0] == model.config.num_hidden_layers * block_bytes[1]
+    for engine, size in ((alone, block_bytes[0]), (shared, sum(block_bytes))):
+        assert size * engine.pool.n_blocks == pytest.approx(0.3 * 10_000_000, abs=size)
 
 
 def test_a_draft_of_another_dtype_guesses_too(model: Llama) -> None:

@@ -16,6 +16,7 @@ from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
 from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.scheduler import Running
+from puna.generate.sequence import Sequence
 from puna.model.llama import Llama
 from puna.testing import PeakAnonymousMemory, ScriptedModel, tiny_model
 from puna.tokenizer import Tokenizer
@@ -167,11 +168,19 @@ def test_lookup_takes_fewer_steps_for_the_same_text() -> None:
 
 def test_a_text_that_repeats_is_continued_as_it_went_on() -> None:
     lookup = PromptLookup()
-    assert lookup.guess([1, 2, 3, 4, 5], 8) == []
-    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 8) == [4, 5, 9, 2, 3]
-    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 2) == [4, 5]
-    lookup.learn(6, 0)
-    assert lookup.guess([1, 2, 3, 4, 5, 9, 2, 3], 8) == [4, 5], "fewer where they were wrong"
+    running = Running(Sequence(0, [1, 2, 3, 4, 5], Sampling(), tiny_model().config, None))
+
+    def guess(most: int) -> list[int]:
+        lookup.guess([(running, most)])
+        return running.drafts
+
+    assert guess(8) == []
+    running.tokens.extend([9, 2, 3])
+    assert guess(8) == [4, 5, 9, 2, 3]
+    assert guess(2) == [4, 5]
+    assert lookup.next_length(6, 5, 5) == 12
+    assert lookup.next_length(24, 24, 24) == 24
+    assert [lookup.next_length(6, 6, right) for right in (0, 1, 5)] == [2, 2, 6], "fewer where they were wrong"
 
 
 def test_streams_run_side_by_side_and_leaving_one_frees_its_blocks(model: Llama, tokenizer: Tokenizer) -> None:
@@ -219,7 +228,7 @@ def test_a_stream_that_does_not_fit_is_an_error_of_its_own(model: Llama, tokeniz
 
 def test_an_error_in_a_step_reaches_every_stream(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, cache_tokens=512)
-    engine._compute = lambda chunks: 1 / 0  # type: ignore
+    engine._runner.compute = lambda chunks: 1 / 0  # type: ignore
 
     async def read() -> None:
         async for _ in engine.stream("x"):
@@ -314,7 +323,7 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_the_loop(
         recorded.append(EagerGraph(step))
         return recorded[-1], recorded[-1].logits
 
-    monkeypatch.setattr("puna.generate.engine.engine.takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
     monkeypatch.setattr("puna.generate.engine.cache.takes_cuda_kernels", lambda kind: True)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
@@ -364,7 +373,7 @@ def test_prompts_that_begin_alike_are_read_once(model: Llama) -> None:
     while not all(running.is_done for running in added):
         chunks = engine.scheduler.next_step()
         computed += sum(chunk.stop - chunk.start for chunk in chunks)
-        for chunk, logits in zip(chunks, engine._compute(chunks), strict=True):
+        for chunk, logits in zip(chunks, engine._runner.compute(chunks), strict=True):
             if logits is not None:
                 engine._take(chunk, logits)
             engine.scheduler.advance(chunk)
@@ -377,8 +386,7 @@ def test_a_prompt_of_100000_tokens_is_read_in_bounded_memory() -> None:
     model = tiny_model(max_position_embeddings=1 << 17, num_hidden_layers=1)
     prompt = torch.randint(3, 512, (100_000,), generator=torch.Generator().manual_seed(0)).tolist()
     engine = Engine(model, cache_tokens=100_064, step_tokens=512)
-    for pool in (engine.cache.keys, engine.cache.values):
-        pool.zero_()  # its pages are there before the watch begins
+    engine._runner.cache.zero()  # its pages are there before the watch begins
     with PeakAnonymousMemory() as peak:
         (found,) = engine.generate([prompt], Sampling(max_tokens=1, ignore_eos=True, logprobs=5))
     assert peak.grown_bytes < 500e6, "scores of a chunk, never of the whole square"
@@ -392,7 +400,5 @@ def test_a_prompt_of_100000_tokens_is_read_in_bounded_memory() -> None:
 def test_running_is_a_sequence_of_its_own() -> None:
     """Two requests of equal content are two requests."""
     config = tiny_model().config
-    from puna.generate.sequence import Sequence
-
     one, other = (Running(Sequence(0, [1], Sampling(), config, None)) for _ in range(2))
     assert one != other

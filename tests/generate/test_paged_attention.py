@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.devices import multiplies_fp8
 from puna.generate.engine.paged_attention import attend_paged, attend_paged_reference
+from puna.generate.engine.storage import GREATEST, Storage, round_heads
 from puna.model.attention import attend_reference
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
@@ -64,9 +66,23 @@ def test_the_newest_token_sees_what_it_would_see_in_order(
     torch.testing.assert_close(found, expected)
 
 
-def test_a_compiled_model_holds_it_as_one_operation() -> None:
+@pytest.mark.parametrize("kept_in", GREATEST)
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_in_8_bits_it_sees_what_was_rounded(
+    shape: tuple[int, int, int, int, tuple[int, ...]], kept_in: torch.dtype
+) -> None:
+    q, _, _, keys, values, tables, lengths = scattered(shape)
+    (keys, key_scales), (values, value_scales) = round_heads(keys, kept_in), round_heads(values, kept_in)
+    found = attend_paged_reference(newest(q, lengths), keys, values, tables, lengths, key_scales, value_scales)
+    rounded = (Storage(keys, key_scales).read(q.dtype), Storage(values, value_scales).read(q.dtype))
+    assert torch.equal(found, attend_paged_reference(newest(q, lengths), *rounded, tables, lengths))
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_a_compiled_model_holds_it_as_one_operation(is_rounded: bool) -> None:
     q, _, _, *pool, tables, lengths = scattered(CASES["grouped"])
-    arguments = (newest(q, lengths), *pool, tables, lengths)
+    pool, scales = zip(*(round_heads(x, torch.int8) if is_rounded else (x, None) for x in pool), strict=True)
+    arguments = (newest(q, lengths), *pool, tables, lengths, *scales)
     torch.library.opcheck(torch.ops.puna.attend_paged.default, arguments)
     compiled = torch.compile(lambda *x: attend_paged(*x) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), attend_paged_reference(*arguments) + 1)
@@ -93,14 +109,18 @@ def interpret() -> None:
     for shape in CASES.values():
         for dtype in (torch.float32, torch.float16):
             for splits in (1, 3):
-                compare_kernel(shape, dtype, "cpu", splits)
-                print(shape, dtype, splits, "same")
+                for kept_in in (dtype, *GREATEST):
+                    compare_kernel(shape, dtype, kept_in, "cpu", splits)
+                    print(shape, dtype, kept_in, splits, "same")
     from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
     from puna.generate.engine.paged_attention_kernel import splits_to_fill
 
     q, _, _, keys, values, tables, lengths = scattered(CASES["grouped"])
     with pytest.raises(ValueError, match="must have the same strides"):
         attend_by_kernel(newest(q, lengths), keys, values.transpose(1, 2).contiguous().transpose(1, 2), tables, lengths)
+    (keys, key_scales), (values, _) = (round_heads(x, torch.int8) for x in (keys, values))
+    with pytest.raises(ValueError, match="the scales of keys and values must have the same strides"):
+        attend_by_kernel(newest(q, lengths), keys, values, tables, lengths, key_scales, key_scales.mT.contiguous().mT)
     assert [splits_to_fill(132, programs, 32) for programs in (4, 32, 100, 132, 133, 1000)] == [32, 8, 2, 2, 1, 1]
 
 
@@ -118,16 +138,23 @@ def _let_arrays_of_one_number_bound_loops() -> None:
 
 
 def compare_kernel(
-    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, device: str, splits: int | None
+    shape: tuple[int, int, int, int, tuple[int, ...]],
+    dtype: torch.dtype,
+    kept_in: torch.dtype,
+    device: str,
+    splits: int | None,
 ) -> None:
     """The kernel against the formula; queries and the pool are views into something larger, as an engine may have."""
     from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
 
     q, _, _, keys, values, tables, lengths = scattered(shape, dtype, device)
     queries = torch.cat([newest(q, lengths)] * 2, dim=1)[:, : q.shape[2]]
-    keys, values = torch.stack([keys, values], dim=1).unbind(1)
-    found = attend_by_kernel(queries, keys, values, tables, lengths, splits=splits)
-    expected = attend_paged_reference(queries, keys, values, tables, lengths)
+    pools, scales = torch.stack([keys, values], dim=1), None
+    if kept_in in GREATEST:
+        pools, scales = round_heads(pools, kept_in)
+    arguments = (queries, *pools.unbind(1), tables, lengths, *(() if scales is None else scales.unbind(1)))
+    found = attend_by_kernel(*arguments, splits=splits)
+    expected = attend_paged_reference(*arguments)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
@@ -135,13 +162,18 @@ def compare_kernel(
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kept_in", [None, *GREATEST])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "shape",
     [*CASES.values(), (32, 32, 128, 16, (1000, 3, 0, 77)), (64, 8, 128, 16, (4097,)), (32, 4, 64, 64, (50,) * 80)],
 )
-def test_the_kernel_computes_the_formula(shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype) -> None:
-    compare_kernel(shape, dtype, "cuda", None)
+def test_the_kernel_computes_the_formula(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, kept_in: torch.dtype | None
+) -> None:
+    if kept_in == torch.float8_e4m3fn and not multiplies_fp8(torch.device("cuda")):
+        pytest.skip("needs a device that knows fp8 numbers")
+    compare_kernel(shape, dtype, kept_in or dtype, "cuda", None)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,9 @@
 
 Each layer first writes the step's keys and values to their slots; then each sequence's queries see its own slots up to
 themselves. On the CPU a sequence whose blocks are neighbours is read in place; elsewhere it is gathered, and on CUDA
-sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`).
+sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`). What is kept in 8 bits
+(`puna.generate.engine.storage`) is seen as it was rounded, by its own token too: so it makes no difference which tokens
+came in one step.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from torch import Tensor
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.paged_attention import attend_paged
 from puna.generate.engine.scheduler import Chunk
+from puna.generate.engine.storage import Storage
 from puna.model.attention import Span, attend, attend_spans
 from puna.model.config import ModelConfig
 
@@ -28,12 +31,13 @@ class PagedCache:
         config: shape of the model.
         n_blocks: of the pool.
         block_tokens: tokens of a block.
-        dtype: of keys and values.
+        dtype: of keys and values; one of 8 bits comes with scales.
         device: where they live.
         tp_size: ranks that share the heads, each with a cache of its own.
 
     Attributes:
         keys, values: (layers, blocks + 1, block_tokens, K, H); the last block is for rows that stand empty.
+        empty_slot: the first of that block.
     """
 
     def __init__(
@@ -48,13 +52,19 @@ class PagedCache:
     ) -> None:
         kv_heads = config.num_key_value_heads // tp_size
         shape = (config.num_hidden_layers, n_blocks + 1, block_tokens, kv_heads, config.head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (Storage.empty(shape, dtype, device) for _ in range(2))
         self.block_tokens, self.device = block_tokens, device
+        self.empty_slot = n_blocks * block_tokens
         self.step: Step | None = None
         self.layer_type = PagedLayer
 
     def make_room(self, positions: Tensor) -> None:
         """The scheduler has."""
+
+    def zero(self) -> None:
+        """Makes zeros of all that is kept."""
+        self.keys.zero()
+        self.values.zero()
 
     def layer(self, index: int) -> "PagedLayer":
         """What layer `index` kept."""
@@ -126,21 +136,23 @@ class Seen:
 class PagedLayer:
     """One layer of the pool in a step: keys and values (blocks + 1, block_tokens, K, H)."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Storage
+    values: Storage
     step: Step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """As `LayerCache`, for (1, T, …) tokens end to end."""
-        keys, values, step = self.keys.flatten(0, 1), self.values.flatten(0, 1), self.step
-        keys.index_copy_(0, step.slots, k[0])
-        values.index_copy_(0, step.slots, v[0])
+        keys, values, step = self.keys.flatten(), self.values.flatten(), self.step
+        keys.write(step.slots, k[0])
+        values.write(step.slots, v[0])
         n = step.n_decoding
         out = []
         if step.tables is not None:
-            out.append(attend_paged(q[0, :n], self.keys, self.values, *step.tables))
+            scales = self.keys.scales, self.values.scales
+            out.append(attend_paged(q[0, :n], self.keys.numbers, self.values.numbers, *step.tables, *scales))
         for seen in step.others:
-            out.append(_attend(q[0, n : n + seen.n_queries], keys[seen.slots], values[seen.slots]))
+            of_sequence = (storage[seen.slots].read(q.dtype) for storage in (keys, values))
+            out.append(_attend(q[0, n : n + seen.n_queries], *of_sequence))
             n += seen.n_queries
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 

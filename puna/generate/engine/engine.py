@@ -6,29 +6,23 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from puna.devices import free_memory_bytes, takes_cuda_kernels
+from puna.devices import free_memory_bytes
 from puna.errors import PunaError, UsageError
 from puna.generate.engine.blocks import BlockPool
-from puna.generate.engine.cache import PagedCache, Step
-from puna.generate.engine.draft_model import DraftModel, draft_token_bytes
+from puna.generate.engine.draft_model import DraftModel
 from puna.generate.engine.drafts import Drafter, PromptLookup
+from puna.generate.engine.runner import Logits, Runner, kept_bytes
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
-from puna.generate.sampling import Sampling, check_numbers
+from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText, Sequence
-from puna.model.cache import token_bytes
 from puna.model.llama import Llama
 from puna.parallel.collectives import all_min
 from puna.parallel.inference import group_of
 from puna.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from puna.generate.engine.graphs import DecodeGraphs
 
 #: Tokens of a block of the cache.
 BLOCK_TOKENS = 32
@@ -60,7 +54,12 @@ class Engine:
         block_tokens: tokens of a block: what prompts that begin alike share, and a power of two of 16 or more on CUDA.
         lookup: guess what comes next where a text repeats itself, and check the guesses together.
         draft: a small model of the same vocabulary that guesses instead.
+        cache_dtype: "int8" or "fp8": keep keys and values in 8 bits, about half of what bf16 takes; completions are
+            then those of slightly other logits. None: as the model computes them.
         compile: on CUDA, compile the layers too: a minute at the start, and faster from then on.
+
+    Raises:
+        UsageError: options that do not go together, or that the device does not know.
     """
 
     def __init__(
@@ -74,26 +73,26 @@ class Engine:
         block_tokens: int = BLOCK_TOKENS,
         lookup: bool = False,
         draft: Llama | None = None,
+        cache_dtype: str | None = None,
         compile: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.device = model.lm_head.weight.device
-        self._dtype = model.compute_dtype or model.lm_head.weight.dtype
-        self._group = group_of(model)
-        tp_size = 1 if self._group is None else self._group.size()
-        n_blocks = -(-(cache_tokens or self._room(max_rows, draft)) // block_tokens)
-        self.pool = BlockPool(n_blocks, block_tokens)
-        self.cache = PagedCache(
-            model.config, n_blocks, block_tokens, dtype=self._dtype, device=self.device, tp_size=tp_size
-        )
-        tokens = step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE)
-        self.scheduler = Scheduler(self.pool, step_tokens=max(tokens, max_rows), max_rows=max_rows)
         if lookup and draft is not None:
             raise UsageError("a step tries one set of guesses; give lookup or a draft model, not both")
-        self._new_drafter: Callable[[], Drafter | None] = PromptLookup if lookup else lambda: None
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.lm_head.weight.device
+        self._group = group_of(model)
+        n_blocks = -(-(cache_tokens or self._room(max_rows, draft, cache_dtype)) // block_tokens)
+        self.pool = BlockPool(n_blocks, block_tokens)
+        self._runner = Runner(
+            model, n_blocks, block_tokens, choices=self._spelled, cache_dtype=cache_dtype, compile=compile
+        )
+        self._drafter: Drafter | None = PromptLookup() if lookup else None
         if draft is not None:
-            self._new_drafter = lambda: DraftModel(draft, self._spelled)
-        self._graphs = _graphs(model, self.cache, is_compiled=compile)
+            self._drafter = DraftModel(draft, self._spelled, n_blocks, block_tokens, cache_dtype=cache_dtype)
+        tokens = step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE)
+        self.scheduler = Scheduler(
+            self.pool, step_tokens=max(tokens, max_rows), max_rows=max_rows, drafter=self._drafter
+        )
         self._lock = threading.Lock()
         self._door = threading.Lock()
         self._incoming: deque[Running] = deque()
@@ -215,7 +214,9 @@ class Engine:
         chunks = self.scheduler.next_step()
         if not chunks:
             return []
-        asked = self._compute(chunks)
+        asked = self._runner.compute(chunks)
+        if self._drafter is not None:
+            self._drafter.read(chunks)
         for chunk, logits in zip(chunks, asked, strict=True):
             if logits is not None:
                 self._take(chunk, logits)
@@ -223,34 +224,9 @@ class Engine:
         self.scheduler.drop_finished()
         return [chunk.running for chunk in chunks if chunk.running.is_done]
 
-    def _compute(self, chunks: list[Chunk]) -> "list[_Logits | None]":
-        """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on."""
-        if self._graphs is not None and self._graphs.takes(chunks):
-            logits = _Logits.of(self._graphs.logits(chunks), self._spelled)
-            return [logits.part(row, 1) for row in range(len(chunks))]
-        self.cache.step = Step.of(chunks, self.cache)
-        ids = torch.tensor([id for chunk in chunks for id in chunk.ids])
-        positions = torch.tensor([place for chunk in chunks for place in range(chunk.start, chunk.stop)])
-        hidden = self.model.hidden(
-            ids.to(self.device)[None], positions=positions.to(self.device)[None], cache=self.cache
-        )[0]
-        rows: list[int] = []
-        parts: list[tuple[int, int]] = []  # of `rows`: where a chunk's begin, and how many they are
-        end = 0
-        for chunk in chunks:
-            size = chunk.stop - chunk.start
-            count = min(1 + len(chunk.running.drafts), size) if chunk.is_last else 0
-            end += size
-            parts.append((len(rows), count))
-            rows += range(end - count, end)
-        if not rows:
-            return [None] * len(chunks)
-        logits = _Logits.of(self.model.lm_head(hidden[torch.tensor(rows, device=self.device)]), self._spelled)
-        return [logits.part(start, count) if count else None for start, count in parts]
-
-    def _take(self, chunk: Chunk, logits: "_Logits") -> None:
+    def _take(self, chunk: Chunk, logits: Logits) -> None:
         """Lets a sequence choose, and go on with its guesses as long as they are what it chose."""
-        sequence, drafts = chunk.running.sequence, chunk.running.drafts
+        running, sequence, drafts = chunk.running, chunk.running.sequence, chunk.running.drafts
         right = 0
         for row in range(len(logits)):
             if sequence.takes_likeliest:
@@ -260,8 +236,8 @@ class Engine:
             if sequence.finish is not None or row == len(drafts) or sequence.tokens[-1] != drafts[row]:
                 break
             right += 1
-        if chunk.running.drafter is not None:
-            chunk.running.drafter.learn(min(len(drafts), len(logits) - 1), right)
+        if self._drafter is not None and drafts:
+            running.n_drafts = self._drafter.next_length(running.n_drafts, len(drafts), right)
 
     def _sequence(self, index: int, prompt: Several[int] | str, sampling: Sampling, on_text: OnText | None) -> Sequence:
         if isinstance(prompt, str):
@@ -271,55 +247,19 @@ class Engine:
         return Sequence(index, prompt, sampling, self.model.config, self.tokenizer, on_text)
 
     def _new(self, sequence: Sequence, on_end: Callable[[BaseException | None], None] | None = None) -> Running:
-        return Running(sequence, self._new_drafter(), on_end=on_end)
+        return Running(sequence, 0 if self._drafter is None else self._drafter.first, on_end=on_end)
 
     @property
     def _spelled(self) -> int:
         return self.model.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
-    def _room(self, max_rows: int, draft: Llama | None) -> int:
+    def _room(self, max_rows: int, draft: Llama | None, cache_dtype: str | None) -> int:
         """Tokens of cache that memory allows on every rank, and that so many rows could ever use."""
-        config = self.model.config
-        token = token_bytes(config, self._dtype)
+        token, drafted = (0 if model is None else kept_bytes(model, cache_dtype) for model in (self.model, draft))
+        n_ranks = 1 if self._group is None else self._group.size()
+        # Each rank has a share of the heads, and the whole of a draft model; on a CPU all share its memory.
+        token = token + n_ranks * drafted if self.device.type == "cpu" else token // n_ranks + drafted
         share = CACHE_SHARE.get(self.device.type, CACHE_SHARE_ELSEWHERE)
-        if self._group is not None and self.device.type != "cpu":  # ranks on a CPU share its memory as well
-            token //= self._group.size()
-        token += 0 if draft is None else draft_token_bytes(draft)
-        most = max_rows * config.max_position_embeddings
+        most = max_rows * self.model.config.max_position_embeddings
         room = max(BLOCK_TOKENS, min(most, int(free_memory_bytes(self.device) * share / token)))
         return all_min(room, self._group)
-
-
-def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":
-    """Recorded decoding steps, where the device has them."""
-    if not takes_cuda_kernels(cache.device.type):
-        return None
-    from puna.generate.engine.graphs import DecodeGraphs
-
-    return DecodeGraphs(model, cache, is_compiled=is_compiled)
-
-
-@dataclass
-class _Logits:
-    """Logits (n, V) on the device, and the likeliest id of each row, which is asked for once for all."""
-
-    logits: Tensor
-    likeliest: list[int]
-
-    @classmethod
-    def of(cls, logits: Tensor, spelled: int) -> "_Logits":
-        """Of ids below `spelled`; refuses what is no number."""
-        best, ids = logits[:, :spelled].max(-1)
-        check_numbers(best)
-        return cls(logits, ids.tolist())
-
-    def part(self, start: int, count: int) -> "_Logits":
-        """Some of the rows."""
-        return _Logits(self.logits[start : start + count], self.likeliest[start : start + count])
-
-    def row(self, number: int) -> Tensor:
-        """One row on the CPU, in fp32."""
-        return self.logits[number].float().cpu()
-
-    def __len__(self) -> int:
-        return len(self.likeliest)

@@ -63,7 +63,7 @@ class DecodeGraphs:
         return self._graphs[rows, width].run(chunks, self._cache)
 
     def _record(self, rows: int, width: int) -> "_Graph":
-        empty = (self._cache.keys.shape[1] - 1) * self._cache.block_tokens
+        empty = self._cache.empty_slot
         host = torch.zeros(rows, 4 + width, dtype=torch.int64, pin_memory=self._cache.device.type == "cuda")
         host[:, 2] = empty
         there = host.to(self._cache.device)

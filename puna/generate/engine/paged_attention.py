@@ -14,33 +14,52 @@ import torch
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
+from puna.generate.engine.storage import Storage
 
 
-def attend_paged(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+def attend_paged(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
     """Attention of one query for each sequence to its tokens in the pool, the query's own included.
 
     Shapes alone decide what is launched, so that a CUDA graph can hold it; it waits for nothing.
 
     Args:
         q: (n, N, H) the newest token of each sequence.
-        keys, values: (blocks, block_size, K, H) of q's type, the pool of one layer; N is a multiple of K.
+        keys, values: (blocks, block_size, K, H) of q's type or of 8 bits, the pool of one layer; N is a multiple of K.
         block_tables: (n, max_blocks) int32; beyond a sequence's last block anything may stand.
         lengths: (n,) int32 tokens of each sequence, the newest included; 0: the row stands empty.
+        key_scales, value_scales: (blocks, block_size, K) fp32 that keys and values of 8 bits are multiplied with.
 
     Returns:
         (n, N, H); zeros where the length is 0.
     """
-    return torch.ops.puna.attend_paged(q, keys, values, block_tables, lengths)
+    return torch.ops.puna.attend_paged(q, keys, values, block_tables, lengths, key_scales, value_scales)
 
 
-def attend_paged_reference(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+def attend_paged_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
     """The formula of `attend_paged`: softmax(q k' / sqrt(H)) v in fp32 under a mask, over all that tables hold."""
     n, heads, width = q.shape
     block_size, kv_heads = keys.shape[1:3]
     place = torch.arange(block_tables.shape[1] * block_size, device=q.device)  # (S,)
     is_here = place < lengths[:, None]  # (n, S)
     blocks = block_tables.long()[:, place // block_size].where(is_here, 0)
-    k, v = (pool[blocks, place % block_size].float() for pool in (keys, values))  # (n, S, K, H)
+    pools = Storage(keys, key_scales), Storage(values, value_scales)
+    k, v = (pool[blocks, place % block_size].read(torch.float32).float() for pool in pools)  # (n, S, K, H)
     v = v.where(is_here[:, :, None, None], 0.0)  # no weight hides a NaN that was left there
     scores = torch.einsum("nkgh,nskh->nkgs", q.float().view(n, kv_heads, -1, width), k) / width**0.5
     is_hidden = ~is_here[:, None, None]
@@ -48,10 +67,12 @@ def attend_paged_reference(q: Tensor, keys: Tensor, values: Tensor, block_tables
     return torch.einsum("nkgs,nskh->nkgh", weights, v).reshape(n, heads, width).to(q.dtype)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *scales: Tensor | None
+) -> Tensor:
     if takes_cuda_kernels(q.device.type) and (kernel := _kernel()) is not None:
-        return kernel(q, keys, values, block_tables, lengths)
-    return attend_paged_reference(q, keys, values, block_tables, lengths)
+        return kernel(q, keys, values, block_tables, lengths, *scales)
+    return attend_paged_reference(q, keys, values, block_tables, lengths, *scales)
 
 
 @cache
@@ -66,6 +87,9 @@ def _kernel() -> Callable[..., Tensor] | None:
 
 # Not by torch.library.custom_op, which would load torch's compiler and Triton.
 _LIBRARY = torch.library.Library("puna", "FRAGMENT")
-_LIBRARY.define("attend_paged(Tensor q, Tensor keys, Tensor values, Tensor block_tables, Tensor lengths) -> Tensor")
+_LIBRARY.define(
+    "attend_paged(Tensor q, Tensor keys, Tensor values, Tensor block_tables, Tensor lengths, "
+    "Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor"
+)
 _LIBRARY.impl("attend_paged", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("attend_paged", lambda q, keys, values, block_tables, lengths: q.new_empty(q.shape), "Meta")
+_LIBRARY.impl("attend_paged", lambda q, *rest: q.new_empty(q.shape), "Meta")

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Bytes of the keys that a program reads at a time: 64 tokens of 128 channels in 16 bits.
+#: Bytes of the keys that a program multiplies at a time: 64 tokens of 128 channels in 16 bits, which 8 bits become in
+#: registers.
 TILE_BYTES = 64 * 128 * 2
 
 #: Tokens of a tile, where channels are few.
@@ -33,7 +34,15 @@ MOST_SPLITS = 128
 
 
 def attend_paged(
-    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *, splits: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    *,
+    splits: int | None = None,
 ) -> Tensor:
     """`puna.generate.engine.paged_attention.attend_paged` on a CUDA device.
 
@@ -42,6 +51,7 @@ def attend_paged(
         keys, values: (blocks, block_size, K, H) of the same strides; their last dim is dense.
         block_tables: (n, max_blocks) int32; its last dim is dense.
         lengths: (n,) int32, dense.
+        key_scales, value_scales: (blocks, block_size, K) fp32 of the same strides, where keys and values have 8 bits.
         splits: programs that share a sequence; None: as `splits_to_fill` says. Results differ by rounding only.
 
     Returns:
@@ -55,10 +65,12 @@ def attend_paged(
             "keys and values must have the same strides and dense rows, as q, block_tables and lengths; got "
             f"{[x.stride() for x in (q, keys, values, block_tables, lengths)]}: call contiguous() on them"
         )
+    if key_scales is not None and value_scales is not None and key_scales.stride() != value_scales.stride():
+        raise ValueError("the scales of keys and values must have the same strides: call contiguous() on them")
     n, heads, width = q.shape
     block_size, kv_heads = keys.shape[1:3]
     channels = triton.next_power_of_2(max(16, width))
-    tile = min(MOST_TOKENS, TILE_BYTES // (channels * keys.element_size()))
+    tile = min(MOST_TOKENS, TILE_BYTES // (channels * q.element_size()))
     tiles = triton.cdiv(block_tables.shape[1] * block_size, tile)
     splits = splits or splits_to_fill(_multiprocessors(q.device), n * kv_heads, tiles)
     out = q.new_empty(q.shape)
@@ -66,8 +78,9 @@ def attend_paged(
     parts = q.new_empty((*part_shape, width), dtype=torch.float32)
     tops, totals = q.new_empty((2, *part_shape), dtype=torch.float32)
     _attend[(n, kv_heads, splits)](
-        q, keys, values, block_tables, lengths, out, parts, tops, totals,
-        *q.stride()[:2], *keys.stride()[:3], block_tables.stride(0), width**-0.5,
+        q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
+        *q.stride()[:2], *keys.stride()[:3], *(keys if key_scales is None else key_scales).stride()[:3],
+        block_tables.stride(0), width**-0.5,
         GROUPS=heads // kv_heads, ROWS=triton.next_power_of_2(max(16, heads // kv_heads)), WIDTH=width,
         CHANNELS=channels, BLOCK_SIZE=block_size, TILE=tile, IS_SPLIT=splits > 1, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
@@ -100,8 +113,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["table_sequence"])
 def _attend(
-    q, keys, values, block_tables, lengths, out, parts, tops, totals,
-    q_sequence, q_head, pool_block, pool_slot, pool_head, table_sequence, scale,
+    q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
+    q_sequence, q_head, pool_block, pool_slot, pool_head, scales_block, scales_slot, scales_head, table_sequence, scale,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -132,6 +145,12 @@ def _attend(
         is_number = is_here[:, None] & (channel < WIDTH)[None, :]
         k = tl.load(keys + place, mask=is_number, other=0.0)
         v = tl.load(values + place, mask=is_number, other=0.0)  # 0, for no weight hides a NaN that was left there
+        if key_scales is not None:  # numbers of 8 bits
+            its_scale = block * scales_block + (token % BLOCK_SIZE) * scales_slot + kv_head * scales_head
+            k_scale = tl.load(key_scales + its_scale, mask=is_here, other=0.0)
+            v_scale = tl.load(value_scales + its_scale, mask=is_here, other=0.0)
+            k = (k.to(tl.float32) * k_scale[:, None]).to(queries.dtype)
+            v = (v.to(tl.float32) * v_scale[:, None]).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # log2(e)
         scores = tl.where(is_here[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))

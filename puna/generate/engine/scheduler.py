@@ -1,16 +1,18 @@
 """Who computes what in the next step.
 
-    running   [a: decodes 1] [b: decodes 1] [c: chunk of its prompt, 300 of 900]      one step, at most `step_tokens`
+    running   [a: decodes 1 + 4 guesses] [b: decodes 1] [c: chunk of its prompt, 300 of 900]    at most `step_tokens`
     waiting   d, e, …        taken in, first come first served, while blocks, rows and tokens of the step last
 
-Sequences that decode come first and never wait for a prompt; what is left of a step's tokens goes to prompts, in
-chunks. When blocks run out, the youngest running sequence gives all of its own up and waits again, first in line; its
-tokens are computed again later, so nothing of the text is lost.
+Sequences that decode come first and never wait for a prompt, nor for another one's guesses; what is left of a step's
+tokens goes to prompts, in chunks. When blocks run out, the youngest running sequence gives all of its own up and waits
+again, first in line; its tokens are computed again later, so nothing of the text is lost.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from puna.errors import PunaError
 from puna.generate.engine.blocks import ROOT, BlockPool, OutOfBlocks, key_of
@@ -24,17 +26,21 @@ class Running:
 
     Attributes:
         sequence: its tokens, and how they go on.
-        drafter: guesses what comes next; None: nothing is guessed.
+        n_drafts: guesses to try in a step.
         blocks: hold its keys and values, in order.
         computed: tokens whose keys and values are there.
+        drafted: tokens whose keys and values are there of a draft model.
         drafts: guesses that are tried in this step, behind the newest token.
+        notes: what a drafter remembers of the text.
     """
 
     sequence: Sequence
-    drafter: Drafter | None = None
+    n_drafts: int = 0
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    drafted: int = 0
     drafts: list[int] = field(default_factory=list)
+    notes: Any = None
     is_cancelled: bool = False
     #: Is called once it has ended, with the error if that was why.
     on_end: Callable[[BaseException | None], None] | None = None
@@ -69,8 +75,8 @@ class Chunk:
     @property
     def ids(self) -> list[int]:
         """The ids to compute."""
-        tokens, beyond = self.running.tokens, self.stop - len(self.running.tokens)
-        return tokens[self.start : self.stop] + self.running.drafts[: max(0, beyond)]
+        tokens, n = self.running.tokens, len(self.running.tokens)
+        return tokens[self.start : self.stop] + self.running.drafts[max(0, self.start - n) : max(0, self.stop - n)]
 
     def slots(self, size: int) -> list[int]:
         """Where in the pool of blocks of `size` tokens each of them is kept."""
@@ -85,10 +91,11 @@ class Scheduler:
         pool: of blocks.
         step_tokens: most tokens of a step.
         max_rows: most sequences that run at a time.
+        drafter: guesses what comes next; None: nothing is guessed.
     """
 
-    def __init__(self, pool: BlockPool, *, step_tokens: int, max_rows: int) -> None:
-        self.pool, self.step_tokens, self.max_rows = pool, step_tokens, max_rows
+    def __init__(self, pool: BlockPool, *, step_tokens: int, max_rows: int, drafter: Drafter | None = None) -> None:
+        self.pool, self.step_tokens, self.max_rows, self.drafter = pool, step_tokens, max_rows, drafter
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
 
@@ -114,12 +121,12 @@ class Scheduler:
     def next_step(self) -> list[Chunk]:
         """The chunks of the next step, decoding ones first; empty where nothing is to be done."""
         self.drop_finished()
-        left = self.step_tokens
-        chunks: list[Chunk] = []
-        for running in list(self.running):  # the oldest first: the youngest give way
-            if running in self.running and left > 0 and (chunk := self._chunk_of(running, left)):
-                chunks.append(chunk)
-                left -= chunk.stop - chunk.start
+        is_decoding = {running: len(running.tokens) - running.computed == 1 for running in self.running}
+        chunks = self._go_on((running for running, decodes in is_decoding.items() if decodes), self.step_tokens)
+        self._guess([chunk for chunk in chunks if chunk.running in self.running], self.step_tokens - _size(chunks))
+        reading = (running for running, decodes in is_decoding.items() if not decodes)
+        chunks += self._go_on(reading, self.step_tokens - _size(chunks))
+        left = self.step_tokens - _size(chunks)
         while self.waiting and left > 0 and len(self.running) < self.max_rows:
             if self.waiting[0].is_done:
                 self.waiting.popleft()
@@ -139,6 +146,7 @@ class Scheduler:
         """Counts what a step has computed; call it when the sequence has taken its new tokens."""
         running = chunk.running
         running.computed = min(chunk.stop, len(running.tokens) - 1) if chunk.is_last else chunk.stop
+        running.drafted = min(running.drafted, len(running.tokens) - 1)
         running.drafts = []
         self._make_known(running)
 
@@ -147,29 +155,51 @@ class Scheduler:
         for running in [each for each in self.running if each.is_done]:
             self.running.remove(running)
             self._give_up(running)
-            running.drafter = None  # it may hold a cache of its own
+            running.notes = None
         while self.waiting and self.waiting[0].is_done:  # those behind are met when their turn comes
             self.waiting.popleft()
 
+    def _go_on(self, those: Iterable[Running], left: int) -> list[Chunk]:
+        """What running sequences compute next, `left` tokens at most."""
+        chunks = []
+        for running in those:  # the oldest first: the youngest give way
+            if running in self.running and left > 0 and (chunk := self._chunk_of(running, left)):
+                chunks.append(chunk)
+                left -= _size([chunk])
+        return chunks
+
     def _chunk_of(self, running: Running, left: int) -> Chunk | None:
         """What a running sequence computes next; None: it had to give way."""
-        missing = len(running.tokens) - running.computed
-        if missing == 1 and running.drafter is not None:
-            most = min(left - 1, running.sequence.most_tokens - len(running.tokens) - 1)
-            running.drafts = running.drafter.guess(running.tokens, most) if most > 0 else []
-        stop = running.computed + min(missing + len(running.drafts), left)
+        stop = min(len(running.tokens), running.computed + left)
         while True:
             try:
                 self._reach(running, stop)
                 return Chunk(running, running.computed, stop)
             except OutOfBlocks:
-                if running.drafts:  # guesses are not worth another sequence's blocks
-                    running.drafts, stop = [], running.computed + min(missing, left)
-                    continue
                 youngest = self.running[-1]
                 self._preempt(youngest)
                 if youngest is running:
                     return None
+
+    def _guess(self, chunks: list[Chunk], left: int) -> None:
+        """Lets sequences that decode try guesses: half of the tokens that are left at most, shared alike.
+
+        They take blocks that are free, and none of another sequence's.
+        """
+        if self.drafter is None or not chunks:
+            return
+        wanted = []
+        for running in (chunk.running for chunk in chunks):
+            length = len(running.tokens)
+            most = min(left // 2 // len(chunks), running.n_drafts, running.sequence.most_tokens - length - 1)
+            with contextlib.suppress(OutOfBlocks):
+                self._reach(running, length + most)
+            most = min(most, len(running.blocks) * self.pool.size - length)
+            if most > 0:
+                wanted.append((running, most))
+        self.drafter.guess(wanted)
+        for chunk in chunks:
+            chunk.stop += len(chunk.running.drafts)
 
     def _admit(self, running: Running, left: int) -> Chunk | None:
         """Lets the first of those waiting in, with what is known of its beginning; None: blocks do not suffice."""
@@ -177,7 +207,7 @@ class Scheduler:
             running.tokens[:-1]
         )  # the last token is computed anyway: it says what comes next
         n_known = len(running.blocks)
-        running.computed = n_known * self.pool.size
+        running.computed = running.drafted = n_known * self.pool.size
         stop = min(len(running.tokens), running.computed + left)
         needed = -(-(len(running.tokens) + 1) // self.pool.size) - n_known
         if needed > self.pool.n_free and self.running:
@@ -222,5 +252,9 @@ class Scheduler:
     def _give_up(self, running: Running) -> None:
         for block in reversed(running.blocks):  # the end of a text is forgotten before its beginning
             self.pool.release(block)
-        running.blocks, running.computed, running.drafts = [], 0, []
+        running.blocks, running.computed, running.drafted, running.drafts = [], 0, 0, []
         running._known, running._key = 0, ROOT
+
+
+def _size(chunks: list[Chunk]) -> int:
+    return sum(chunk.stop - chunk.start for chunk in chunks)

@@ -1,0 +1,130 @@
+"""One model, its keys and values, and how it computes what a step puts together; a draft model has a runner as well."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from puna.devices import takes_cuda_kernels
+from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.scheduler import Chunk
+from puna.generate.engine.storage import storage_dtype, token_bytes
+from puna.generate.sampling import check_numbers
+from puna.model.llama import Llama
+from puna.parallel.inference import group_of
+
+if TYPE_CHECKING:
+    from puna.generate.engine.graphs import DecodeGraphs
+
+
+class Runner:
+    """Computes chunks.
+
+    Args:
+        model: on its device; ranks may share it.
+        n_blocks: that keys and values are kept in.
+        block_tokens: tokens of a block.
+        choices: only ids below this are ever the likeliest.
+        cache_dtype: "int8" or "fp8", which keys and values are kept in; None: as the model computes them.
+        compile: on CUDA, compile the layers.
+
+    Attributes:
+        cache: the keys and values, this rank's heads.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        n_blocks: int,
+        block_tokens: int,
+        *,
+        choices: int,
+        cache_dtype: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        self._model, self._choices, self._device = model, choices, model.lm_head.weight.device
+        group = group_of(model)
+        self.cache = PagedCache(
+            model.config,
+            n_blocks,
+            block_tokens,
+            dtype=_kept_in(model, cache_dtype),
+            device=self._device,
+            tp_size=1 if group is None else group.size(),
+        )
+        self._graphs = _graphs(model, self.cache, is_compiled=compile)
+
+    def compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
+        """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on.
+
+        Args:
+            chunks: single tokens first.
+        """
+        if self._graphs is not None and self._graphs.takes(chunks):
+            logits = Logits.of(self._graphs.logits(chunks), self._choices)
+            return [logits.part(row, 1) for row in range(len(chunks))]
+        self.cache.step = Step.of(chunks, self.cache)
+        ids = torch.tensor([id for chunk in chunks for id in chunk.ids])
+        positions = torch.tensor([place for chunk in chunks for place in range(chunk.start, chunk.stop)])
+        hidden = self._model.hidden(
+            ids.to(self._device)[None], positions=positions.to(self._device)[None], cache=self.cache
+        )[0]
+        rows: list[int] = []
+        parts: list[tuple[int, int]] = []  # of `rows`: where a chunk's begin, and how many they are
+        end = 0
+        for chunk in chunks:
+            size = chunk.stop - chunk.start
+            count = min(1 + len(chunk.running.drafts), size) if chunk.is_last else 0
+            end += size
+            parts.append((len(rows), count))
+            rows += range(end - count, end)
+        if not rows:
+            return [None] * len(chunks)
+        logits = Logits.of(self._model.lm_head(hidden[torch.tensor(rows, device=self._device)]), self._choices)
+        return [logits.part(start, count) if count else None for start, count in parts]
+
+
+def kept_bytes(model: Llama, cache_dtype: str | None) -> int:
+    """Bytes of one token's keys and values in a runner, over all ranks that share the model."""
+    return token_bytes(model.config, _kept_in(model, cache_dtype))
+
+
+def _kept_in(model: Llama, cache_dtype: str | None) -> torch.dtype:
+    weight = model.lm_head.weight
+    return storage_dtype(cache_dtype, model.compute_dtype or weight.dtype, weight.device)
+
+
+def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":
+    """Recorded decoding steps, where the device has them."""
+    if not takes_cuda_kernels(cache.device.type):
+        return None
+    from puna.generate.engine.graphs import DecodeGraphs
+
+    return DecodeGraphs(model, cache, is_compiled=is_compiled)
+
+
+@dataclass
+class Logits:
+    """Logits (n, V) on the device, and the likeliest id of each row, which is asked for once for all."""
+
+    logits: Tensor
+    likeliest: list[int]
+
+    @classmethod
+    def of(cls, logits: Tensor, choices: int) -> "Logits":
+        """Of ids below `choices`; refuses what is no number."""
+        best, ids = logits[:, :choices].max(-1)
+        check_numbers(best)
+        return cls(logits, ids.tolist())
+
+    def part(self, start: int, count: int) -> "Logits":
+        """Some of the rows."""
+        return Logits(self.logits[start : start + count], self.likeliest[start : start + count])
+
+    def row(self, number: int) -> Tensor:
+        """One row on the CPU, in fp32."""
+        return self.logits[number].float().cpu()
+
+    def __len__(self) -> int:
+        return len(self.likeliest)

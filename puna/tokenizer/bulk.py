@@ -25,8 +25,8 @@ from puna.tokenizer.base import SPACE_MARK, Tokenizer
 if TYPE_CHECKING:  # most who load a tokenizer do without Arrow
     import pyarrow as pa
 
-#: A piece that forbids all cuts: it holds a space or the end of a line inside. Pieces are searched as one text, which is
-#: quicker, with NULs between them; so a NUL in a piece forbids all cuts too.
+#: A piece that forbids all cuts: it holds a space or the end of a line inside. Pieces are searched as one text, with
+#: NULs between them, which is quicker; so a NUL in a piece forbids all cuts too.
 _SPANS_WORDS = re.compile(f"[^{SPACE_MARK}\0]{SPACE_MARK}|\n[^\n\0]")
 
 #: A piece that forbids cuts between letters and what is none: it holds both, in ASCII, side by side.

@@ -11,12 +11,13 @@ so nothing that the program says, returns or exits with can be a verdict.
 **What it stops.** bubblewrap gives user, mount, process, network, IPC, host name and cgroup namespaces, an ordinary uid
 (where the judge is root, root is given up before bubblewrap starts, since no limit on processes holds for root), no
 environment, and a read-only view of `/usr` and of the Python that runs it: no `/proc`, no `/home`. In it a process
-waits that has run no program; every program gets a new process in namespaces of its own once more (all but the
-network's, for which sockets are refused), with a `/tmp` of its own in memory, no capabilities, system calls refused
-that no solution needs (`inside/filter.py`), and limits on processor time, wall time, memory, processes, files and
-output. When a judgement ends, the program's process namespace ends, and with it every process that was started in it;
-if the judge is killed, so are they. No two programs share anything that one could leave and the other find. The program
-never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and printed words reach nothing.
+waits that has run no program but its own rehearsal; every program gets a new process in namespaces of its own once more
+(all but the network's, for which sockets are refused), with a `/tmp` of its own in memory, no capabilities, system
+calls refused that no solution needs (`inside/filter.py`), and limits on processor time, wall time, memory, processes,
+files and output. When a judgement ends, the program's process namespace ends, and with it every process that was
+started in it; if the judge is killed, so are they. No two programs share anything that one could leave and the other
+find. The program never shares a process with the test: frames, monkeypatches, `__eq__`, exit codes and printed words
+reach nothing.
 
 **What it does not stop.** A fault of the kernel or of bubblewrap: for programs written to attack a kernel, use a
 virtual machine. Memory is limited per process, so all processes of a program together may use `processes` times
@@ -35,7 +36,7 @@ import contextlib
 import importlib.resources
 import os
 import py_compile
-import selectors
+import select
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from puna.devices import cpu_cores
 from puna.errors import PunaError
@@ -84,6 +85,15 @@ TIME_IS_UP = (-signal.SIGXCPU, -signal.SIGKILL)
 
 #: What a sandbox's Python runs; `/puna` is on its path for no longer than that.
 START = "import sys; sys.path.insert(0, '/puna'); from inside.main import main; sys.path.pop(0); main(*sys.argv[1:])"
+
+#: All that a sandbox has of an environment. LD_BIND_NOW: symbols are looked up once, not in each new process.
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    "LD_BIND_NOW": "1",
+}
 
 #: The ordinary uid and gid that root becomes: `nobody`.
 NOBODY = 65534
@@ -284,16 +294,12 @@ class Sandbox:
 def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tuple[str, str, str]:
     """Starts both halves, reads until the test has spoken or a limit is met, ends both: verdict, detail, words."""
     started = time.monotonic()
-    with contextlib.ExitStack() as ending:
-        (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (_pipe(ending) for _ in range(4))
-        task = ending.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
-        task.write(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
-        task.seek(0)
+    with _Files() as files:
+        (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (files.pipe() for _ in range(4))
+        task = files.of(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
         holder.begin(questions, answer, write)
         tester.begin(task, answers, ask, speak)
-        for theirs in (questions, ask, answers, answer, speak, write):
-            theirs.close()
-
+        files.close(questions, ask, answers, answer, speak, write)
         heard = {verdict: bytearray(), printed: bytearray()}
         end = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         out_of_time = time.monotonic() - started >= limits.cpu_seconds  # a lower bound: a signal alone could be forged
@@ -329,14 +335,12 @@ def _verdict(
 def _run(limits: Limits, script: Script, runner: "_Place") -> tuple[str, str, str]:
     """Runs a program in another language until it has ended or a limit is met: verdict, detail, words."""
     started = time.monotonic()
-    with contextlib.ExitStack() as ending:
-        (ended, report), (printed, write) = (_pipe(ending) for _ in range(2))
-        task = ending.enter_context(open(os.memfd_create("task"), "w+b", buffering=0))
-        task.write(encode([dict(script.files), [list(command) for command in script.commands]]))
-        task.seek(0)
-        runner.begin(task, write, report)
-        report.close()
-        write.close()
+    with _Files() as files:
+        (ended, report), (printed, write) = files.pipe(), files.pipe()
+        runner.begin(
+            files.of(encode([dict(script.files), [list(command) for command in script.commands]])), write, report
+        )
+        files.close(report, write)
         heard = {ended: bytearray(), printed: bytearray()}
         end = _listen(heard, ended, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
         runner.end()
@@ -386,9 +390,9 @@ class _Place:
                 raise _unusable(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
         self._channel.settimeout(END_SECONDS)
 
-    def begin(self, *files: IO[bytes]) -> None:
-        """Starts a process with these files."""
-        socket.send_fds(self._channel, [b"s"], [file.fileno() for file in files])
+    def begin(self, *files: int) -> None:
+        """Starts a process with these files, which are given by their descriptors."""
+        socket.send_fds(self._channel, [b"s"], files)
 
     def end(self) -> int | None:
         """Ends the process and all that it started, if they have not; how it ended, as `subprocess` counts."""
@@ -417,36 +421,63 @@ class _Place:
         self._process.wait()
 
 
+class _Files:
+    """The open files of one judgement, by their descriptors: nothing more, since one is made for every judgement."""
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()
+
+    def pipe(self) -> tuple[int, int]:
+        """A pipe: where it is read, where it is written."""
+        ends = os.pipe()
+        self._open.update(ends)
+        return ends
+
+    def of(self, content: bytes) -> int:
+        """A file in memory, to be read from its beginning."""
+        file = os.memfd_create("task")
+        self._open.add(file)
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.lseek(file, 0, os.SEEK_SET)
+        return file
+
+    def close(self, *files: int) -> None:
+        """Closes these."""
+        for file in files:
+            self._open.remove(file)
+            os.close(file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(*self._open)
+
+
 def _listen(
-    heard: dict[IO[bytes], bytearray], verdict: IO[bytes], printed: IO[bytes], *, most: int, until: float
+    heard: dict[int, bytearray], verdict: int, printed: int, *, most: int, until: float
 ) -> Literal["spoken", "flood", "late"]:
     """Reads into `heard` until the verdict ends, `most` bytes are passed by what is printed, or it is `until`."""
-    with selectors.DefaultSelector() as selector:
-        for file in heard:
-            selector.register(file, selectors.EVENT_READ)
-        while True:
-            spoken = verdict not in selector.get_map()
-            ready = selector.select(0 if spoken else max(0.0, until - time.monotonic()))
-            if not ready and spoken:
-                return "spoken"
-            if time.monotonic() >= until:
-                return "late"
-            for key, _ in ready:
-                file = cast("IO[bytes]", key.fileobj)
-                chunk = os.read(key.fd, 1 << 16)
-                if not chunk:
-                    selector.unregister(file)
-                heard[file] += chunk[: most + 1 - len(heard[file])]
-            if len(heard[printed]) > most:
-                return "flood"
-
-
-def _pipe(open_files: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    inbox, outbox = os.pipe()
-    return (
-        open_files.enter_context(open(inbox, "rb", buffering=0)),
-        open_files.enter_context(open(outbox, "wb", buffering=0)),
-    )
+    poll = select.poll()
+    for file in heard:
+        poll.register(file, select.POLLIN)
+    spoken = False
+    while True:
+        ready = poll.poll(0 if spoken else 1000 * max(0.0, until - time.monotonic()))
+        if not ready and spoken:
+            return "spoken"
+        if time.monotonic() >= until:
+            return "late"
+        for file, _ in ready:
+            chunk = os.read(file, 1 << 16)
+            if not chunk:
+                poll.unregister(file)
+                spoken = spoken or file == verdict
+            heard[file] += chunk[: most + 1 - len(heard[file])]
+        if len(heard[printed]) > most:
+            return "flood"
 
 
 # ---- the walls
@@ -502,7 +533,13 @@ def _walls(features: str) -> list[str]:
         walls += ["--clearenv"]
     if "--disable-userns" in features:
         walls += ["--unshare-user", "--disable-userns"]
-    for name, value in (("PATH", "/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8"), ("PYTHONHASHSEED", "0")):
+    for name, value in (
+        ("PATH", "/usr/bin:/bin"),
+        ("HOME", "/tmp"),
+        ("LANG", "C.UTF-8"),
+        ("PYTHONHASHSEED", "0"),
+        ("LD_BIND_NOW", "1"),
+    ):
         walls += ["--setenv", name, value]
     # The one capability that fresh namespaces and a /tmp take; every process gives it up before it runs a program.
     walls += ["--cap-add", "CAP_SYS_ADMIN"]

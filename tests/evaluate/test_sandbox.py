@@ -375,6 +375,25 @@ def f():
         assert len(sandbox._places) == 2
 
 
+def test_a_test_begins_anew_in_every_judgement_of_its_task(bubblewrap: str) -> None:
+    job = Job("def f(x): return 'pqr'", "f", f"seen.append(f(1))\n{SECRET}\nassert seen == ['pqr'], seen", "seen = []")
+    with Sandbox(workers=1) as sandbox:
+        assert [sandbox.judge(job).detail for _ in range(3)] == [""] * 3
+
+
+def test_a_program_has_its_own_descriptors_and_no_other(sandbox: Sandbox) -> None:
+    program = """
+import os
+def f():
+    found = []
+    for descriptor in range(256):
+        try: os.fstat(descriptor); found.append(descriptor)
+        except OSError: pass
+    return len(found)
+"""
+    assert answer(sandbox, program, 5).verdict == "passed"  # nothing to read, words twice, questions, answers
+
+
 def test_the_tests_of_the_task_are_in_no_file_and_no_descriptor_of_the_program(sandbox: Sandbox) -> None:
     program = """
 import os
@@ -423,7 +442,7 @@ def test_files_of_the_host_cannot_be_seen(sandbox: Sandbox, tmp_path: Path) -> N
         answer(
             sandbox,
             "import os\ndef f(): return dict(os.environ).keys() - {'PWD', 'LC_CTYPE'}",
-            {"PATH", "HOME", "LANG", "PYTHONHASHSEED"},
+            {"PATH", "HOME", "LANG", "PYTHONHASHSEED", "LD_BIND_NOW"},
         ).verdict
         == "passed"
     )

@@ -112,7 +112,7 @@ SCALARS: dict[bytes, tuple[type, Callable[[Any], bytes], Callable[[bytes], Any]]
 #: Type -> letter, and how it is spelled; None: by its items.
 EXACT: dict[type, tuple[bytes, Callable[[Any], bytes] | None]] = {
     **{kind: (letter, spelled) for letter, (kind, spelled, _) in SCALARS.items()},
-    **{kind: (letter, None) for letter, (kind, _) in CONTAINERS.items() if kind in (list, tuple, set, frozenset)},
+    **{kind: (letter, None) for letter, (kind, _) in CONTAINERS.items() if kind in (list, tuple, set, frozenset, dict)},
 }
 
 #: Letter -> value, for the values there is only one of.
@@ -145,7 +145,7 @@ def _encode(value: Any, out: list[bytes], depth: int) -> None:
         letter, spelled = known
         if spelled is None:
             out.append(b"%b%d:" % (letter, len(value)))
-            for item in value:
+            for item in value.items() if letter == b"m" else value:
                 _encode(item, out, depth - 1)
         else:
             text = spelled(value)

@@ -18,11 +18,16 @@ import resource
 import signal
 import sys
 
-from .data import Pipe, decode, encode, read_all
+from .data import Pipe, decode, read_all
 from .filter import CLONE, MACHINES, put_on
 from .hold import hold
+from .rehearsal import rehearse
 from .run import run
-from .test import test
+from .test import compile_ahead, test
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWPID. The network's stays: it has no way out, sockets for it are refused,
 #: and Unix sockets end with their processes; making one takes as long as all the others.
@@ -31,21 +36,13 @@ FRESH = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000
 #: MS_NOSUID | MS_NODEV
 MOUNT_FLAGS = 2 | 4
 
-#: What programs and tests commonly import is imported once; not `random`, whose state would be everyone's.
-COMMON = ("bisect", "collections", "copy", "datetime", "functools", "hashlib", "heapq", "itertools")
+#: What programs and tests commonly import is imported once; not `random`, whose state would be everyone's, nor
+#: `hashlib`, whose library is larger than all others together: every process that is made would pay for it.
+COMMON = ("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools")
 USEFUL = ("math", "operator", "re", "string", "typing")
 
-#: What the interpreter builds when it first compiles and runs such things is built once, for all processes.
-REHEARSAL = """
-from typing import Dict, List, Optional, Tuple
-class A:
-    def f(self, xs: List[int], y: Optional[str] = None) -> Tuple[int, ...]:
-        try:
-            return tuple(sorted({x * x for x in xs if x}))
-        except ValueError as error:
-            raise KeyError(f"{y}: {error}") from None
-assert A().f([3, 1]) == (1, 9), "wrong"
-"""
+#: Most descriptors that a process is given.
+DESCRIPTORS = 4
 
 #: Most files in `/tmp`.
 FILES = 4096
@@ -62,8 +59,8 @@ def main(role: str, channel_number: str, *limits: str) -> None:
     cpu_seconds, memory_bytes, processes, file_bytes, tmp_bytes = map(int, limits)
     for name in COMMON + USEFUL:
         __import__(name)
-    exec(compile(REHEARSAL, "<rehearsal>", "exec"), {})
-    decode(encode([("a", [1, 2.5, None], {"b": {True}}), {}]))
+    if role != "run":
+        rehearse()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -77,24 +74,30 @@ def main(role: str, channel_number: str, *limits: str) -> None:
 def serve(role: str, channel_number: int, cpu_seconds: int, tmp_bytes: int) -> None:
     """See the module."""
     import gc
-    import socket
+    from _socket import CMSG_SPACE, socket  # `socket` itself brings more, for every process to carry
 
-    channel = socket.socket(fileno=channel_number)
+    channel = socket(fileno=channel_number)
     put_on()
+    clone = CLONE[MACHINES[platform.machine()][1]]
     gc.freeze()  # what is here stays shared with every process that is made
     channel.sendall(b"   0")
     while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, 1, 4)
+        message, sent, _, _ = channel.recvmsg(1, CMSG_SPACE(4 * DESCRIPTORS))
         if not message:
             return
-        child = os.fork() if role == "test" else fresh_process()  # a test is trusted, and keeps to itself
+        descriptors = memoryview(sent[0][2]).cast("i").tolist()
+        task = None
+        if role == "test":
+            task = decode(read_all(descriptors[0]))
+            compile_ahead(task)
+        child = os.fork() if role == "test" else fresh_process(clone)  # a test is trusted, and keeps to itself
         if child == 0:
             channel.close()
             try:
                 if role != "test":
                     settle(tmp_bytes)
                 resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
-                play(role, descriptors)
+                play(role, task, descriptors)
             finally:
                 os._exit(0)
         for descriptor in descriptors:
@@ -104,11 +107,11 @@ def serve(role: str, channel_number: int, cpu_seconds: int, tmp_bytes: int) -> N
         channel.sendall(b"%4d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-def play(role: str, descriptors: list[int]) -> None:
+def play(role: str, task: Any, descriptors: list[int]) -> None:
     """What a new process does: it holds a program whose words go to the last descriptor, or runs a test or commands."""
     if role == "run":
-        task, words, report = descriptors
-        files, commands = decode(read_all(task))
+        script, words, report = descriptors
+        files, commands = decode(read_all(script))
         run(files, commands, words, report)
     elif role == "hold":
         questions, answers, words = descriptors
@@ -118,8 +121,8 @@ def play(role: str, descriptors: list[int]) -> None:
         hold(Pipe(questions, answers))
         sys.stdout.flush()
     else:
-        task, inbox, outbox, verdict = descriptors
-        test(read_all(task), Pipe(inbox, outbox), verdict)
+        _, inbox, outbox, verdict = descriptors
+        test(task, Pipe(inbox, outbox), verdict)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,13 +130,13 @@ CAPABILITIES_OF_SELF = (ctypes.c_uint32 * 2)(0x20080522, 0)
 NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
 
 
-def fresh_process() -> int:
-    """Forks into fresh namespaces; returns as `os.fork` does.
+def fresh_process(clone: int) -> int:
+    """Forks into fresh namespaces, by the system call `clone`; returns as `os.fork` does.
 
     Raises:
         OSError: the kernel refuses.
     """
-    child: int = _libc.syscall(CLONE[MACHINES[platform.machine()][1]], FRESH | signal.SIGCHLD, 0, 0, 0, 0)
+    child: int = _libc.syscall(clone, FRESH | signal.SIGCHLD, 0, 0, 0, 0)
     if child < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return child

@@ -10,7 +10,9 @@ assert candidate(2, 3) == 5
 
 from __future__ import annotations
 
+import contextlib
 import os
+from functools import lru_cache
 
 from .data import MESSAGE_BYTES, Handle, NotDataError, Pipe, TooLongError, decode, encode
 from .hold import seed_random
@@ -18,7 +20,10 @@ from .hold import seed_random
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import CodeType
     from typing import Any, NoReturn
+
+    Task = tuple[str, str, list[str], str, str]  # program, entry point, classes, setup, questions
 
 #: What is reported when the other half went away; the judge looks at its exit status and says why.
 GONE = "the program ended without answering"
@@ -27,7 +32,7 @@ GONE = "the program ended without answering"
 NOT_STARTED = "the sandbox of the program did not start"
 
 
-def test(task: bytes, pipe: Pipe, verdicts: int) -> NoReturn:
+def test(task: Task, pipe: Pipe, verdicts: int) -> NoReturn:
     """Runs one test and writes one line, `verdict<TAB>detail`, to the descriptor `verdicts`; what it says is final.
 
     The verdict is "passed", "wrong" (the test refused an answer), "error" (the program failed to give one), "memory",
@@ -39,18 +44,32 @@ def test(task: bytes, pipe: Pipe, verdicts: int) -> NoReturn:
         os._exit(0)
 
     try:
-        _test(task, pipe, report)
+        examine(task, pipe, report)
     except BaseException as error:
         report("sandbox", f"the task's own code fails: {_shown(error)}")
 
 
-def _test(task: bytes, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
-    program, entry_point, classes, setup, questions = decode(task)
+@lru_cache(maxsize=2)  # the two of one task, whose samples are mostly judged one after the other
+def compiled(source: str, name: str) -> CodeType:
+    """The code of one of a task's own texts, which are trusted."""
+    return compile(source, name, "exec")
+
+
+def compile_ahead(task: Task) -> None:
+    """Compiles a task's texts for every process made from here on; one that is no Python is `test`'s to report."""
+    with contextlib.suppress(Exception):
+        compiled(task[3], "<setup>")
+        compiled(task[4], "<test>")
+
+
+def examine(task: Task, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
+    """Has the other half execute the program, asks the questions, and reports a verdict; see `test`."""
+    program, entry_point, classes, setup, questions = task
     proxy = Proxy(pipe, entry_point, report)
     namespace: dict[str, Any] = {"__name__": "test"}
     seed_random(questions)
-    exec(compile(setup, "<setup>", "exec"), namespace)
-    code = compile(questions, "<test>", "exec")
+    exec(compiled(setup, "<setup>"), namespace)
+    code = compiled(questions, "<test>")
     proxy.start(program)
     namespace[entry_point] = proxy.call
     for name in classes:

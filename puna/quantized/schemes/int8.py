@@ -54,7 +54,7 @@ class Linear(QuantizedLinear):
         if self.weight.device.type == "cpu" and has_int8_units():
             self._is_packed = True
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
-            self.weight_scale = self.weight_scale.float()
+            self.weight_scale = self.weight_scale.float().view(-1)
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""

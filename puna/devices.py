@@ -5,6 +5,7 @@ are the same code, and the CPU is the device of last resort. torch is imported i
 about itself needs none.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -77,7 +78,7 @@ class Profile:
     has_update_kernel: bool = True
     assumed_flops: float = 0.0
 
-    @property
+    @functools.cached_property
     def peak_flops(self) -> float:
         """FLOP/s of bf16 products at most."""
         return published_peak_flops(self.name) or self.assumed_flops
@@ -103,6 +104,9 @@ PROFILES: dict[str, Profile] = {
 
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+#: Numbers of glibc's settings: the free end of its heap that it gives back, and the size that it asks the system for.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 #: How long the CPU's rate is measured.
 MEASURE_SECONDS = 0.25
@@ -226,6 +230,20 @@ def has_fast_bf16(device: "torch.device") -> bool:
     A CPU without such units multiplies bf16 up to a hundred times slower than fp32.
     """
     return device.type != "cpu" or bool(cpu_bf16_units())
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep up to a gibibyte of what is freed, for this process to take again, where it is glibc.
+
+    It gives a free end of its heap back to the system at once, and a training step on a CPU frees and takes a few
+    hundred MB many times: zeroing fresh pages took a tenth of the step, and takes a third of that now.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    mallopt(M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own choice ends; it stops choosing once it is told anything
 
 
 def cpu_bf16_units() -> list[str]:

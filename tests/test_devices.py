@@ -1,6 +1,7 @@
 """Devices: the machine is asked through torch.accelerator, and says what it can do."""
 
 import ast
+import platform
 import subprocess
 import sys
 import time
@@ -119,6 +120,25 @@ def test_memory_of_the_cpu_is_the_peak_of_the_process():
     before, after = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert 0.001 < before < 0.25
     assert 0.28 < after - before < 0.35
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_once_it_is_asked_for():
+    # 40 pieces of 8 MB are freed and taken again: what was given back to the system faults once more for each page.
+    code = (
+        "import resource, sys, ctypes; from puna.devices import keep_freed_memory\n"
+        "sys.argv[1] == 'keep' and keep_freed_memory()\n"
+        "def take():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    pieces = [bytearray(8_000_000) for _ in range(40)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "take(); print(take())"
+    )
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", code, how], text=True)) for how in ("keep", "plain")
+    }
+    assert faults["plain"] > 50_000
+    assert faults["keep"] < 0.2 * faults["plain"]
 
 
 def test_memory_of_an_accelerator_is_its_own(two_cards):

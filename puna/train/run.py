@@ -71,6 +71,8 @@ class Stopped(PunaError):
 def run(recipe: Recipe) -> dict[str, Any]:
     """Does what `puna.train` promises, for a recipe that has been checked."""
     device = rank_device(devices.pick_device(None if recipe.device == "auto" else recipe.device))
+    if device.type == "cpu":
+        devices.keep_freed_memory()
     with process_group(device):
         recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
         config, run_dir = model_config(recipe), Path(recipe.run_dir)

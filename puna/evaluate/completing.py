@@ -7,7 +7,10 @@ Ask("def f(x):\n", question="Complete …")           to be answered, by a model
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from puna.generate import Sampling
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ PROTOCOLS = {
 
 
 class Completer:
-    """Answers by a model; where a prompt is longer than its context allows, the beginning is cut off.
+    """Answers by a model; of a prompt longer than its context allows, what is far from the answer is cut off.
 
     Args:
         model: to complete with.
@@ -59,7 +62,7 @@ class Completer:
         batch_rows: prompts that are completed together.
         how: greedy by default.
         template: a chat template's name, or a folder that ships one: questions are asked in its layout.
-        order: of an infilling prompt.
+        order: of an infilling prompt; in spm order the end of the prefix is healed (`puna.generate.gap`).
 
     Attributes:
         cut_prompts: how many prompts were cut so far.
@@ -77,10 +80,9 @@ class Completer:
         template: str | None = None,
         order: Literal["psm", "spm"] = "psm",
     ) -> None:
-        from puna.generate import Sampling
+        from puna.generate import Sampling, prompt_room
         from puna.prompts import chat_template
 
-        context = model.config.max_position_embeddings
         self.model, self.tokenizer, self.batch_rows, self.order = model, tokenizer, batch_rows, order
         self.template = None if template is None else chat_template(template)
         self.sampling = Sampling(temperature=how.temperature, top_p=how.top_p, max_tokens=max_tokens, stop=stop)
@@ -88,7 +90,7 @@ class Completer:
             stops = self.template.stops(tokenizer)
             self.sampling = replace(self.sampling, stop=self.template.stop_strings, stop_ids=stops)
         self._engine: Any = None
-        self.longest_prompt = max(1, context - max_tokens, context // 2)
+        self.longest_prompt = max(1, prompt_room(model, max_tokens))
         self.cut_prompts = 0
 
     def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None) -> list[str]:
@@ -97,21 +99,29 @@ class Completer:
 
         if self._engine is None:
             self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows)
-        tokens = [self._encoded(ask) for ask in asks]
-        samplings = [replace(self.sampling, seed=seed) for seed in seeds or [0] * len(asks)]
+        asked = [self._asked(ask) for ask in asks]
+        tokens = [tokens for tokens, _ in asked]
+        samplings = [replace(how, seed=seed) for (_, how), seed in zip(asked, seeds or [0] * len(asks), strict=True)]
         return [completion.text for completion in self._engine.generate(tokens, samplings)]
 
-    def _encoded(self, ask: Ask) -> list[int]:
-        from puna.prompts import infill_prompt
-
+    def _asked(self, ask: Ask) -> "tuple[list[int], Sampling]":
+        """The prompt's tokens, and how they are completed."""
         if self.template is not None:
             question = ask.prefix if ask.question is None else ask.question
-            return self.template.encode(self.tokenizer, [{"role": "user", "content": question}]).tokens
+            return self.template.encode(self.tokenizer, [{"role": "user", "content": question}]).tokens, self.sampling
         if ask.suffix is not None:
-            return infill_prompt(self.tokenizer, ask.prefix, ask.suffix, order=self.order)
+            return self._gap(ask.prefix, ask.suffix)
         first, *tokens = self.tokenizer.encode(ask.prefix, bos=True)
         room = self.longest_prompt - 1
-        if len(tokens) <= room:
-            return [first, *tokens]
-        self.cut_prompts += 1
-        return [first, *tokens[len(tokens) - room :]]
+        if len(tokens) > room:
+            self.cut_prompts += 1
+            tokens = tokens[len(tokens) - room :]
+        return [first, *tokens], self.sampling
+
+    def _gap(self, prefix: str, suffix: str) -> "tuple[list[int], Sampling]":
+        from puna.generate import gap_prompt
+        from puna.prompts import cut_around_gap
+
+        kept = cut_around_gap(self.tokenizer, prefix, suffix, self.longest_prompt)
+        self.cut_prompts += kept != (prefix, suffix)
+        return gap_prompt(self.tokenizer, *kept, self.sampling, order=self.order, budget=self.longest_prompt)

@@ -175,7 +175,7 @@ class Programs(ABC):
                 "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
                 if samples is not None
                 else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
-                | ({"order": order} if self._fills_gaps(tasks) else {}),
+                | (_gap_settings(order, complete) if self._fills_gaps(tasks) else {}),
             }
             folder = None if output is None else _open_folder(Path(output), settings)
             started = time.monotonic()
@@ -222,6 +222,12 @@ def _named(complete: Completes | None, name: str | None, weights: str | None) ->
     if isinstance(complete, RemoteCompleter):
         return {"model": complete.model}
     return {} if name is None else {"model": name, "weights": weights}
+
+
+def _gap_settings(order: str, complete: Completes | None) -> dict[str, Any]:
+    """How gaps are put; a server, or a function, does it in its own way."""
+    is_healed = order == "spm" and isinstance(complete, Completer | Spread)
+    return {"order": order} | ({"healed": True} if is_healed else {})
 
 
 def _completer(

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from puna.errors import PunaError
 from puna.generate.engine import Engine
+from puna.generate.gap import gap_prompt
 from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText
 from puna.model.llama import Llama
-from puna.prompts import ChatTemplate, Message, chat_template, cut_around_gap, heal, infill_prompt, infill_stops
+from puna.prompts import ChatTemplate, Message, chat_template, heal
 from puna.tokenizer import Tokenizer
 from puna.twins import make_callable
 
@@ -27,6 +28,7 @@ __all__ = [
     "Sampling",
     "chat",
     "complete",
+    "gap_prompt",
     "generate",
     "infill",
     "prompt_room",
@@ -113,12 +115,9 @@ def infill(
     Raises:
         PunaError: the model cannot infill; the message says which can.
     """
-    settings = _ending_also(sampling, infill_stops(tokenizer))
+    settings = Sampling.of(sampling)
     budget = prompt_room(model, settings.max_tokens) if budget is None else budget
-    tokens = infill_prompt(tokenizer, *cut_around_gap(tokenizer, prefix, suffix, budget), order=order)
-    if healing and order == "spm":
-        tokens, begins_with = heal(tokenizer, tokens)
-        settings = replace(settings, begins_with=begins_with)
+    tokens, settings = gap_prompt(tokenizer, prefix, suffix, settings, order=order, budget=budget, healing=healing)
     return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
 
 

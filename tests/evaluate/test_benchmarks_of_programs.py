@@ -5,8 +5,9 @@ import os
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -20,6 +21,8 @@ from puna.evaluate.benchmarks.mbpp import MBPP
 from puna.evaluate.programs import Programs, Task
 from puna.evaluate.samples import Sample, read_lines
 from puna.evaluate.sandbox import Job, Sandbox
+from puna.testing import ScriptedModel
+from puna.tokenizer import Tokenizer
 
 FULL, SANITIZED = "data/mbpp/mbpp_open.jsonl", "data/mbpp/sanitized_mbpp_open.json"
 SINGLE_LINE = "data/infilling/HumanEval-SingleLineInfilling.jsonl.gz"
@@ -220,17 +223,36 @@ def test_what_is_no_question_is_not_asked_in_chat(benchmark: str) -> None:
         evaluate(benchmark, samples="s.jsonl", template="codellama")
 
 
-def test_infilling_prompts_are_laid_out_in_either_order(tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_a_gap_is_filled_in_as_puna_infill_does(tiny_model_folder: Path, order: Literal["psm", "spm"]) -> None:
     import puna
     from puna.evaluate.completing import Ask, Completer
-    from puna.prompts import infill_prompt
 
     model, tokenizer = puna.load(tiny_model_folder)
-    for order in ("psm", "spm"):
-        completer = Completer(model, tokenizer, max_tokens=4, stop=(), batch_rows=1, order=order)
-        assert completer._encoded(Ask("a = 1\n", "b = 2\n")) == infill_prompt(
-            tokenizer, "a = 1\n", "b = 2\n", order=order
-        )
+    completer = Completer(model, tokenizer, max_tokens=6, stop=(), batch_rows=4, order=order)
+    lines = "value = 1\n" * model.config.max_position_embeddings
+    gaps = [("a = 1\n", "b = 2\n"), ("import numpy as np\nimp", "\n"), (lines, "b = 2\n"), (lines, lines)]
+    answers = completer([Ask(*gap) for gap in gaps])
+    assert answers == [puna.infill(model, tokenizer, *gap, order=order, max_tokens=6).text for gap in gaps]
+    assert completer.cut_prompts == 2
+
+
+def test_the_lines_next_to_a_gap_stay_and_in_spm_order_the_word_at_its_edge_is_split_anew(
+    code_llama_tokenizer: Tokenizer,
+) -> None:
+    from puna.evaluate.completing import Ask, Completer
+
+    model = ScriptedModel([1], prompt_tokens=1)
+    model.config = replace(model.config, max_position_embeddings=128)
+    far = "far = 1\n" * 200
+    ask = Ask(f"{far}near = 1\nimp", f"\nnext = 1\n{far}")
+    for order, begins_with in (("psm", b""), ("spm", b"imp")):
+        completer = Completer(model, code_llama_tokenizer, max_tokens=28, stop=(), batch_rows=1, order=order)
+        tokens, sampling = completer._asked(ask)
+        text = code_llama_tokenizer.decode(tokens)
+        assert 90 < len(tokens) <= 100
+        assert ("near = 1" in text, "next = 1" in text, completer.cut_prompts) == (True, True, 1)
+        assert (sampling.begins_with, text.endswith("imp")) == (begins_with, False)
 
 
 # ---- HumanEval+

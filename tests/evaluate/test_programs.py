@@ -151,7 +151,7 @@ def test_an_instruct_model_is_asked_in_its_layout_and_its_code_taken_out_of_the_
         model, tokenizer, max_tokens=8, stop=("\ndef",), batch_rows=1, template="codellama"
     )  # fmt: skip
     assert completer.sampling.stop == ()  # a chat answer may well hold "\ndef"
-    ids = completer._encoded(Ask("def f(x):\n", question="Write f."))
+    ids, _ = completer._asked(Ask("def f(x):\n", question="Write f."))
     assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("[INST] Write f. [/INST]", bos=True))
 
     def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 from puna.cli import run
 from puna.data.mindrecord import (
     MindRecord,
+    decode_all,
     decode_integers,
     encode_integers,
     messagepack,
@@ -66,6 +67,36 @@ def plain_decode(data: bytes) -> list[int]:
 def test_integers_come_and_go_and_the_plain_way_sees_the_same(values):
     data = encode_integers(values)
     assert decode_integers(np.frombuffer(data, np.uint8)).tolist() == plain_decode(data) == values.tolist()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    few=st.lists(st.tuples(st.integers(0, 1999), st.sampled_from([-128, 0, 127, -129, 128, 40_000])), max_size=40),
+    seed=st.integers(0, 99),
+)
+def test_many_fields_at_once_are_those_one_by_one(sizes, few, seed):
+    values = np.random.default_rng(seed).integers(128, 1 << 15, 2000) * (-1) ** (seed % 2) - seed % 2
+    for place, value in few:
+        values[place] = value
+    stops = np.cumsum(sizes)
+    rows = [values[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]
+    fields = [encode_integers(row) for row in rows]
+    found = decode_all(*_end_to_end(fields), np.dtype("<i4"))
+    assert [row.tolist() for row in found] == [plain_decode(field) for field in fields]
+    assert {row.dtype for row in found} == {np.dtype("<i4")}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, -1), (0, 20), (0, 0), (1, None)])
+def test_a_broken_field_among_others_is_refused(start, stop):
+    whole = encode_integers(np.arange(1000, 1400))
+    assert len(decode_all(*_end_to_end([whole, whole]), np.dtype("<i4"))) == 2
+    with pytest.raises(ValueError, match=r"are announced|is too short|has not as many bytes"):
+        decode_all(*_end_to_end([whole, whole[start:stop], whole]), np.dtype("<i4"))
+
+
+def _end_to_end(fields: list[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
+    stops = np.cumsum([len(field) for field in fields]).tolist()
+    return b"".join(fields), list(zip([0, *stops], stops, strict=False))
 
 
 @given(data=st.binary(max_size=40))

@@ -68,15 +68,20 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
     """One document a row with labels; of other rows, one for each text in it."""
-    from puna.data.mindrecord.file import LENGTH_BYTES, decode_row
+    from puna.data.mindrecord.file import LENGTH_BYTES, ROWS_BYTES, decode_rows
 
     number, columns = span.state
-    place = 0
-    while place < len(data):
-        stop = place + LENGTH_BYTES + int.from_bytes(data[place : place + LENGTH_BYTES], "little")
-        row = decode_row(data[place:stop], list(columns), columns, span.path, only=("input_ids", "labels"))
-        yield from _documents(f"{span.id}:{number}", span.source, row, options)
-        number, place = number + 1, stop
+    stop = 0
+    while stop < len(data):
+        places = list[tuple[int, int]]()
+        start = stop
+        while stop < len(data) and stop - start < ROWS_BYTES:
+            begin = stop
+            stop += LENGTH_BYTES + int.from_bytes(data[begin : begin + LENGTH_BYTES], "little")
+            places.append((begin, stop))
+        for row in decode_rows(data, places, list(columns), columns, span.path, only=("input_ids", "labels")):
+            yield from _documents(f"{span.id}:{number}", span.source, row, options)
+            number += 1
 
 
 def _documents(id: str, source: str, row: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:

@@ -9,17 +9,18 @@ prepared folder; `write_index` makes a lost `.db`.
 Source: mindspore 2.7 `mindspore/ccsrc/minddata/mindrecord`.
 """
 
-from puna.data.mindrecord.file import MindRecord, Page, decode_row
+from puna.data.mindrecord.file import MindRecord, Page, decode_rows
 from puna.data.mindrecord.from_prepared import write_prepared
 from puna.data.mindrecord.index import write_index
-from puna.data.mindrecord.integers import decode_integers, encode_integers
+from puna.data.mindrecord.integers import decode_all, decode_integers, encode_integers
 from puna.data.mindrecord.writer import write_mindrecord
 
 __all__ = [
     "MindRecord",
     "Page",
+    "decode_all",
     "decode_integers",
-    "decode_row",
+    "decode_rows",
     "encode_integers",
     "write_index",
     "write_mindrecord",

@@ -200,7 +200,7 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     peak = devices.peak_flops(device, torch.bfloat16)
     seen = case.document or case.length
     flops = {name: flops_per_token(config, seen, convention=name) * tokens / step for name in ("full", "causal")}
-    plan = memory(Case(recipe, config, layout, weights_of(recipe, config)), with_runtime=False)
+    plan = memory(Case(recipe, config, layout, weights_of(recipe, config), has_update_kernel=True), with_runtime=False)
     return {
         "model": case.model,
         "layers": config.num_hidden_layers,

@@ -71,8 +71,8 @@ def plan(
     settled = recipe.model_copy(update={"precision": _precision(recipe.precision, name)})
     search = Search(settled, model_config(recipe), Cluster(profile, devices_per_node), devices, available)
     own = _own(search)
-    found = Found() if layout else search.run()
-    shown = [_as_dict(each, search) for each in found.fitting[:best]]
+    found = Found() if layout else search.run(best)
+    shown = [_as_dict(each, search) for each in found.best]
     fits = own.get("fits", False) if layout else bool(shown)
     result = {
         "fits": fits,
@@ -82,7 +82,7 @@ def plan(
         "precision": settled.precision,
         "own": own,
         "best": shown,
-        "fitting": len(found.fitting),
+        "fitting": found.fitting,
         "too_large": found.too_large,
         "nearest": _as_dict(found.nearest, search) if found.nearest else None,
         "impossible": [{"layouts": n, "reason": reason} for n, reason in
@@ -148,7 +148,7 @@ def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
         "step_seconds": fast.step_seconds,
         "seconds": fast.rows,
         "tokens_per_second": fast.tokens_per_second,
-        "tokens_per_second_per_device": fast.tokens_per_second / fast.devices,
+        "tokens_per_second_per_device": fast.tokens_per_second / judged.layout.devices,
         "mfu": fast.mfu,
         "days": fast.step_seconds * search.recipe.steps / 86_400,
     }

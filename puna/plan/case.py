@@ -2,11 +2,36 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from puna.config import Recipe
 from puna.model.config import ModelConfig
 from puna.parallel.layout import Layout
 from puna.plan.weights import Weights
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again.
+
+    Attributes:
+        mode: the recipe's `recompute`.
+        layers: how many of each stage, the first ones; None: all.
+    """
+
+    mode: str
+    layers: int | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a recipe says of it."""
+        return {"recompute": self.mode}
+
+    def layers_of(self, size: int) -> int:
+        """How many of a stage of `size` layers compute again."""
+        if self.mode == "none":
+            return 0
+        return size if self.layers is None else min(self.layers, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +41,7 @@ class Case:
     Attributes:
         recipe: its precision is settled, not "auto".
         is_cpu: whether a CPU computes: smaller pieces, gradients that have nowhere to go, packed attention joined.
+        has_update_kernel: whether the optimizer's update is one kernel, which needs no memory of its own.
     """
 
     recipe: Recipe
@@ -23,6 +49,12 @@ class Case:
     layout: Layout
     weights: Weights
     is_cpu: bool = False
+    has_update_kernel: bool = False
+
+    @cached_property
+    def recompute(self) -> Recompute:
+        """What the recipe computes again."""
+        return Recompute(self.recipe.recompute)
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -33,6 +65,16 @@ class Case:
     def tokens(self) -> int:
         """Tokens of a micro-batch on a rank, before tensor parallel ranks share them."""
         return self.recipe.micro_batch_rows * self.recipe.sequence_length // self.layout.cp
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """Of the hidden states of a micro-batch's tokens on a rank."""
+        return self.compute_bytes * self.tokens * self.config.hidden_size
+
+    @cached_property
+    def stream_bytes(self) -> float:
+        """Of those that a tensor parallel rank holds between the matrices."""
+        return self.hidden_bytes / self.layout.tp
 
     @cached_property
     def widths(self) -> tuple[int, int, int]:
@@ -54,6 +96,11 @@ class Case:
         """Whether context parallel ranks exchange tokens for heads rather than gather keys and values."""
         c, layout = self.config, self.layout
         return c.num_key_value_heads // layout.tp % layout.cp == 0
+
+    @cached_property
+    def most_layers(self) -> int:
+        """Of the first pipeline rank, which has as many as any."""
+        return sum(self.stages_of(0))
 
     @cached_property
     def _stage_sizes(self) -> list[int]:

@@ -9,8 +9,11 @@ autograd keeps of each operation is read off `puna.model.llama`, and held agains
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from typing import NamedTuple
 
-from puna.plan.case import Case
+from puna.plan.case import Case, Recompute
 
 #: Rows of the table, in its order, and what each of them is.
 ROWS = {
@@ -46,29 +49,74 @@ SUM_TEMPORARIES = 4
 CONTEXT_BYTES, COMMUNICATOR_BYTES, ALLOCATOR_SHARE = 0.6 * 2**30, 0.2 * 2**30, 0.02
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """What the fullest rank takes, in bytes.
 
     Attributes:
-        rows: row of ROWS -> bytes, at the fullest moment.
-        moment: which it is.
+        fullest: the moment when it takes most.
+        runtime: what is no tensor.
         pp_rank: the fullest pipeline rank.
     """
 
-    rows: dict[str, float]
-    moment: str
+    fullest: "Moment"
+    runtime: float
     pp_rank: int = 0
+
+    @property
+    def moment(self) -> str:
+        """Which it is."""
+        return self.fullest.name
+
+    @cached_property
+    def rows(self) -> dict[str, float]:
+        """Row of ROWS -> bytes at that moment."""
+        rows = self.fullest.rows() | {"runtime": self.runtime}
+        return {name: rows.get(name, 0.0) for name in ROWS}
 
     @property
     def total(self) -> float:
         """Sum of the rows."""
-        return sum(self.rows.values())
+        return self.fullest.total + self.runtime
 
     @property
     def gib(self) -> float:
         """Sum of the rows in GiB."""
         return self.total / 2**30
+
+
+class Moment(NamedTuple):
+    """A moment of a rank.
+
+    Attributes:
+        name: what happens.
+        shared: the rows that any recomputation has.
+        total: their sum, and with what depends on it.
+        activations: kept for the backward pass.
+        cast: weights that are.
+        formed: what a layer computes anew.
+    """
+
+    name: str
+    shared: dict[str, float]
+    total: float
+    activations: float = 0.0
+    cast: float = 0.0
+    formed: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, shared: dict[str, float]) -> "Moment":
+        """A moment before anything depends on recomputation."""
+        return cls(name, shared, sum(shared.values()))
+
+    def under(self, activations: float, cast: float, formed: float) -> "Moment":
+        """The moment under a recomputation."""
+        return Moment(self.name, self.shared, self.total + activations + cast + formed, activations, cast, formed)
+
+    def rows(self) -> dict[str, float]:
+        """Row of ROWS -> bytes."""
+        own = {"activations": self.activations, "cast weights": self.cast}
+        return self.shared | own | {"working memory": self.shared.get("working memory", 0.0) + self.formed}
 
 
 def memory(case: Case, *, with_runtime: bool = True) -> Memory:
@@ -78,12 +126,36 @@ def memory(case: Case, *, with_runtime: bool = True) -> Memory:
         case: recipe and layout.
         with_runtime: count what is no tensor, too.
     """
-    ranks = sorted({0, min(1, case.layout.pp - 1), case.layout.pp - 1})
-    found = [Memory(rows, moment, rank) for rank in ranks for moment, rows in _Rank(case, rank).moments()]
-    fullest = max(found, key=lambda each: each.total)
-    if with_runtime and not case.is_cpu:
-        fullest.rows["runtime"] = _runtime(case, fullest.rows)
-    return Memory({name: fullest.rows.get(name, 0) for name in ROWS}, fullest.moment, fullest.pp_rank)
+    return Footprint(case).memory(case.recompute, with_runtime=with_runtime)
+
+
+class Footprint:
+    """The memory of a layout under one recomputation or another: what all of them share is formed once.
+
+    Args:
+        case: recipe and layout, whatever the recipe recomputes.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        ranks = sorted({0, min(1, case.layout.pp - 1), case.layout.pp - 1})
+        self._ranks = [_Rank(case, rank) for rank in ranks]
+        self._layer: dict[str, LayerBytes] = {"none": layer_bytes(case, "none")}
+
+    def memory(self, recompute: Recompute, *, with_runtime: bool = True) -> Memory:
+        """As the function of that name."""
+        case, mode = self.case, recompute.mode
+        if mode not in self._layer:
+            self._layer[mode] = layer_bytes(case, mode)
+        leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
+        found = []
+        for rank in self._ranks:
+            again = recompute.layers_of(rank.size)
+            layers = _Layers(self._layer["none"], self._layer[mode], rank.size - again, again, leaving)
+            found.append((rank.fullest(layers), rank.rank))
+        fullest, pp_rank = max(found, key=lambda each: each[0].total)
+        is_counted = with_runtime and not case.is_cpu
+        return Memory(fullest, _runtime(case, fullest) if is_counted else 0.0, pp_rank)
 
 
 @dataclass(frozen=True)
@@ -101,8 +173,8 @@ class LayerBytes:
     cast: float
 
 
-def layer_bytes(case: Case) -> LayerBytes:
-    """What autograd keeps of a layer, by operation, for the recipe's `recompute`."""
+def layer_bytes(case: Case, mode: str) -> LayerBytes:
+    """What autograd keeps of a layer, by operation, under a mode of the recipe's `recompute`."""
     R, c, tp = case.tokens, case.compute_bytes, case.layout.tp
     D, (Q, K, F) = case.config.hidden_size, case.widths
     stream = c * D / tp  # the layer's input, the output of a norm before tokens are gathered
@@ -117,11 +189,11 @@ def layer_bytes(case: Case) -> LayerBytes:
     everything = 2 * norm + attention + mlp
     cast = 0 if c == case.weights.weight_bytes or case.is_sharded else c * case.weights.part("layer", tp, 1).gathered
     is_input_kept = stream if c == 4 or is_compiled else 0  # in bf16 the norm keeps its input in fp32, beside
-    if case.recipe.recompute == "none" or (case.recipe.recompute == "selective" and is_compiled):
+    if mode == "none" or (mode == "selective" and is_compiled):
         return LayerBytes(everything * R, 0, cast)
-    if case.recipe.recompute == "offload" and not case.is_cpu:
+    if mode == "offload" and not case.is_cpu:
         return LayerBytes(0, (everything - is_input_kept + stream) * R, cast)
-    if case.recipe.recompute in ("block", "offload"):
+    if mode in ("block", "offload"):
         return LayerBytes(stream * R, (everything - is_input_kept) * R, cast)
     products = c * (Q + 2 * K) + 2 * c * D + 2 * c * F  # q, k, v; o and down, not yet summed over ranks; gate, up
     same = c * K + out + lse + 2 * c * F  # v, attention, gate and up are what is kept already
@@ -130,76 +202,115 @@ def layer_bytes(case: Case) -> LayerBytes:
     return LayerBytes((stream + products + out + lse) * R, max(0, formed) * R, cast)
 
 
+class _Layers(NamedTuple):
+    """The layers of a rank's largest stage: the first ones recompute, and so come last in the backward pass.
+
+    Attributes:
+        keeping: a layer that does not recompute.
+        again: one that does.
+        n_keeping: of the stage.
+        n_again: of the stage.
+        leaving: bytes on their way to the host.
+    """
+
+    keeping: LayerBytes
+    again: LayerBytes
+    n_keeping: int
+    n_again: int
+    leaving: float
+
+    def kept(self, done: int = 0) -> float:
+        """Activations of the stage that are left when so many layers have been through the backward pass."""
+        keeping = max(0, self.n_keeping - done)
+        again = self.n_again - max(0, done - self.n_keeping)
+        return keeping * self.keeping.kept + again * self.again.kept
+
+    def cast(self, n: int, done: int) -> float:
+        """Cast weights when the `n`-th micro-batch in flight has so many layers behind it, and begins the next."""
+        if done < self.n_keeping:
+            return self.keeping.cast * (n * self.n_keeping - done)
+        return self.keeping.cast * (n - 1) * self.n_keeping + self.again.cast
+
+    def formed(self, done: int) -> float:
+        """What the layer that comes after so many others computes anew."""
+        return self.keeping.formed if done < self.n_keeping else self.again.formed
+
+
 class _Rank:
-    """The rows of one pipeline rank."""
+    """The moments of one pipeline rank."""
 
     def __init__(self, case: Case, rank: int) -> None:
         self.case, self.rank = case, rank
         layout = case.layout
         self.stages = case.stages_of(rank)
-        self.n_layers = sum(self.stages)
+        self.n_layers, self.size = sum(self.stages), max(self.stages)
         self.has_embedding, self.has_head = rank == 0, rank == layout.pp - 1
-        self.layer = layer_bytes(case)
-        self.hidden = case.compute_bytes * case.tokens * case.config.hidden_size
-        self.in_flight = case.in_flight(rank)
+        self.hidden = case.hidden_bytes
         #: torch's pipelines sum whole gradients over micro-batches and reduce them once, at the end.
         self.sums_whole = layout.pp > 1 and case.is_sharded
         self.kinds = {"layer": self.n_layers, "embedding": int(self.has_embedding), "norm": int(self.has_head),
                       "head": int(self.has_head)}  # fmt: skip
-        self.parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size) for kind in self.kinds}
+        self.parts = case.weights.parts(layout.tp, layout.shard_size)
         #: Whole weights outside the layers, and layers whose weights are gathered together.
         self.root = sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
-        self.unit = min(case.recipe.parallel.layers_per_unit, max(self.stages))
+        self.own = sum(n * self.parts[kind].own for kind, n in self.kinds.items())
+        self._largest = max(self.parts[kind].largest for kind in self.kinds)
+        self.unit = min(case.recipe.parallel.layers_per_unit, self.size)
         self.gradient_bytes = case.weights.weight_bytes
         if layout.dp_replicate > 1 and layout.micro_batches > 1 and not case.recipe.optimizer.in_backward:
             self.gradient_bytes = 4  # sums over shards wait in fp32 for the sum over copies
         if self.sums_whole:
             self.gradient_bytes = 4
-
-    def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
-        """Name of a moment -> bytes a row."""
-        always = self._always()
-        for in_flight, accumulates in self._fullest():
-            yield from self._passes(always, in_flight, accumulates)
-        yield "the last sums of gradients", self._last_sums(always)
-        yield "the update", {**always, "gradients": self._gradients_at_update(), "working memory": self._update()}
-
-    def _fullest(self) -> Iterator[tuple[int, bool]]:
-        """Micro-batches in flight when they are most, and whether gradients of earlier ones are there by then."""
-        layout = self.case.layout
-        comes_again = layout.micro_batches * layout.stages_per_rank > self.in_flight
-        yield self.in_flight, comes_again
-        if not comes_again and self.in_flight > 1:
-            yield self.in_flight - 1, True
-
-    def _passes(self, always: dict[str, float], n: int, accumulates: bool) -> Iterator[tuple[str, dict[str, float]]]:
-        """From the loss to the last layer's backward pass, while `n` micro-batches are in flight."""
-        if self.has_head:
-            kept, cast = self._kept(n)
-            base = {**always, **self._gathered(0), "activations": kept + self._ends(), "cast weights": cast,
-                    "gradients": self._gradients(0, accumulates)}  # fmt: skip
-            yield "the loss", {**base, "logits and head": self._logits()}
-            yield "the gradient of the head", {**base, "logits and head": 2 * (self._head_gradient() + self.hidden)}
-        last = max(self.stages) - 1
-        for done in {0, min(1, last), last}:
-            yield "the backward pass of a layer", self._backward(always, n, done, accumulates)
-
-    def _always(self) -> dict[str, float]:
-        w = self.case.weights.weight_bytes
-        return {
-            "weights": sum(n * self.parts[kind].own * w for kind, n in self.kinds.items()),
+        self._always = {
+            "weights": self.own * case.weights.weight_bytes,
             "optimizer state": sum(n * self.parts[kind].state for kind, n in self.kinds.items()),
             "communication buffers": self._pipeline_buffers(),
         }
+        #: Kept beside the layers' activations, of each micro-batch in flight and in all.
+        self._output = case.stream_bytes if layout.pp > 1 else 0
+        self._beside = self._deferred()
+        D, tp = case.config.hidden_size, layout.tp
+        #: Rotations and ids; with the final norm.
+        self._rotations = (2 * 4 * case.config.head_dim + 24) * case.tokens
+        self._ends = self._rotations + case.tokens * (4 + case.compute_bytes) * D / tp + self.hidden
+        self._shared: dict[tuple[int, bool], Moment] = {}
+        #: Micro-batches in flight, whether gradients of others are there, and the moment of the loss then.
+        self._fullest = [(n, accumulates, self._loss(accumulates) if self.has_head else None)
+                         for n, accumulates in self._fullest_passes()]  # fmt: skip
+        update = {**self._always, "gradients": self._gradients_at_update(), "working memory": self._update()}
+        sums = Moment.of("the last sums of gradients", self._last_sums())
+        self._end = max(sums, Moment.of("the update", update), key=attrgetter("total"))
 
-    def _kept(self, n: int) -> tuple[float, float]:
-        """Activations of `n` micro-batches in flight, and the casts that wait with them, when the last is forward."""
-        stage = max(self.stages)
-        stream = self.hidden / self.case.layout.tp
-        output = stream if self.case.layout.pp > 1 else 0
-        cast = self.layer.cast * stage * n if self.case.recipe.recompute == "none" else 0
-        leaving = OFFLOADS_IN_FLIGHT * stream if self.case.recipe.recompute == "offload" else 0
-        return n * (self.layer.kept * stage + output) + leaving + self._deferred(), cast
+    def fullest(self, layers: _Layers) -> Moment:
+        """From the loss to the last layer's backward pass, or at the end of the step."""
+        of_stage, first = layers.kept(), layers.n_keeping  # behind so many, the first that recomputes has its turn
+        turns = {0, 1, self.size - 1, first, first + 1}
+        found, most = self._end, self._end.total
+        for n, accumulates, loss in self._fullest:
+            beside = n * self._output + layers.leaving + self._beside
+            if loss is not None:
+                kept, cast = n * of_stage + beside + self._ends, n * layers.keeping.cast * first
+                if loss.total + kept + cast > most:
+                    found = loss.under(kept, cast, 0.0)
+                    most = found.total
+            for done in turns:
+                if done >= self.size:
+                    continue
+                kept = (n - 1) * of_stage + layers.kept(done) + beside * (1 - done / self.size / n) + self._rotations
+                cast, formed = layers.cast(n, done), layers.formed(done)
+                shared = self._backward(done, accumulates)
+                if shared.total + kept + cast + formed > most:
+                    found = shared.under(kept, cast, formed)
+                    most = found.total
+        return found
+
+    def _fullest_passes(self) -> Iterator[tuple[int, bool]]:
+        """Micro-batches in flight when they are most, and whether gradients of earlier ones are there by then."""
+        layout, in_flight = self.case.layout, self.case.in_flight(self.rank)
+        comes_again = layout.micro_batches * layout.stages_per_rank > in_flight
+        yield in_flight, comes_again
+        if not comes_again and in_flight > 1:
+            yield in_flight - 1, True
 
     def _deferred(self) -> float:
         """Gradients of products that wait, in a zero-bubble pipeline, for those of the weights to be formed."""
@@ -208,17 +319,7 @@ class _Rank:
             return 0
         Q, K, F = case.widths
         numbers = Q + 2 * K + 2 * F + 2 * case.config.hidden_size
-        return (self.rank + 1) * max(self.stages) * case.compute_bytes * numbers * case.tokens
-
-    def _rotations(self) -> float:
-        """Rotations and ids."""
-        return (2 * 4 * self.case.config.head_dim + 24) * self.case.tokens
-
-    def _ends(self) -> float:
-        """Rotations and ids, and the final norm."""
-        case = self.case
-        D, tp = case.config.hidden_size, case.layout.tp
-        return self._rotations() + case.tokens * (4 + case.compute_bytes) * D / tp + self.hidden
+        return (self.rank + 1) * self.size * case.compute_bytes * numbers * case.tokens
 
     def _head_gradient(self) -> float:
         case = self.case
@@ -246,32 +347,39 @@ class _Rank:
             layers = max(layers, self.n_layers)
         return {"gathered weights": case.compute_bytes * (self.root + layers * self.parts["layer"].gathered)}
 
-    def _backward(self, always: dict[str, float], n: int, done: int, accumulates: bool) -> dict[str, float]:
+    def _loss(self, accumulates: bool) -> Moment:
+        """The loss or the gradient of the head, whichever takes more."""
+        shared = {**self._always, **self._gathered(0), "gradients": self._gradients(0, accumulates)}
+        at_loss, after = self._logits(), 2 * (self._head_gradient() + self.hidden)
+        if at_loss >= after:
+            return Moment.of("the loss", {**shared, "logits and head": at_loss})
+        return Moment.of("the gradient of the head", {**shared, "logits and head": after})
+
+    def _backward(self, done: int, accumulates: bool) -> Moment:
         """While a layer is in its backward pass, after `done` others."""
-        case, layer = self.case, self.layer
-        kept, cast = self._kept(n)
-        rows = dict(always)
-        left = 1 - done / max(self.stages) / n
-        rows["cast weights"] = cast * left if case.recipe.recompute == "none" else layer.cast
-        rows["activations"] = kept * left + self._rotations()
+        key = (done, accumulates)
+        if key not in self._shared:
+            self._shared[key] = Moment.of("the backward pass of a layer", self._shared_rows(done, accumulates))
+        return self._shared[key]
+
+    def _shared_rows(self, done: int, accumulates: bool) -> dict[str, float]:
+        case, rows = self.case, dict(self._always)
         c, (_, _, F) = case.compute_bytes, case.widths
         exchanged = self.hidden if case.layout.tp > 1 else 0
         down = 0 if self._are_used_at_once() else c * case.config.hidden_size * F
-        rows["working memory"] = (
-            layer.formed + 2 * c * F * case.tokens + down + exchanged + self.hidden / case.layout.tp
-        )
+        rows["working memory"] = 2 * c * F * case.tokens + down + exchanged + case.stream_bytes
         rows["gradients"] = self._gradients(done, accumulates)
         if case.is_sharded:
-            whole = min(max(self.stages) - done, 2 * self.unit)
+            whole = min(self.size - done, 2 * self.unit)
             rows |= self._gathered(whole + done if self.sums_whole else whole)
             if done and not self.sums_whole:  # sums of the unit before are under way
                 rows["communication buffers"] += (c + 4) * self.unit * self.parts["layer"].gathered
             rows["logits and head"] = self._head_gradient() if self.has_head else 0
         return rows
 
-    def _last_sums(self, always: dict[str, float]) -> dict[str, float]:
+    def _last_sums(self) -> dict[str, float]:
         """What lies outside layers is summed over the shards last; in pipelines, everything is."""
-        rows = {**always, "gradients": self._gradients(self.n_layers, True)}
+        rows = {**self._always, "gradients": self._gradients(self.n_layers, True)}
         if self.sums_whole:
             unit = self.unit * self.parts["layer"].gathered
             return (
@@ -299,7 +407,7 @@ class _Rank:
         return self.gradient_bytes * (done * self.parts["layer"].own + head * is_past_the_loss)
 
     def _all_gradients(self) -> float:
-        return self.gradient_bytes * sum(n * self.parts[kind].own for kind, n in self.kinds.items())
+        return self.gradient_bytes * self.own
 
     def _are_used_at_once(self) -> bool:
         """Whether the backward pass itself updates the weights."""
@@ -311,7 +419,7 @@ class _Rank:
         optimizer = self.case.recipe.optimizer
         if not optimizer.in_backward:
             return None
-        largest = self.gradient_bytes * max(part.largest for part in self.parts.values())
+        largest = self.gradient_bytes * self._largest
         if self._are_used_at_once():
             return largest
         if self.case.is_cpu:
@@ -324,13 +432,14 @@ class _Rank:
     def _gradients_at_update(self) -> float:
         if self._leaving() is None:
             return self._all_gradients()
-        return self.gradient_bytes * max(part.largest for part in self.parts.values())
+        return self.gradient_bytes * self._largest
 
     def _update(self) -> float:
+        if self.case.has_update_kernel:
+            return 0
         bits, weights = self.case.recipe.optimizer.state_bits, self.case.weights
         kind = "codes" if bits < 32 else "fp32" if weights.weight_bytes == 4 else "bf16"
-        largest = max(part.largest for part in self.parts.values())
-        return UPDATE_TEMPORARIES[kind] * 4 * min(largest, UPDATE_PIECE[self.case.is_cpu])
+        return UPDATE_TEMPORARIES[kind] * 4 * min(self._largest, UPDATE_PIECE[self.case.is_cpu])
 
     def _pipeline_buffers(self) -> float:
         """Torch's pipeline stages have a buffer a micro-batch for what comes from either side.
@@ -346,7 +455,7 @@ class _Rank:
         return sides * layout.micro_batches * self.hidden / layout.tp
 
 
-def _runtime(case: Case, rows: dict[str, float]) -> float:
+def _runtime(case: Case, fullest: Moment) -> float:
     axes = sum(size > 1 for size in case.layout.sizes)
-    moving = sum(size for name, size in rows.items() if name not in ("weights", "optimizer state"))
+    moving = fullest.total - fullest.shared["weights"] - fullest.shared["optimizer state"]
     return CONTEXT_BYTES + COMMUNICATOR_BYTES * axes + ALLOCATOR_SHARE * moving

@@ -7,7 +7,8 @@ seconds. What a recipe says beyond its layout (precision, optimizer, length, bat
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from heapq import nsmallest
 from typing import Any
 
 from puna.config import Recipe
@@ -15,9 +16,9 @@ from puna.errors import UsageError
 from puna.model.config import ModelConfig
 from puna.model.split import divisors
 from puna.parallel.layout import AXES, Layout
-from puna.plan.case import Case
-from puna.plan.memory import Memory, memory
-from puna.plan.speed import Cluster, Speed, speed
+from puna.plan.case import Case, Recompute
+from puna.plan.memory import Footprint, Memory, memory
+from puna.plan.speed import Cluster, Pace, Speed
 from puna.plan.weights import Weights
 
 #: The most that is tried of an axis, of runs of layers a rank, and of rows at once.
@@ -28,18 +29,27 @@ RECOMPUTE = ("none", "selective", "block", "offload")
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A layout with what it takes and gives."""
+    """A layout under a recomputation, with what it takes and gives."""
 
-    recipe: Recipe
-    layout: Layout
-    memory: Memory
     case: Case
-    cluster: Cluster
+    recompute: Recompute
+    memory: Memory
+    pace: Pace
+
+    @property
+    def layout(self) -> Layout:
+        """Its axes and micro-batches."""
+        return self.case.layout
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that asks for it."""
+        return self.case.recipe.model_copy(update=self.recompute.fields)
 
     @cached_property
     def speed(self) -> Speed:
         """How fast it is; of layouts that do not fit nobody asks."""
-        return speed(self.case, self.cluster)
+        return self.pace.speed(self.recompute)
 
 
 @dataclass
@@ -47,13 +57,15 @@ class Found:
     """The outcome of a search.
 
     Attributes:
-        fitting: layouts that fit, fastest first.
+        best: layouts that fit, the fastest first.
+        fitting: how many fit.
         nearest: the layout of least memory among those that do not fit.
         too_large: how many those are.
         impossible: reason -> how many layouts it rules out, and one of them.
     """
 
-    fitting: list[Judged] = field(default_factory=list)
+    best: list[Judged] = field(default_factory=list)
+    fitting: int = 0
     nearest: Judged | None = None
     too_large: int = 0
     impossible: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -86,43 +98,61 @@ class Search:
         layout = Layout.of(recipe, self.config, self.devices)
         if reason := self.weights.misfit(layout.tp):
             raise UsageError(reason)
-        case = Case(recipe, self.config, layout, self.weights, self.is_cpu)
-        return Judged(recipe, layout, memory(case), case, self.cluster)
+        case = self._case(recipe, layout)
+        return Judged(case, case.recompute, memory(case), Pace(case, self.cluster))
+
+    def _case(self, recipe: Recipe, layout: Layout) -> Case:
+        has_kernel = self.cluster.device.has_update_kernel
+        return Case(recipe, self.config, layout, self.weights, self.is_cpu, has_kernel)
 
     def fits(self, judged: Judged) -> bool:
         """Whether its memory is there."""
         return judged.memory.gib <= self.memory_gib
 
-    def run(self) -> Found:
-        """Judges every layout."""
+    def run(self, best: int) -> Found:
+        """Judges every layout and keeps the best."""
         found = Found()
+        found.best = nsmallest(
+            best, self._fitting(found), key=lambda each: (each.speed.step_seconds, each.memory.total)
+        )
+        return found
+
+    def _fitting(self, found: Found) -> Iterator[Judged]:
+        """The layouts that fit; the others are counted."""
+        for case in self._cases(found):
+            footprint, pace = Footprint(case), Pace(case, self.cluster)
+            for recompute in self._recomputations(case):
+                judged = Judged(case, recompute, footprint.memory(recompute), pace)
+                if self.fits(judged):
+                    found.fitting += 1
+                    yield judged
+                    continue
+                found.too_large += 1
+                if found.nearest is None or judged.memory.total < found.nearest.memory.total:
+                    found.nearest = judged
+
+    def _recomputations(self, case: Case) -> Iterator[Recompute]:
+        is_split = case.recipe.parallel.schedule == "zero-bubble"  # two backward passes would compute all twice
+        yield from map(Recompute, RECOMPUTE[:1] if is_split else RECOMPUTE)
+
+    def _cases(self, found: Found) -> Iterator[Case]:
+        """Every possible layout with every number of rows, recomputing nothing."""
         for axes in self._axes():
+            parallel = self.recipe.parallel.model_copy(update=axes)
+            recipe = self.recipe.model_copy(update={"parallel": parallel, "recompute": "none", "micro_batch_rows": 1})
             try:
-                layout = Layout.of(self._with(axes, recompute="none", micro_batch_rows=1), self.config, self.devices)
+                layout = Layout.of(recipe, self.config, self.devices)
+                if reason := self.weights.misfit(layout.tp):
+                    raise UsageError(reason)
             except UsageError as error:
                 _count(found.impossible, str(error))
                 continue
-            if reason := self.weights.misfit(layout.tp):
-                _count(found.impossible, reason)
-                continue
             for rows in divisors(min(layout.rows_per_rank, MOST["micro_batch_rows"])):
-                for recompute in RECOMPUTE:
-                    self._try(self._with(axes, recompute=recompute, micro_batch_rows=rows), found)
-        found.fitting.sort(key=lambda each: (each.speed.step_seconds, each.memory.total))
-        return found
-
-    def _try(self, recipe: Recipe, found: Found) -> None:
-        try:
-            judged = self.judge(recipe)
-        except UsageError as error:
-            _count(found.impossible, str(error))
-            return
-        if self.fits(judged):
-            found.fitting.append(judged)
-            return
-        found.too_large += 1
-        if found.nearest is None or judged.memory.total < found.nearest.memory.total:
-            found.nearest = judged
+                variant = recipe.model_copy(update={"micro_batch_rows": rows})
+                try:
+                    yield self._case(variant, Layout.of(variant, self.config, self.devices))
+                except UsageError as error:
+                    _count(found.impossible, str(error))
 
     def _axes(self) -> Iterator[dict[str, Any]]:
         """Sizes of the axes and orders of the pipeline."""
@@ -141,10 +171,6 @@ class Search:
             for stages in (n for n in (2, 3, 4, 6, 8) if n <= most):
                 yield {"schedule": "interleaved", "stages_per_rank": stages}
                 yield {"schedule": "zero-bubble", "stages_per_rank": stages}
-
-    def _with(self, axes: dict[str, Any], **fields: Any) -> Recipe:
-        parallel = self.recipe.parallel.model_copy(update=axes)
-        return self.recipe.model_copy(update={"parallel": parallel, **fields})
 
 
 def weights_of(recipe: Recipe, config: ModelConfig) -> Weights:
@@ -172,6 +198,12 @@ def _up_to(numbers: list[int], most: int) -> list[int]:
 
 def _count(reasons: dict[str, tuple[int, str]], message: str) -> None:
     """Counts a message under its first reason, whatever its numbers are."""
-    reason = re.sub(r"[\d, ]*\d", "#", re.sub(r"\[.*?\]", "", message.split(";")[0]))
+    reason = _reason(message)
     count, example = reasons.get(reason, (0, message))
     reasons[reason] = (count + 1, example)
+
+
+@cache
+def _reason(message: str) -> str:
+    """The first of a message's reasons, with no numbers in it."""
+    return re.sub(r"[\d, ]*\d", "#", re.sub(r"\[.*?\]", "", message.split(";")[0]))

@@ -8,10 +8,11 @@ taken as one document each, so packed short documents run somewhat faster than s
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from puna.devices import Profile
 from puna.model.flops import flops_per_token
-from puna.plan.case import Case
+from puna.plan.case import Case, Recompute
 
 #: Rows of the table, in its order, and what each of them is.
 ROWS = {
@@ -48,6 +49,9 @@ UPDATE_BYTES = {"fp32": 100, "bf16": 200, "codes": 350}
 ZERO_BUBBLE = 1 / 3
 
 
+_NOTHING = dict.fromkeys(ROWS, 0.0)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What the ranks run on.
@@ -77,23 +81,21 @@ class Cluster:
         return sent * (size - 1) / size / (rate * 1e9 * LINK_SHARE) + COLLECTIVE_SECONDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speed:
     """How fast a layout trains.
 
     Attributes:
         rows: row of ROWS -> seconds of a step; they add up to it.
-        tokens: of a step.
-        devices: that take it.
-        mfu: convention of `puna.model.flops` -> share of the devices' peak.
+        case: what is trained.
+        peak_flops: of all devices.
     """
 
     rows: dict[str, float]
-    tokens: int
-    devices: int
-    mfu: dict[str, float]
+    case: Case
+    peak_flops: float
 
-    @property
+    @cached_property
     def step_seconds(self) -> float:
         """Sum of the rows."""
         return sum(self.rows.values())
@@ -101,31 +103,72 @@ class Speed:
     @property
     def tokens_per_second(self) -> float:
         """Over all devices."""
-        return self.tokens / self.step_seconds
+        return self.case.recipe.batch_tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> dict[str, float]:
+        """Convention of `puna.model.flops` -> share of the devices' peak."""
+        config, length = self.case.config, self.case.recipe.sequence_length
+        return {
+            convention: flops_per_token(config, length, convention=convention)
+            * self.tokens_per_second
+            / self.peak_flops
+            for convention in ("full", "causal")
+        }
 
 
 def speed(case: Case, cluster: Cluster) -> Speed:
     """The time of a step, row by row."""
-    layout, recipe, device = case.layout, case.recipe, cluster.device
-    layer, head = _layer(case, cluster), _head(case, cluster)
-    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
-    micro = {name: layers * layer.get(name, 0) + head.get(name, 0) for name in ROWS}
-    rows = {name: layout.micro_batches * seconds for name, seconds in micro.items()}
-    if layout.pp > 1:
-        rows["pipeline"] = sum(micro.values()) * _idle(case) + layout.micro_batches * _sending(case, cluster)
-    rows["host"] += _host(case, device, sum(micro.values()))
-    rows["update"] = _update(case, device)
-    rows["copies"] = _copies(case, cluster)
-    rows["sharding"] += _ends(case, cluster)
-    seconds = sum(rows.values())
-    work = {c: flops_per_token(case.config, recipe.sequence_length, convention=c) for c in ("full", "causal")}
-    peak = device.peak_flops * layout.devices
-    return Speed(rows, recipe.batch_tokens, layout.devices,
-                 {c: flops * recipe.batch_tokens / seconds / peak for c, flops in work.items()})  # fmt: skip
+    return Pace(case, cluster).speed(case.recompute)
 
 
-def _layer(case: Case, cluster: Cluster) -> dict[str, float]:
-    """Seconds of a layer's forward and backward pass of a micro-batch."""
+class Pace:
+    """The speed of a layout under one recomputation or another: what all of them share is formed once.
+
+    Args:
+        case: recipe and layout, whatever the recipe recomputes.
+        cluster: what it runs on.
+    """
+
+    def __init__(self, case: Case, cluster: Cluster) -> None:
+        self.case, self.cluster = case, cluster
+        self._layers: dict[str, dict[str, float]] = {}
+
+    def speed(self, recompute: Recompute) -> Speed:
+        """As the function of that name."""
+        case, layout = self.case, self.case.layout
+        again = sum(map(recompute.layers_of, case.stages_of(0)))
+        keeping = case.most_layers - again
+        kept, formed, head, shared = self._layer("none"), self._layer(recompute.mode), self._head, self._of_step
+        micro = {name: keeping * kept[name] + again * formed[name] + head[name] for name in ROWS}
+        of_micro_batch = sum(micro.values())
+        rows = {name: layout.micro_batches * micro[name] + shared[name] for name in ROWS}
+        rows["pipeline"] += of_micro_batch * _idle(case)
+        rows["host"] += _host(case, self.cluster.device, of_micro_batch)
+        return Speed(rows, case, self.cluster.device.peak_flops * layout.devices)
+
+    def _layer(self, mode: str) -> dict[str, float]:
+        if mode not in self._layers:
+            self._layers[mode] = _NOTHING | _layer(self.case, self.cluster, mode)
+        return self._layers[mode]
+
+    @cached_property
+    def _head(self) -> dict[str, float]:
+        return _NOTHING | _head(self.case, self.cluster)
+
+    @cached_property
+    def _of_step(self) -> dict[str, float]:
+        case, cluster = self.case, self.cluster
+        return _NOTHING | {
+            "pipeline": case.layout.micro_batches * _sending(case, cluster),
+            "update": _update(case, cluster.device),
+            "copies": _copies(case, cluster),
+            "sharding": _ends(case, cluster),
+        }
+
+
+def _layer(case: Case, cluster: Cluster, recompute: str) -> dict[str, float]:
+    """Seconds of a layer's forward and backward pass of a micro-batch under a mode of recomputation."""
     device, config, tp = cluster.device, case.config, case.layout.tp
     R, D, (Q, K, F), c = case.tokens, config.hidden_size, case.widths, case.compute_bytes
     products = 2 * (2 * D * Q + 2 * D * K + 3 * D * F) * R / _product_rate(case, device)
@@ -135,13 +178,13 @@ def _layer(case: Case, cluster: Cluster) -> dict[str, float]:
     forward = products + attention + elements
     waits = max(0.0, KERNELS[case.recipe.compile] * KERNEL_SECONDS - forward)
     whole = forward + waits
-    again = {"none": 0.0, "selective": elements, "block": whole, "offload": whole}[case.recipe.recompute]
+    again = {"none": 0.0, "selective": elements, "block": whole, "offload": whole}[recompute]
     rows = {"products": 3 * products, "attention": 3.5 * attention, "memory-bound": 3 * (elements + waits),
             "recomputation": again}  # fmt: skip
-    if case.recipe.recompute == "offload":  # out beside the forward pass, and back while the backward pass waits
+    if recompute == "offload":  # out beside the forward pass, and back while the backward pass waits
         carried = c * D * R / tp / (device.host_rate * 1e9 * LINK_SHARE)
         rows["host"] = carried + max(0.0, carried - forward)
-    times = 1 if case.recipe.recompute == "none" else 2
+    times = 1 if recompute == "none" else 2
     if tp > 1:  # two gathers and two sums forward, as many backward, and forward again
         rows["tensor parallel"] = 4 * (1 + times) * cluster.seconds(c * D * R, tp, 1)
     if case.layout.cp > 1:
@@ -195,8 +238,7 @@ def _ends(case: Case, cluster: Cluster) -> float:
 def _copies(case: Case, cluster: Cluster) -> float:
     """Seconds of the sums over dp_replicate, once a step unless gradients leave at once; half hides."""
     layout = case.layout
-    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
-    own = layers * case.weights.part("layer", layout.tp, layout.shard_size).own
+    own = case.most_layers * case.weights.part("layer", layout.tp, layout.shard_size).own
     times = layout.micro_batches if case.recipe.optimizer.in_backward else 1
     return times * cluster.seconds(2 * 4 * own, layout.dp_replicate, layout.tp * layout.shard_size) / 2
 
@@ -211,6 +253,8 @@ def _idle(case: Case) -> float:
 def _sending(case: Case, cluster: Cluster) -> float:
     """Seconds that a micro-batch waits for what stages send, forward and backward; half hides."""
     layout = case.layout
+    if layout.pp == 1:
+        return 0.0
     size = case.compute_bytes * case.tokens * case.config.hidden_size / layout.tp
     stride = layout.devices // layout.pp
     return layout.stages_per_rank * cluster.seconds(2 * size, 2, stride)
@@ -245,8 +289,9 @@ def _own(case: Case) -> float:
     """Weights of the rank that holds most layers."""
     layout = case.layout
     parts = {kind: case.weights.part(kind, layout.tp, layout.shard_size).own for kind in ("layer", "embedding", "head")}
-    layers = max(sum(case.stages_of(rank)) for rank in {0, layout.pp - 1})
-    return layers * parts["layer"] + (parts["embedding"] if layout.pp > 1 else parts["embedding"] + parts["head"])
+    return case.most_layers * parts["layer"] + (
+        parts["embedding"] if layout.pp > 1 else parts["embedding"] + parts["head"]
+    )
 
 
 def _product_rate(case: Case, device: Profile) -> float:

@@ -43,6 +43,8 @@ class Weights:
         self.config, self.weight_bytes, self.state_bits = config, weight_bytes, state_bits
         self._shapes = weight_shapes(config)
         self._parts: dict[tuple[str, int, int], Part] = {}
+        self._all_parts: dict[tuple[int, int], dict[str, Part]] = {}
+        self._misfits: dict[int, str | None] = {}
 
     def part(self, kind: str, tp: int, shards: int) -> Part:
         """The part called "layer", "embedding", "norm" or "head", cut by `tp` and then into `shards`."""
@@ -59,8 +61,20 @@ class Weights:
             )
         return self._parts[key]
 
+    def parts(self, tp: int, shards: int) -> dict[str, Part]:
+        """Every kind of part, cut by `tp` and then into `shards`."""
+        key = (tp, shards)
+        if key not in self._all_parts:
+            self._all_parts[key] = {kind: self.part(kind, tp, shards) for kind in self._shapes}
+        return self._all_parts[key]
+
     def misfit(self, tp: int) -> str | None:
         """Why the optimizer's state cannot be kept under so much tensor parallelism; None: it can."""
+        if tp not in self._misfits:
+            self._misfits[tp] = self._misfit(tp)
+        return self._misfits[tp]
+
+    def _misfit(self, tp: int) -> str | None:
         for name, shape in self._shapes["layer"].items():
             parts = tp if split_dim(name) == 1 else 1
             if reason := misfit(shape, self.state_bits, column_parts=parts):

@@ -40,4 +40,4 @@ def _case(row: dict[str, Any]) -> Case:
          "batch_tokens": fields["sequence_length"] * rows, **fields}
     )  # fmt: skip
     config = replace(preset(row["model"]), num_hidden_layers=row["layers"])
-    return Case(recipe, config, Layout.of(recipe, config, 1), weights_of(recipe, config))
+    return Case(recipe, config, Layout.of(recipe, config, 1), weights_of(recipe, config), has_update_kernel=True)

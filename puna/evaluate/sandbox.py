@@ -140,9 +140,10 @@ class Limits:
 class Job:
     """An untrusted program and the trusted test of its function `entry_point`.
 
-    `setup` runs first, on the test's side: the definitions that the test uses. In `test`, the name `entry_point` is
-    a function that asks the program, and each of `classes` makes an object that stays with the program: the test holds
-    a handle, whose attributes it may read and set. Whatever the two draw from `random` is the same each time.
+    `setup` runs first, on the test's side: the definitions that the test uses. In `test`, the name `entry_point` is a
+    function that asks the program, and each of `classes` makes an object that stays with the program: the test holds a
+    handle, whose attributes it may read and set. `answer_within(seconds)` limits the time of each answer. Whatever the
+    two draw from `random` is the same each time.
     """
 
     program: str

@@ -5,17 +5,19 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import mbpp
 from puna.evaluate.benchmarks.humaneval import HumanEval
-from puna.evaluate.benchmarks.humaneval_plus import HumanEvalPlus
+from puna.evaluate.benchmarks.humaneval_plus import CHECK, HumanEvalPlus
 from puna.evaluate.benchmarks.infilling import Infilling
 from puna.evaluate.benchmarks.mbpp import MBPP
 from puna.evaluate.programs import Programs, Task
@@ -304,6 +306,84 @@ def test_humaneval_plus_asks_whether_a_root_is_one_and_is_exact_where_answers_ar
     whole = {"canonical_solution": "    return 10 ** 9\n"}
     job = HumanEvalPlus().job(plus_task(**whole), Sample("HumanEval/0", "    return 10 ** 9 + 1\n"))
     assert sandbox.judge(job).verdict == "wrong"
+
+
+def by_evalplus(expected: Sequence[Any], found: Sequence[Any], tolerance: float) -> bool:
+    """Whether all answers pass: EvalPlus' own comparison, as `unsafe_execute` spells it."""
+
+    def is_floats(x: Any) -> bool:
+        return isinstance(x, float) or (isinstance(x, list | tuple) and bool(x) and all(type(i) is float for i in x))
+
+    for exp, out in zip(expected, found, strict=True):
+        exact_match = out == exp
+        if tolerance == 0 and is_floats(exp):
+            tolerance = 1e-6
+        try:
+            if not exact_match and tolerance != 0:
+                assert type(out) is type(exp)
+                if isinstance(exp, list | tuple):
+                    assert len(out) == len(exp)
+                assert np.allclose(out, exp, rtol=1e-07, atol=tolerance)
+            else:
+                assert exact_match
+        except (AssertionError, TypeError, ValueError):
+            return False
+    return True
+
+
+#: Canonical answers and a program's, tolerance.
+ANSWERS: list[tuple[list[Any], list[Any], float]] = [
+    ([1], [1.0], 0),
+    ([1.5], [1.5 + 1e-7], 0),
+    ([1.5], [1.5 + 3e-6], 0),
+    ([1e9], [1e9 + 50], 0),
+    ([2.0000001], [2], 0),  # another type
+    ([[]], [()], 0),
+    ([[0.5, 1.5]], [(0.5, 1.5)], 0),
+    ([[0.5, 1.5]], [[0.5, 1.5 + 1e-8]], 0),
+    ([[0.5, 1.5]], [[0.5]], 0),
+    ([[0.5, 1]], [[0.5 + 1e-8, 1]], 0),  # not all floats, and no tolerance
+    ([[0.5, 1]], [[0.5 + 1e-8, 1]], 1e-4),
+    ([0.5, 10**9], [0.5, 10**9 + 1], 0),  # the tolerance of the first answer stays
+    ([10**9, 0.5], [10**9 + 1, 0.5], 0),
+    ([float("inf")], [1.0], 0),
+    ([float("inf")], [float("inf")], 0),
+    ([1.0], [float("inf")], 0),
+    ([float("nan")], [float("nan")], 0),
+    (["a"], ["a"], 1e-4),
+    (["a"], ["b"], 1e-4),
+    ([["a", 1.0]], [["a", 1.0 + 1e-9]], 1e-4),  # is compared number by number, or not at all
+    ([None], [1.0], 1e-4),
+    ([True], [False], 1e-4),
+    ([[[0.5], [1.5]]], [[[0.5], [1.5 + 1e-9]]], 1e-4),
+]
+
+
+@pytest.mark.parametrize(("expected", "found", "tolerance"), ANSWERS)
+def test_humaneval_plus_compares_as_evalplus_does(expected: list[Any], found: list[Any], tolerance: float) -> None:
+    names: dict[str, Any] = {"answer_within": lambda seconds: None}
+    exec(CHECK, names)
+    inputs = [[i] for i in range(len(expected))]
+    try:
+        names["check"](found.__getitem__, expected.__getitem__, inputs, tolerance, False)
+        passed = True
+    except AssertionError:
+        passed = False
+    assert passed == by_evalplus(expected, found, tolerance)
+
+
+def test_humaneval_plus_gives_an_answer_a_second_and_a_program_a_minute(sandbox: Sandbox) -> None:
+    job = HumanEvalPlus().job(plus_task(), Sample("HumanEval/0", "    import time; time.sleep(9)\n"))
+    judgement = sandbox.judge(job)
+    assert (judgement.verdict, judgement.detail) == ("timeout", "no answer after 1 s")
+    assert judgement.seconds < 4
+    assert HumanEvalPlus().limits.cpu_seconds == 60
+
+
+def test_a_complex_number_is_no_root(sandbox: Sandbox) -> None:
+    root = {"prompt": "def find_zero(xs):\n", "entry_point": "find_zero", "canonical_solution": "    return -0.5\n"}
+    task = plus_task(**root, base_input=[[[1, 0, 1]]], plus_input=[], atol=1e-4)
+    assert sandbox.judge(HumanEvalPlus().job(task, Sample("HumanEval/0", "    return 1j\n"))).verdict == "wrong"
 
 
 def test_humaneval_plus_is_read_from_evalplus_file(bubblewrap: str, tmp_path: Path) -> None:

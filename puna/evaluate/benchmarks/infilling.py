@@ -5,7 +5,8 @@
     suffix            return z
     test          as HumanEval's
 
-The program is prompt + completion + suffix. A prompt of the random span may end inside a word.
+The program is prompt + completion + suffix. A prompt of the random span may end inside a word; in spm order a model
+here splits it anew (`puna.generate.gap`). The paper's authors did not have it do so, which cost them most there.
 
 Source: Efficient Training of Language Models to Fill in the Middle (arXiv:2207.14255);
 https://github.com/openai/human-eval-infilling; Code Llama (arXiv:2308.12950), Table 14 (greedy, psm and spm).

@@ -65,6 +65,12 @@ class Pipe:
             raise TooLongError
         return self._read(size)
 
+    def is_ready(self, seconds: float) -> bool:
+        """Whether something comes within that time."""
+        import select
+
+        return bool(self._ahead) or bool(select.select([self.inbox], [], [], seconds)[0])
+
     def _read(self, size: int) -> bytes:
         """`size` bytes; what the system gives beyond them is kept for the next message."""
         chunks, length = [self._ahead], len(self._ahead)

@@ -36,7 +36,8 @@ def test(task: Task, pipe: Pipe, verdicts: int) -> NoReturn:
     """Runs one test and writes one line, `verdict<TAB>detail`, to the descriptor `verdicts`; what it says is final.
 
     The verdict is "passed", "wrong" (the test refused an answer), "error" (the program failed to give one), "memory",
-    "output" (an answer beyond `MESSAGE_BYTES`) or "sandbox" (the task's own code fails, or the sandbox does).
+    "output" (an answer beyond `MESSAGE_BYTES`), "timeout" (one that took longer than the test allows) or "sandbox" (the
+    task's own code fails, or the sandbox does).
     """
 
     def report(verdict: str, detail: str = "") -> NoReturn:
@@ -72,6 +73,7 @@ def examine(task: Task, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn
     code = compiled(questions, "<test>")
     proxy.start(program)
     namespace[entry_point] = proxy.call
+    namespace["answer_within"] = proxy.answer_within
     for name in classes:
         namespace[name] = proxy.maker(name)
     try:
@@ -89,6 +91,7 @@ class Proxy:
     def __init__(self, pipe: Pipe, name: str, report: Callable[..., NoReturn]) -> None:
         self.pipe, self.name, self.report = pipe, name, report
         self.raised: Exception | None = None
+        self.most_seconds: float | None = None
 
     def start(self, program: str) -> None:
         """Has the other half execute the program."""
@@ -111,6 +114,10 @@ class Proxy:
         for change in changes:
             self._change(arguments, change)
         return result
+
+    def answer_within(self, seconds: float) -> None:
+        """From here on, an answer that takes longer ends the test: a timeout."""
+        self.most_seconds = seconds
 
     def maker(self, name: str) -> Callable[..., Any]:
         """A function that makes an object of the class `name` over there, and gives an `Object` that stands for it."""
@@ -151,6 +158,8 @@ class Proxy:
             self.pipe.send(question if isinstance(question, bytes) else encode(question))
         except OSError:
             self.report("error", GONE)
+        if self.most_seconds is not None and not self.pipe.is_ready(self.most_seconds):
+            self.report("timeout", f"no answer after {self.most_seconds:.3g} s")
         return self._receive(GONE, "error")
 
     def _receive(self, otherwise: str, verdict: str) -> Any:

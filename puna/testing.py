@@ -158,3 +158,29 @@ class PeakAnonymousMemory:
     def _anonymous_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def write_tiny_tasks(path: Path | str, count: int = 4) -> Path:
+    """Writes tasks in the form of HumanEval's official file: task `Tiny/3` wants `f3(x)`, which is always 3.
+
+    Args:
+        path: of the file; gzipped if its name ends in .gz.
+        count: of the tasks.
+    """
+    import gzip
+    import json
+
+    tasks = [
+        {
+            "task_id": f"Tiny/{i}",
+            "prompt": f"def f{i}(x):\n",
+            "entry_point": f"f{i}",
+            "canonical_solution": f"    return {i}\n",
+            "test": f"def check(candidate):\n    assert candidate(2) == {i}\n",
+        }
+        for i in range(count)
+    ]
+    content = "".join(json.dumps(task) + "\n" for task in tasks).encode()
+    path = Path(path)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path

@@ -12,22 +12,13 @@ from puna.cli import run
 from puna.errors import PunaError
 from puna.evaluate import evaluate
 from puna.report.evaluation import evaluation_results, write_evaluation
-
-TASKS = [
-    {
-        "task_id": f"Tiny/{i}",
-        "prompt": f"def f{i}(x):\n",
-        "entry_point": f"f{i}",
-        "test": f"def check(candidate):\n    assert candidate(2) == {i}\n",
-    }
-    for i in range(4)
-]
+from puna.testing import write_tiny_tasks
 
 
 def scored(folder: Path, answers: list[str], **options: Any) -> Path:
     """A folder with the results of one answer a task."""
     folder.mkdir()
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    write_tiny_tasks(folder / "tasks.jsonl")
     lines = [{"task_id": f"Tiny/{i}", "completion": answer} for i, answer in enumerate(answers)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate(
@@ -128,7 +119,7 @@ def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
 def test_several_models_stand_in_one_table_and_one_page(
     bubblewrap: str, tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    write_tiny_tasks(tmp_path / "tasks.jsonl")
     models = [str(tmp_path / "CodeLlama-7b-hf"), str(tmp_path / "ours")]
     for model in models:
         Path(model).symlink_to(tiny_model_folder)

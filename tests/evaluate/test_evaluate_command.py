@@ -10,21 +10,14 @@ from puna.cli import run
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
 from puna.evaluate.sandbox import VERDICTS
-from puna.testing import write_tiny_model
-
-TASK = {
-    "task_id": "Tiny/0",
-    "prompt": "def double(x):\n",
-    "entry_point": "double",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-}
+from puna.testing import write_tiny_model, write_tiny_tasks
 
 
 def test_samples_give_one_json_object_and_nothing_else_on_stdout(
     bubblewrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "data.jsonl").write_text(json.dumps(TASK))
-    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": "Tiny/0", "completion": "    return x + x"}))
+    write_tiny_tasks(tmp_path / "data.jsonl", 1)
+    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": "Tiny/0", "completion": "    return x - x"}))
     command = ["evaluate", "humaneval", "--samples", str(tmp_path / "s.jsonl"), "--data", str(tmp_path / "data.jsonl")]
     assert run([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

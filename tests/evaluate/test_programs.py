@@ -13,24 +13,12 @@ from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
 from puna.evaluate.paper import paper_name, table
-from puna.testing import ScriptedModel, write_tiny_model
-
-TASKS = [
-    {
-        "task_id": f"Tiny/{i}",
-        "prompt": f"def f{i}(x):\n",
-        "entry_point": f"f{i}",
-        "test": f"def check(candidate):\n    assert candidate(2) == {i}\n",
-    }
-    for i in range(4)
-]
+from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
-    return path
+    return write_tiny_tasks(tmp_path / "tasks.jsonl")
 
 
 class Answers:

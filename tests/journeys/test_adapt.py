@@ -14,6 +14,7 @@ from puna.cli import run
 from puna.errors import PunaError
 from puna.files import read_json
 from puna.story import FILE
+from puna.testing import write_tiny_tasks
 
 MODULES = ("argparse", "ast", "calendar", "cmd", "codecs", "configparser", "copy", "csv", "dis", "doctest", "enum")
 MODULES += (
@@ -27,13 +28,6 @@ MODULES += (
     "locale",
     "optparse",
 )
-
-TASK = {
-    "task_id": "Tiny/0",
-    "prompt": "def double(x):\n",
-    "entry_point": "double",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +46,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapted(code: Path, tiny_model_folder: Path) -> Path:
-    (code.parent / "tasks.jsonl").write_text(json.dumps(TASK))
+    write_tiny_tasks(code.parent / "tasks.jsonl", 1)
     report = puna.adapt(
         code,
         tiny_model_folder,

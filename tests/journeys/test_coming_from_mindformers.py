@@ -1,6 +1,5 @@
 """Old slices, rows and YAML go on in puna: the commands of the guide, in its order, on MindFormers' own small files."""
 
-import gzip
 import json
 import re
 import shlex
@@ -16,6 +15,7 @@ import puna
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt
 from puna.cli import load_commands, run
 from puna.data.shards import Dataset
+from puna.testing import write_tiny_tasks
 
 GUIDE = (Path(puna.__file__).parents[1] / "docs/coming_from_mindformers.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)[0].splitlines()
@@ -46,14 +46,7 @@ def old_place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qa512.mindrecord").rename(folder / "qa.mindrecord")
     shutil.copy(fixtures / "tokenizer/tokenizer.model", folder)
     (folder / "finetune_codellama_34b_16p.yaml").write_text(yaml.safe_dump(settings()))
-    problem = {
-        "task_id": "HumanEval/0",
-        "prompt": "def one():\n",
-        "entry_point": "one",
-        "canonical_solution": "    return 1\n",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }
-    (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(problem).encode()))
+    write_tiny_tasks(folder / "HumanEval.jsonl.gz", 1)
     return folder
 
 

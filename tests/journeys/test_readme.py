@@ -4,8 +4,6 @@ They run as they stand, in a folder where `CodeLlama-7b-hf` is a tiny model, `~/
 to a few short steps by overrides behind the README's own words.
 """
 
-import gzip
-import json
 import os
 import re
 import shutil
@@ -17,6 +15,7 @@ import pytest
 
 import puna
 from puna.config import load_recipe
+from puna.testing import write_tiny_tasks
 
 ROOT = Path(puna.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,14 +42,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) 
     for file in sorted(file for part in ("json", "email", "asyncio") for file in (library / part).glob("*.py")):
         (folder / "src" / f"{file.parent.name}_{file.name}").write_bytes(file.read_bytes())
     shutil.copy(ROOT / "puna" / "demo" / "dialogs.json", folder / "alpaca.json")
-    problem = {
-        "task_id": "HumanEval/0",
-        "prompt": "def one():\n",
-        "entry_point": "one",
-        "canonical_solution": "    return 1\n",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }
-    (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(problem).encode()))
+    write_tiny_tasks(folder / "HumanEval.jsonl.gz", 1)
     return folder
 
 

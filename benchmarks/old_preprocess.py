@@ -1,0 +1,214 @@
+"""`puna prepare wikitext` and `chat` against MindFormers' `llama_preprocess.py`, which they replace, on the same files.
+
+The old script is not in MindFormers' wheel; its tokenizer is. So `in_mindformers.py` takes the script's steps around
+the real `LlamaTokenizer` of MindFormers 1.3.2 and the real FileWriter of MindSpore, in an environment of its own, where
+both are installed (800 MB) if they are not there yet. With `--fixtures`, rows that the real script once wrote are held
+against those of the steps. In any case both must give the same ids, but for texts with a `<unk>` in them, which the old
+tokenizer takes for a control token. Contenders take turns. Timed are the whole command and the work alone, on the clock
+and in processor time of all processes; ratios are medians over the rounds.
+
+    python benchmarks/old_preprocess.py --wikitext wiki.train.tokens --alpaca code_alpaca_2k.json
+        --tokenizer tokenizer.model [--fixtures DIR] [--venv DIR] [--rounds 3]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import record
+
+from puna.data.mindrecord import MindRecord
+from puna.data.shards import Dataset
+from puna.files import read_json, write_json
+from puna.prompts import alpaca_prompt
+
+#: How many times faster than the old tool puna should be.
+GOAL = 20
+
+UNK, BOS, IGNORED = 0, 1, -100
+
+#: What is timed: the whole command, and the work alone without start and imports; each also in processor time.
+KINDS = ("seconds", "processor_seconds", "work_seconds", "work_processor_seconds")
+
+_WORK = """
+import json, resource, sys, time
+from puna.data.prepare import prepare
+import puna.tokenizer.sentence_piece
+def spent():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+began, processor_began = time.monotonic(), spent()
+prepare(sys.argv[1], sys.argv[2], sys.argv[3], tokenizer=sys.argv[4], **json.loads(sys.argv[5]))
+print(time.monotonic() - began, spent() - processor_began)
+"""
+
+
+def main() -> None:
+    """Checks, measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--alpaca", type=Path, required=True, help="a list of Alpaca records")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Llama's tokenizer.model")
+    parser.add_argument("--fixtures", type=Path, help="what the real script wrote: preprocess/ and tokenizer/")
+    parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "mindspore-venv")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seq-length", type=int, default=4096)
+    args = parser.parse_args()
+    python = installed(args.venv)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        facts: dict[str, Any] = {"mindspore": "2.7.2", "mindformers": "1.3.2", "goal_ratio": GOAL}
+        if args.fixtures:
+            facts["rows_of_the_real_script"] = steps_are_the_scripts(python, args.fixtures, place)
+        conversations = place / "conversations.json"
+        write_json(conversations, converted(read_json(args.alpaca)))
+        works = {
+            "wikitext": ("wiki", args.wikitext, args.wikitext, {}),
+            "chat": ("qa", conversations, args.alpaca, {"template": "vicuna"}),
+        }
+        rows = []
+        for kind, (old_kind, old_source, source, options) in works.items():
+            rounds = []
+            for i in range(args.rounds):
+                old = with_mindformers(
+                    python, old_kind, old_source, place / f"{kind}-{i}", args.tokenizer, args.seq_length
+                )
+                rounds.append((old, with_puna(kind, source, place / f"{kind}-{i}.puna", args.tokenizer, options)))
+            facts[f"ids, {kind}"] = same_ids(place / f"{kind}-0", place / f"{kind}-0.puna")
+            rows += summaries(kind, source, rounds)
+            for name in KINDS:
+                facts[f"ratio, {kind}, {name}"] = round(
+                    statistics.median(old[name] / new[name] for old, new in rounds), 1
+                )
+    record("old_preprocess", rows, facts)
+
+
+def installed(venv: Path) -> Path:
+    """The interpreter of an environment with MindSpore and MindFormers."""
+    python = venv / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    if not list(venv.glob("lib/python*/site-packages/mindformers")):
+        wheels = ["mindspore==2.7.2", "mindformers==1.3.2"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wheels], check=True)
+    return python
+
+
+def converted(records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Alpaca records as `alpaca_converter.py` hands them to the old script."""
+    return [
+        {
+            "id": str(number),
+            "conversations": [
+                {"from": "human", "value": alpaca_prompt(record["instruction"], record["input"])},
+                {"from": "gpt", "value": record["output"]},
+            ],
+        }
+        for number, record in enumerate(records, 1)
+    ]
+
+
+def steps_are_the_scripts(python: Path, fixtures: Path, place: Path) -> str:
+    """Holds rows that the real script wrote against those of the steps; says how many are equal."""
+    texts, tokenizer = fixtures / "preprocess", fixtures / "tokenizer/tokenizer.model"
+    equal = 0
+    for kind, source, length, name in (
+        ("wiki", "wiki.train.tokens", 128, "wiki128_rows"),
+        ("qa", "code_alpaca_tiny_conversation.json", 512, "qa512_rows"),
+        ("qa", "multi_turn_conversation.json", 256, "multi_turn256_rows"),
+    ):
+        with_mindformers(python, kind, texts / source, place / name, tokenizer, length)
+        found, expected = list(MindRecord.open(place / name).rows()), np.load(texts / f"{name}.npz")
+        if not all(np.array_equal([row[column] for row in found], expected[column]) for column in expected.files):
+            sys.exit(f"{name}: the steps do not give the rows of the real script")
+        equal += len(found)
+    return f"{equal} of {equal} are those of the steps"
+
+
+def same_ids(old: Path, new: Path) -> str:
+    """Makes sure that both prepared the same ids, but for what each leaves out; says how many."""
+    rows = list(MindRecord.open(old).rows())
+    return same_dialogs(rows, new) if "labels" in rows[0] else same_texts(rows, new)
+
+
+def same_texts(rows: list[dict[str, Any]], new: Path) -> str:
+    """The rows are texts end to end, each behind a BOS, and the last one is cut."""
+    dataset = Dataset.open(new)
+    ids = np.concatenate([row["input_ids"] for row in rows])
+    texts = np.split(ids, np.flatnonzero(ids == BOS))[1:-1]
+    plain = [i for i, text in enumerate(texts) if UNK not in text]
+    if different := [i for i in plain if not np.array_equal(dataset.document(i)[2], texts[i])]:
+        sys.exit(f"text {different[0]} of {new} has other ids than the old script's")
+    return f"equal in all {len(plain):,} of {len(texts):,} texts that have no <unk>"
+
+
+def same_dialogs(rows: list[dict[str, Any]], new: Path) -> str:
+    """A row is a dialog, cut or filled up; those whose labels are masked as a whole the old script has given up."""
+    dataset = Dataset.open(new)
+    dialogs = {int(dataset.document(i)[0].rpartition(":")[2]): dataset.document(i)[2] for i in range(len(dataset))}
+    kept = {number: row["input_ids"] for number, row in enumerate(rows, 1) if np.any(row["labels"] != IGNORED)}
+    for number, row in kept.items():
+        ids = dialogs[number][: len(row)]
+        if not np.array_equal(ids, row[: len(ids)]) or row[len(ids) :].any():
+            sys.exit(f"dialog {number} of {new} has other ids than the old script's")
+    return f"equal in all {len(kept):,} dialogs of the old script; puna has {len(dialogs):,}"
+
+
+def with_mindformers(
+    python: Path, kind: str, source: Path, output: Path, tokenizer: Path, length: int
+) -> dict[str, float]:
+    """One round of the old script's steps."""
+    script = Path(__file__).with_name("in_mindformers.py")
+    words = [python, script, kind, source, output, tokenizer, length]
+    printed, whole = run(words)
+    found = json.loads(printed.splitlines()[-1])
+    return {**whole, "work_seconds": found["seconds"], "work_processor_seconds": found["processor_seconds"]}
+
+
+def with_puna(kind: str, source: Path, output: Path, tokenizer: Path, options: dict[str, Any]) -> dict[str, float]:
+    """One round of the whole command, and one of the work alone."""
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    words = [sys.executable, "-m", "puna", "prepare", kind, source, "-o", output, "--tokenizer", tokenizer, *flags]
+    _, whole = run(words)
+    alone = output.with_name(f"{output.name}.alone")
+    printed, _ = run([sys.executable, "-c", _WORK, kind, source, alone, tokenizer, json.dumps(options)])
+    seconds, processor_seconds = map(float, printed.split())
+    return {**whole, "work_seconds": seconds, "work_processor_seconds": processor_seconds}
+
+
+def run(words: list[Any]) -> tuple[str, dict[str, float]]:
+    """What a command prints, and the seconds that it takes, on the clock and of processors."""
+    began, before = time.monotonic(), children_seconds()
+    result = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{words[1:4]} failed:\n{result.stderr[-3000:]}")
+    return result.stdout, {"seconds": time.monotonic() - began, "processor_seconds": children_seconds() - before}
+
+
+def children_seconds() -> float:
+    """Processor time of all processes that this one started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def summaries(work: str, source: Path, rounds: list[tuple[dict[str, float], dict[str, float]]]) -> list[dict[str, Any]]:
+    """A row of the result for each of the two: medians over the rounds, and the quickest round."""
+    rows = []
+    for contender, taken in zip(("llama_preprocess.py", "puna prepare"), zip(*rounds, strict=True), strict=True):
+        medians = {name: round(statistics.median(found[name] for found in taken), 3) for name in KINDS}
+        best = {f"least_{name}": round(min(found[name] for found in taken), 3) for name in ("seconds", "work_seconds")}
+        megabytes = round(source.stat().st_size / 1e6, 2)
+        rows.append({"work": work, "contender": contender, "megabytes": megabytes, **medians, **best})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

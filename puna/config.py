@@ -146,6 +146,8 @@ class Recipe(_Strict):
     recompute: Literal["none", "selective", "block", "offload"] = "none"
     """Activations computed again in the backward pass: none; all but matrix products and attention; whole blocks; whole
     blocks, whose inputs wait in host memory."""
+    recompute_layers: Positive | None = None
+    """Layers of each pipeline stage that do so, the first ones; null: all. `puna plan` finds how many must."""
     compile: bool = False
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
@@ -166,6 +168,11 @@ class Recipe(_Strict):
             raise ValueError(
                 f"micro_batch_rows={self.micro_batch_rows} must divide the {self.batch_rows} rows of a batch; "
                 f"use one of {fits}"
+            )
+        if self.recompute == "none" and self.recompute_layers is not None:
+            raise ValueError(
+                f"recompute_layers={self.recompute_layers} needs recompute=selective, block or offload; or use "
+                f"recompute_layers=null"
             )
         if self.arithmetic == "mindformers" and self.parallel.cp > 1:
             raise ValueError("arithmetic=mindformers takes the mean of whole rows; use parallel.cp=1")

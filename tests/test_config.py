@@ -41,6 +41,7 @@ def test_a_wrong_field_lists_the_fields_there_are_and_the_nearest() -> None:
         ("batch_tokens=65", "must be a multiple of sequence_length=16; the nearest is 64"),
         ("micro_batch_rows=3", r"must divide the 4 rows of a batch; use one of \[1, 2, 4\]"),
         ("schedule.warmup_steps=11", "more than steps=10"),
+        ("recompute_layers=1", "recompute_layers=1 needs recompute=selective, block or offload"),
         ("steps=soon", "steps='soon'"),
         ("precision=fp8", "precision='fp8'"),
         ("steps", "not of the form field.name=value"),

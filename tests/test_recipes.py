@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import puna
 from puna.config import RECIPES, Recipe, load_recipe, recipe_names
 from puna.launch import launch
 from puna.model.config import PRESETS
@@ -59,6 +60,25 @@ def test_the_devices_that_a_recipe_names_are_a_layout_and_hold_its_state(name: s
     for devices, memory in named:
         Layout.of(recipe, PRESETS[recipe.model], devices)
         assert state_gib(recipe, devices) < 0.95 * memory
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_fits_the_devices_that_it_names(name: str) -> None:
+    for devices, memory in DEVICES.findall(comment_of(name)):
+        own = puna.plan(name, devices=int(devices), memory_gib=float(memory), layout=True)["own"]
+        assert own["fits"], own["memory_gib"]
+
+
+def test_34b_on_one_device_fits_the_faster_ways_that_its_recipe_names() -> None:
+    name = "codellama-34b-finetune-1gpu"
+    four_bits = {"optimizer.state_bits": 4}
+    at_once = {"optimizer.max_grad_norm": None, "batch_tokens": 8192, "micro_batch_rows": 2, "recompute_layers": 34}
+    speeds = []
+    for changes in ({}, four_bits | {"micro_batch_rows": 4, "recompute_layers": 44}, four_bits | at_once):
+        own = puna.plan(name, changes, memory_gib=139, layout=True)["own"]
+        assert own["fits"]
+        speeds.append(own["tokens_per_second"])
+    assert speeds == sorted(speeds)
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -6,6 +6,7 @@ attention, and computes norms, rotations and gates again; the compiler chooses l
 """
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ KEPT = {
 }
 
 
-def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool) -> None:
+def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool, n_recomputed: int | None = None) -> None:
     """Makes every layer compute in the way given.
 
     Args:
         model: its weights may be on the meta device still.
         recompute: "none", "selective", "block" or "offload".
         is_compiled: compile each layer when it is first used.
+        n_recomputed: how many layers recompute; None: all. They are the first, whose turn in the backward pass comes
+            when what the others keep has been freed.
     """
     if is_compiled:  # first: what recomputes calls compiled code, while nothing around it could be compiled as a whole
         compile_layers(model)
@@ -44,7 +47,7 @@ def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool) -> None:
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     if recompute == "offload":
         again = partial(_offloaded, Offload(), again)
-    for layer in model.model.layers:
+    for layer in islice(model.model.layers, n_recomputed):
         layer.forward = partial(again, layer.forward)
 
 

@@ -110,6 +110,12 @@ class Layout:
                 f"parallel.tp={self.tp}; use {below or parts} or {below + parts}"
             )
         yield from self._pipeline_misfits(recipe, config)
+        largest = -(-config.num_hidden_layers // self.stages)
+        if (recipe.recompute_layers or 0) > largest:
+            yield (
+                f"recompute_layers={recipe.recompute_layers} is more than the {largest} layers of a stage; use "
+                f"{largest} or less, or null for all"
+            )
         if recipe.batch_rows % self.dp_size:
             shares = ", ".join(map(str, divisors(recipe.batch_rows)))
             yield (

@@ -158,6 +158,7 @@ def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
 _REMEDIES: dict[str, dict[str, Any]] = {
     "recompute=block": {"recompute": "block"},
     "recompute=offload": {"recompute": "offload"},
+    "recompute_layers=null": {"recompute_layers": None},
     "micro_batch_rows=1": {"micro_batch_rows": 1},
     "optimizer.state_bits=8": {"state_bits": 8},
     "optimizer.in_backward=true": {"in_backward": True},

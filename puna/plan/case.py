@@ -25,7 +25,7 @@ class Recompute:
     @property
     def fields(self) -> dict[str, Any]:
         """What a recipe says of it."""
-        return {"recompute": self.mode}
+        return {"recompute": self.mode, "recompute_layers": self.layers}
 
     def layers_of(self, size: int) -> int:
         """How many of a stage of `size` layers compute again."""
@@ -54,7 +54,7 @@ class Case:
     @cached_property
     def recompute(self) -> Recompute:
         """What the recipe computes again."""
-        return Recompute(self.recipe.recompute)
+        return Recompute(self.recipe.recompute, self.recipe.recompute_layers)
 
     @cached_property
     def compute_bytes(self) -> int:

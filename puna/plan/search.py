@@ -5,6 +5,7 @@ seconds. What a recipe says beyond its layout (precision, optimizer, length, bat
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -107,7 +108,10 @@ class Search:
 
     def fits(self, judged: Judged) -> bool:
         """Whether its memory is there."""
-        return judged.memory.gib <= self.memory_gib
+        return self._has_room(judged.memory)
+
+    def _has_room(self, needed: Memory) -> bool:
+        return needed.gib <= self.memory_gib
 
     def run(self, best: int) -> Found:
         """Judges every layout and keeps the best."""
@@ -121,8 +125,8 @@ class Search:
         """The layouts that fit; the others are counted."""
         for case in self._cases(found):
             footprint, pace = Footprint(case), Pace(case, self.cluster)
-            for recompute in self._recomputations(case):
-                judged = Judged(case, recompute, footprint.memory(recompute), pace)
+            for recompute, needed in self._recomputations(case, footprint):
+                judged = Judged(case, recompute, needed, pace)
                 if self.fits(judged):
                     found.fitting += 1
                     yield judged
@@ -131,15 +135,32 @@ class Search:
                 if found.nearest is None or judged.memory.total < found.nearest.memory.total:
                     found.nearest = judged
 
-    def _recomputations(self, case: Case) -> Iterator[Recompute]:
-        is_split = case.recipe.parallel.schedule == "zero-bubble"  # two backward passes would compute all twice
-        yield from map(Recompute, RECOMPUTE[:1] if is_split else RECOMPUTE)
+    def _recomputations(self, case: Case, footprint: Footprint) -> Iterator[tuple[Recompute, Memory]]:
+        """Every mode in all layers, and where that is more than memory asks for, in no more than it does."""
+        nothing = Recompute("none")
+        keeps_all = footprint.memory(nothing)
+        yield nothing, keeps_all
+        if case.recipe.parallel.schedule == "zero-bubble":  # two backward passes would compute everything twice
+            return
+        size = case.stages_of(0)[0]
+        for mode in RECOMPUTE[1:]:
+            all_layers = Recompute(mode)
+            least = footprint.memory(all_layers)
+            yield all_layers, least
+            if self._has_room(keeps_all) or not self._has_room(least):
+                continue
+            fewer = [Recompute(mode, n) for n in range(1, size)]
+            first = bisect_left(fewer, True, key=lambda some: self._has_room(footprint.memory(some)))
+            if first < len(fewer):
+                yield fewer[first], footprint.memory(fewer[first])
 
     def _cases(self, found: Found) -> Iterator[Case]:
         """Every possible layout with every number of rows, recomputing nothing."""
         for axes in self._axes():
             parallel = self.recipe.parallel.model_copy(update=axes)
-            recipe = self.recipe.model_copy(update={"parallel": parallel, "recompute": "none", "micro_batch_rows": 1})
+            recipe = self.recipe.model_copy(
+                update={"parallel": parallel, "micro_batch_rows": 1, **Recompute("none").fields}
+            )
             try:
                 layout = Layout.of(recipe, self.config, self.devices)
                 if reason := self.weights.misfit(layout.tp):
@@ -186,9 +207,10 @@ def overrides_of(recipe: Recipe, base: Recipe) -> list[str]:
         before, now = getattr(base.parallel, name), getattr(recipe.parallel, name)
         if before != now and not (before == "auto" and name == "dp_shard"):
             words.append(f"parallel.{name}={now}")
-    for name in ("micro_batch_rows", "recompute"):
-        if getattr(base, name) != getattr(recipe, name):
-            words.append(f"{name}={getattr(recipe, name)}")
+    for name in ("micro_batch_rows", "recompute", "recompute_layers"):
+        before, now = getattr(base, name), getattr(recipe, name)
+        if before != now:
+            words.append(f"{name}={'null' if now is None else now}")
     return words
 
 

@@ -56,7 +56,7 @@ MAX_SKIPPED = 3
 
 #: Fields that may change when a run continues; any other change would make it another run.
 MAY_CHANGE = {
-    "steps", "micro_batch_rows", "parallel", "recompute", "compile", "validation", "checkpoint", "log", "device",
+    "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "validation", "checkpoint", "log", "device",
 }  # fmt: skip
 
 
@@ -229,7 +229,12 @@ class _Run:
             self.device,
             dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
             compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-            prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=recipe.compile),
+            prepare=partial(
+                prepare_layers,
+                recompute=recipe.recompute,
+                n_recomputed=recipe.recompute_layers,
+                is_compiled=recipe.compile,
+            ),
         )
 
     def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:

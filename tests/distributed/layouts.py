@@ -50,7 +50,12 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
         config, ranks, recipe.parallel, device,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
         compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-        prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=recipe.compile),
+        prepare=partial(
+            prepare_layers,
+            recompute=recipe.recompute,
+            n_recomputed=recipe.recompute_layers,
+            is_compiled=recipe.compile,
+        ),
     )  # fmt: skip
     model.fill(lambda name, shape: initial_weight(name, shape, config, seed=recipe.seed))
     optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=recipe.seed)

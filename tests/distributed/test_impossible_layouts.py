@@ -41,6 +41,11 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
             {"parallel": {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}, "compile": True},
             r"zero-bubble does not work with compile=true",
         ),
+        (
+            2,
+            {"recompute": "block", "recompute_layers": 49},
+            r"recompute_layers=49 is more than the 48 .*use 48 or less",
+        ),
         (2, {"parallel": {"pp": 2, "schedule": "1f1b", "stages_per_rank": 2}}, r"needs stages_per_rank of 1"),
     ],
 )

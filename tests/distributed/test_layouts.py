@@ -33,6 +33,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_shard 2, state of 8 bits": {"dp_shard": 2, "micro_batch_rows": 4, "optimizer.state_bits": 8},
         "pp 2, state of 4 bits": {"pp": 2, "micro_batch_rows": 4, "optimizer.state_bits": 4},
         "dp_shard 2, blocks recomputed": {"dp_shard": 2, "micro_batch_rows": 2, "recompute": "block"},
+        "pp 2, one block of two recomputed": {
+            "pp": 2, "micro_batch_rows": 2, "recompute": "block", "recompute_layers": 1,
+        },
         "pp 2, blocks recomputed from the host": {"pp": 2, "micro_batch_rows": 2, "recompute": "offload"},
         "dp_shard 2, blocks recomputed from the host": {"dp_shard": 2, "micro_batch_rows": 2, "recompute": "offload"},
         "dp_shard 2, compiled layers recomputed": {

@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2, interleaved": (2, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}),
     "pp 2, zero-bubble": (2, {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}),
     "pp 2, dp_shard 2, blocks recomputed": (4, {"pp": 2, "recompute": "block"}),
+    "pp 2, dp_shard 2, one block of two recomputed": (4, {"pp": 2, "recompute": "block", "recompute_layers": 1}),
     "pp 2, dp_shard 2, tp 2": (8, {"pp": 2, "tp": 2}),
 }
 if torch.__version__ < "2.13":
@@ -55,6 +56,11 @@ if torch.__version__ < "2.13":
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "products recomputed": {"recompute": "selective", "micro_batch_rows": 4},
+    "products of three layers of four recomputed": {
+        "recompute": "selective", "recompute_layers": 3, "micro_batch_rows": 8,
+    },
+    "two blocks of four recomputed": {"recompute": "block", "recompute_layers": 2, "micro_batch_rows": 8},
+    "one block of four recomputed from the host": {"recompute": "offload", "recompute_layers": 1, "micro_batch_rows": 8},
     "state of 8 bits": {"optimizer.state_bits": 8, "micro_batch_rows": 2},
     "state of 4 bits, gradients used at once": {
         "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
@@ -116,7 +122,9 @@ def _measured(recipe: Recipe, layout: Layout) -> int:
     model = DistributedModel.build(
         CONFIG, Ranks.of(layout, device), recipe.parallel, device,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
-        prepare=partial(prepare_layers, recompute=recipe.recompute, is_compiled=False),
+        prepare=partial(
+            prepare_layers, recompute=recipe.recompute, n_recomputed=recipe.recompute_layers, is_compiled=False
+        ),
     )  # fmt: skip
     model.fill(lambda name, shape: initial_weight(name, shape, CONFIG, seed=0))
     settings = recipe.optimizer

@@ -1,11 +1,13 @@
 """The search, which shares its work among layouts, finds what judging them one after another finds."""
 
+import contextlib
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 
-from puna.config import load_recipe
+from puna.config import Recipe, load_recipe
 from puna.devices import PROFILES
 from puna.errors import UsageError
 from puna.model.config import PRESETS
@@ -48,19 +50,47 @@ def _one_by_one(search: Search) -> list[Judged]:
         shard = DEVICES // (pp * replicate * cp * tp)
         if pp * replicate * shard * cp * tp != DEVICES:
             continue
-        for (schedule, stages), recompute, micro_batch_rows in product(orders, RECOMPUTE, rows):
-            if schedule == "1f1b" and stages > 1:
-                continue
+        for (schedule, stages), micro_batch_rows in product(orders, rows):
             parallel = search.recipe.parallel.model_copy(
                 update={"pp": pp, "dp_replicate": replicate, "dp_shard": shard, "cp": cp, "tp": tp,
                         "schedule": schedule, "stages_per_rank": stages}
             )  # fmt: skip
-            fields = {"parallel": parallel, "recompute": recompute, "micro_batch_rows": micro_batch_rows}
-            try:
-                judged.append(search.judge(search.recipe.model_copy(update=fields)))
-            except UsageError:
-                continue
+            fields = {"parallel": parallel, "micro_batch_rows": micro_batch_rows}
+            judged += _recomputations(search, search.recipe.model_copy(update=fields))
     return judged
+
+
+def _recomputations(search: Search, recipe: Recipe) -> Iterator[Judged]:
+    """Every mode in all layers; in as few layers as fit, where not to recompute does not fit."""
+    keeps_all = None
+    for mode in RECOMPUTE:
+        n_layers = range(1, 33 if keeps_all is not None and not search.fits(keeps_all) else 1)
+        found = []
+        for layers in (None, *n_layers):
+            variant = recipe.model_copy(update={"recompute": mode, "recompute_layers": layers})
+            with contextlib.suppress(UsageError):
+                found.append(search.judge(variant))
+        yield from found[:1]
+        keeps_all = found[0] if mode == "none" and found else keeps_all
+        some = next((each for each in found[1:] if search.fits(each)), None)
+        stage = -(-32 // found[0].layout.stages) if found else 0
+        if some is not None and some.recompute.layers != stage:
+            yield some
+
+
+def test_no_more_layers_recompute_than_memory_asks_for() -> None:
+    recipe = load_recipe("codellama-34b-finetune-32", {"recompute_layers": None})
+    search = Search(recipe, PRESETS["codellama-34b"], Cluster(PROFILES["ascend-910b"]), 32, 61)
+    best = search.run(1).best[0]
+    layers = best.recompute.layers
+    assert layers is not None
+    assert 1 < layers < 48
+    assert f"recompute_layers={layers}" in overrides_of(best.recipe, recipe)
+    one_less = search.judge(best.recipe.model_copy(update={"recompute_layers": layers - 1}))
+    assert search.fits(best)
+    assert not search.fits(one_less)
+    whole = search.judge(best.recipe.model_copy(update={"recompute_layers": None}))
+    assert whole.speed.tokens_per_second < best.speed.tokens_per_second < one_less.speed.tokens_per_second
 
 
 def _order(judged: Judged) -> tuple[float, float]:

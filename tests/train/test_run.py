@@ -149,6 +149,13 @@ def test_recomputation_changes_nothing(recipe: Make, tmp_path: Path, mode: str) 
     assert _numbers(tmp_path / "kept") == _numbers(tmp_path / "recomputed")
 
 
+@pytest.mark.parametrize("mode", ["block", "selective", "offload"])
+def test_recomputation_of_some_layers_changes_nothing(recipe: Make, tmp_path: Path, mode: str) -> None:
+    puna.train(recipe(run_dir=str(tmp_path / "kept")))
+    puna.train(recipe(recompute=mode, recompute_layers=1, run_dir=str(tmp_path / "recomputed")))
+    assert _numbers(tmp_path / "kept") == _numbers(tmp_path / "recomputed")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch's own modules
 def test_compilation_changes_nothing_but_rounding(recipe: Make, tmp_path: Path) -> None:

@@ -56,13 +56,14 @@ def words_of(context: typer.Context, *, without: str) -> list[str]:
     arguments: list[str] = []
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name == without or value is None or value is False:
+        if parameter.name == without or value is None or (value is False and not parameter.secondary_opts):
             continue
         values = value if isinstance(value, list | tuple) else [value]
         if parameter.param_type_name == "argument":
             arguments += map(str, values)
         else:
-            options += [parameter.opts[0] if value is True else f"{parameter.opts[0]}={each}" for each in values]
+            name = parameter.secondary_opts[0] if value is False else parameter.opts[0]  # --no-healing, --healing
+            options += [name if isinstance(each, bool) else f"{name}={each}" for each in values]
     return [str(context.info_name), *options, "--", *arguments]
 
 

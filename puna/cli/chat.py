@@ -1,4 +1,7 @@
-"""`puna chat`: a conversation in the terminal, or with lines from standard input."""
+"""`puna chat`: a conversation in the terminal, or with lines from standard input.
+
+It runs in one process: Ctrl-C would reach several that share a model at different tokens of an answer.
+"""
 
 import sys
 from collections.abc import Iterator

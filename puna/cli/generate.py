@@ -73,19 +73,23 @@ def generate(
     healing: Annotated[
         bool, typer.Option("--healing", help="Split the end of a prompt anew: a word may go on as one token.")
     ] = False,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(help="int8 or fp8: room for twice the tokens, by slightly other logits; default: the model's."),
+    ] = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue texts; one alone is printed while it grows."""
-    if nproc is not None:
-        from puna.parallel.start import start_processes
-
-        raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
+    leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     records = _records(prompts or [], file, keep_going=keep_going) if is_first else []
+    from puna.devices import pick_device
     from puna.generate import Sampling
+    from puna.generate.engine.drafts import check_one_source
+    from puna.generate.engine.storage import storage_dtype
     from puna.parallel.collectives import of_first_rank
 
     settings: dict[str, Any] = {
@@ -102,7 +106,9 @@ def generate(
         "ignore_eos": ignore_eos,
         "seed": seed,
     }
-    Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    Sampling.of(settings)  # what is wrong is said before a large model is loaded
+    check_one_source(lookup=lookup, draft=draft)
+    storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
         records = of_first_rank(records)
         loaded, tokenizer = open_model(model, dtype, device)
@@ -110,7 +116,8 @@ def generate(
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
         options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **guesses, **settings}
-        asked = [model, dtype, n, healing, settings, records]
+        options["cache_dtype"] = cache_dtype
+        asked = [model, dtype, cache_dtype, n, healing, settings, records]
         with Results(output if is_first else None, asked, total) as results:
             _complete(loaded, tokenizer, records, results, on_text, options)
     if not is_first:
@@ -165,6 +172,14 @@ def _complete(
             progress.advance()
 
         complete_texts(model, tokenizer, texts, on_completion=note, **options)
+
+
+def leave_to_processes(context: typer.Context, nproc: int | None) -> None:
+    """Starts a command in several processes and ends with their exit code; None: it goes on in this one."""
+    if nproc is not None:
+        from puna.parallel.start import start_processes
+
+        raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """`puna infill`: writes what is missing between two texts, as an editor does at the cursor."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from puna.cli.generate import (
     MaxTokens,
     MinP,
     Model,
+    Nproc,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -21,8 +23,10 @@ from puna.cli.generate import (
     TopK,
     TopP,
     as_record,
+    leave_to_processes,
     open_model,
     print_piece,
+    processes,
     read_text,
 )
 from puna.errors import UsageError
@@ -34,6 +38,7 @@ FILL = "<FILL>"
 
 @app.command()
 def infill(
+    context: typer.Context,
     model: Model,
     prefix: Annotated[str | None, typer.Option(help="Text before the gap.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Text behind the gap.")] = None,
@@ -56,14 +61,18 @@ def infill(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Fill the gap between two texts, printing what is missing while it grows."""
-    before, behind = _around(prefix, suffix, file)
+    leave_to_processes(context, nproc)
+    is_first = os.environ.get("RANK", "0") == "0"
+    before, behind = _around(prefix, suffix, file) if is_first else ("", "")
     from puna.generate import Sampling, prompt_room
     from puna.generate import infill as fill
+    from puna.parallel.collectives import of_first_rank
     from puna.prompts import cut_around_gap
 
     settings: dict[str, Any] = {
@@ -77,26 +86,29 @@ def infill(
         "seed": seed,
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
-    loaded, tokenizer = open_model(model, dtype, device)
-    budget = prompt_room(loaded, max_tokens) if budget is None else budget
-    kept_before, kept_behind = cut_around_gap(tokenizer, before, behind, budget)
-    if (kept_before, kept_behind) != (before, behind):
-        say(
-            f"more than {budget} tokens: the model sees the last {len(kept_before)} of {len(before)} characters "
-            f"before the gap, and the first {len(kept_behind)} of {len(behind)} behind it"
+    with processes(device):
+        before, behind = of_first_rank((before, behind))
+        loaded, tokenizer = open_model(model, dtype, device)
+        budget = prompt_room(loaded, max_tokens) if budget is None else budget
+        kept_before, kept_behind = cut_around_gap(tokenizer, before, behind, budget)
+        if (kept_before, kept_behind) != (before, behind):
+            say(
+                f"more than {budget} tokens: the model sees the last {len(kept_before)} of {len(before)} characters "
+                f"before the gap, and the first {len(kept_behind)} of {len(behind)} behind it"
+            )
+        completion = fill(
+            loaded,
+            tokenizer,
+            kept_before,
+            kept_behind,
+            budget=budget,
+            healing=healing,
+            order=order,  # type: ignore[arg-type]  # a wrong one is refused there
+            on_text=print_piece if is_first and not as_json else None,
+            **settings,
         )
-    on_text = None if as_json else print_piece
-    completion = fill(
-        loaded,
-        tokenizer,
-        kept_before,
-        kept_behind,
-        budget=budget,
-        healing=healing,
-        order=order,  # type: ignore[arg-type]  # a wrong one is refused there
-        on_text=on_text,
-        **settings,
-    )
+    if not is_first:
+        return  # the first process speaks for all
     if as_json:
         print(json.dumps({"model": model, "prefix": before, "suffix": behind} | as_record(completion)))
     else:

@@ -48,6 +48,7 @@ def generate(
     batch_rows: int = 64,
     lookup: bool = False,
     draft: Llama | None = None,
+    cache_dtype: str | None = None,
     healing: bool = False,
     **sampling: Any,
 ) -> list[Completion]:
@@ -64,6 +65,8 @@ def generate(
         lookup: guess from what stands in the text already what comes next, and check the guesses together: faster
             where a text repeats itself, as edits do; the completions are the same.
         draft: a small model of the same vocabulary that guesses instead, e.g. 7B for 34B: faster where few prompts run.
+        cache_dtype: "int8" or "fp8": keep keys and values in 8 bits, where memory is short; completions are then those
+            of slightly other logits. None: as the model computes them.
         healing: for prompts that may stop inside a word: the model splits their end anew (`puna.prompts.healing`); the
             completion's text is what stands behind the prompt all the same.
         sampling: the fields of `Sampling`, e.g. `temperature=0.2, stop=("def ",)`.
@@ -80,7 +83,8 @@ def generate(
     healed = [heal(tokenizer, ids) if healing else (ids, settings.begins_with) for ids in encoded]
     tokens = [ids for ids, _ in healed for _ in range(n)]
     samplings = [replace(settings, begins_with=cut, seed=settings.seed + i) for _, cut in healed for i in range(n)]
-    engine = Engine(model, tokenizer, max_rows=max(1, min(batch_rows, len(tokens))), lookup=lookup, draft=draft)
+    rows = max(1, min(batch_rows, len(tokens)))
+    engine = Engine(model, tokenizer, max_rows=rows, lookup=lookup, draft=draft, cache_dtype=cache_dtype)
     return engine.generate(tokens, samplings, on_text=on_text, on_completion=on_completion)
 
 

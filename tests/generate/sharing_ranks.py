@@ -38,7 +38,10 @@ def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """What this rank's engine gives for a model that it shares with a group."""
     model, _ = load(folder, dtype=torch.float32, share=partial(Share, group=group))
     # 14 blocks for three rows of up to 11: some give way, and are computed again.
-    engine = Engine(model, cache_tokens=56, block_tokens=4, max_rows=3, step_tokens=10, lookup=True)
+    room: dict[str, Any] = {"cache_tokens": 56, "block_tokens": 4, "max_rows": 3, "step_tokens": 10}
+    engine = Engine(model, lookup=True, **room)
+    whole, _ = load(folder, dtype=torch.float32)
+    drafting = Engine(model, draft=whole, cache_dtype="int8", **room)
     given_way: list[Running] = []
     preempt = engine.scheduler._preempt
     engine.scheduler._preempt = lambda running: (given_way.append(running), preempt(running))  # type: ignore
@@ -50,6 +53,7 @@ def results_of(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
         "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
         "greedy": [completion.tokens for completion in engine.generate(PROMPTS, GREEDY)],
         "sampled": [completion.tokens for completion in engine.generate(PROMPTS, SAMPLED)],
+        "in_int8": [completion.tokens for completion in drafting.generate(PROMPTS, GREEDY)],
         "given_way": len(given_way),
         "leaked": engine.pool.n_blocks - engine.pool.n_free,
         "stream": asyncio.run(_refusal(engine)),

@@ -14,6 +14,8 @@ from puna.cli import run
 from puna.cli.generate import Results
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
+from puna.generate.engine import storage
+from puna.generate.engine.storage import round_heads
 from puna.prompts import chat_template, cut_around_gap, infill_prompt
 from puna.testing import ScriptedModel, tiny_model, write_tiny_model
 from puna.tokenizer import Tokenizer, train_tokenizer
@@ -129,7 +131,7 @@ def test_one_prompt_prints_its_completion_alone(loaded, tiny_model_folder: Path,
 def test_one_prompt_is_printed_while_it_grows(tiny_model_folder: Path, monkeypatch) -> None:
     written: list[str] = []
     monkeypatch.setattr("puna.cli.generate.print_piece", lambda _, piece: written.append(piece))
-    assert run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "12"]) == 0
+    assert run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "12", "--ignore-eos"]) == 0
     assert len(written) > 3
 
 
@@ -172,21 +174,22 @@ def test_stop_options_arrive(loaded, tiny_model_folder: Path, capsys) -> None:
 
 
 def test_several_prompts_are_printed_under_headings(loaded, tiny_model_folder: Path, capsys) -> None:
-    assert run(["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6"]) == 0
-    first, second = (continued(loaded, prompt, max_tokens=6) for prompt in (QUESTION, "import"))
+    assert run(["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6", "--ignore-eos"]) == 0
+    first, second = (continued(loaded, prompt, max_tokens=6, ignore_eos=True) for prompt in (QUESTION, "import"))
     assert capsys.readouterr().out == (
         f"=== 1/2: 'def f(x):' (length)\n{first}\n=== 2/2: 'import' (length)\n{second}\n"
     )
 
 
 def test_json_is_one_object_and_nothing_else(loaded, tiny_model_folder: Path, capsys) -> None:
-    assert run(["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6", "--json"]) == 0
+    words = ["generate", str(tiny_model_folder), QUESTION, "import", "--max-tokens", "6", "--ignore-eos"]
+    assert run([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["model"] == str(tiny_model_folder)
     assert result["completion_tokens"] == 12
     assert result["completions"][1] == {
         "prompt": "import",
-        "completion": continued(loaded, "import", max_tokens=6),
+        "completion": continued(loaded, "import", max_tokens=6, ignore_eos=True),
         "finish": "length",
         "prompt_tokens": len(loaded[1].encode("import")) + 1,
         "completion_tokens": 6,
@@ -312,8 +315,28 @@ def test_a_draft_and_healing_are_options(loaded, tiny_model_folder: Path, tmp_pa
     healed = puna.generate(*loaded, "retur", healing=True, max_tokens=12)[0].text
     assert capsys.readouterr().out == healed + "\n"
     assert healed != continued(loaded, "retur", max_tokens=12)
-    assert run([*words, "--draft", str(draft), "--lookup"]) == 2
-    assert "not both" in capsys.readouterr().err
+
+
+def test_what_does_not_go_is_refused_before_a_model_is_looked_for(capsys) -> None:
+    for wrong, reason in (
+        (["--lookup", "--draft", "small"], "give lookup or a draft model, not both"),
+        (["--cache-dtype", "int4"], "a cache is kept in int8 or fp8"),
+    ):
+        assert run(["generate", "nowhere/model", "x", *wrong]) == 2
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+def test_a_cache_in_8_bits_is_an_option(
+    loaded, tiny_model_folder: Path, capsys, monkeypatch: pytest.MonkeyPatch, cache_dtype: str
+) -> None:
+    rounded: set[torch.dtype] = set()
+    monkeypatch.setattr(storage, "round_heads", lambda x, dtype: rounded.add(dtype) or round_heads(x, dtype))
+    words = ["generate", str(tiny_model_folder), "import", "--max-tokens", "30"]
+    assert run([*words, "--cache-dtype", cache_dtype]) == 0
+    assert rounded == {storage.IN_8_BITS[cache_dtype]}
+    (found,) = puna.generate(*loaded, "import", cache_dtype=cache_dtype, max_tokens=30)
+    assert capsys.readouterr().out == found.text + "\n"
 
 
 def test_a_draft_of_another_vocabulary_is_refused(loaded, tiny_model_folder: Path, tmp_path: Path, capsys) -> None:

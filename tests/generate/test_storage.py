@@ -8,7 +8,7 @@ from puna.errors import UsageError
 from puna.generate import Sampling, complete
 from puna.generate.engine import Engine
 from puna.generate.engine.draft_model import DraftModel
-from puna.generate.engine.storage import GREATEST, Storage, round_heads, storage_dtype, token_bytes
+from puna.generate.engine.storage import GREATEST, IN_8_BITS, Storage, round_heads, storage_dtype, token_bytes
 from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.testing import tiny_model
@@ -81,9 +81,7 @@ def test_each_token_lies_in_its_slot(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
 def test_a_token_takes_a_byte_a_number_and_four_a_head(cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = preset("codellama-34b")  # heads of 128
-    assert token_bytes(config, storage_dtype(cache_dtype, torch.bfloat16, CPU)) * 256 == 132 * token_bytes(
-        config, torch.bfloat16
-    )
+    assert token_bytes(config, IN_8_BITS[cache_dtype]) * 256 == 132 * token_bytes(config, torch.bfloat16)
     monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda _: 10_000_000)
     model = tiny_model(head_dim=128).bfloat16()
     plain, small = (Engine(model, draft=model, cache_dtype=name) for name in (None, cache_dtype))
@@ -98,9 +96,9 @@ def test_what_there_is_not_is_refused_with_what_there_is(model: Llama) -> None:
     with pytest.raises(UsageError, match="a cache is kept in int8 or fp8, not in 'int4'; leave it out"):
         Engine(model, cache_dtype="int4")
     with pytest.raises(UsageError, match=r"mps does not know fp8 numbers .* take int8"):
-        storage_dtype("fp8", torch.bfloat16, torch.device("mps"))
-    assert storage_dtype("int8", torch.bfloat16, torch.device("mps")) == INT8
-    assert storage_dtype(None, torch.bfloat16, torch.device("mps")) == torch.bfloat16
+        storage_dtype("fp8", torch.device("mps"))
+    assert storage_dtype("int8", torch.device("mps")) == INT8
+    assert storage_dtype(None, torch.device("mps")) is None
 
 
 # Completions

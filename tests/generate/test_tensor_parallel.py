@@ -13,7 +13,7 @@ from puna.checkpoint import load, quantize, room, save_model
 from puna.checkpoint.huggingface import load_quantized_config, open_weights
 from puna.cli import run
 from puna.errors import PunaError, UsageError
-from puna.generate import complete
+from puna.generate import Engine, complete
 from puna.model.config import preset
 from puna.model.llama import Llama, init_weights
 from puna.model.split import split_dim
@@ -82,6 +82,17 @@ def test_ranks_choose_the_tokens_of_the_plain_loop(ranks, folders: dict[str, Pat
         assert rank[str(size)][name]["sampled"] == sampled
         assert rank[str(size)][name]["given_way"] > 0
         assert rank[str(size)][name]["leaked"] == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_in_8_bits_and_with_a_draft_they_choose_what_one_process_chooses(
+    ranks, folders: dict[str, Path], name: str, size: int
+) -> None:
+    model, _ = load(folders[name], dtype=torch.float32)
+    engine = Engine(model, cache_tokens=256, cache_dtype="int8")
+    expected = [completion.tokens for completion in engine.generate(PROMPTS, GREEDY)]
+    assert all(rank[str(size)][name]["in_int8"] == expected for rank in ranks)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -192,6 +203,18 @@ def test_the_command_speaks_once_and_says_what_one_process_says(
     assert [json.loads(line)["completion"] for line in output.read_text().splitlines()] == [x.text for x in expected]
 
 
+def test_infill_in_two_processes_says_what_one_says(
+    tiny_model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "code.py"
+    file.write_text("retur<FILL>\n")
+    command = ["infill", str(tiny_model_folder), "--file", str(file), "--max-tokens", "8", "--order", "spm"]
+    assert run([*command, "--no-healing", "--nproc", "2"]) == 0
+    model, tokenizer = puna.load(tiny_model_folder)
+    expected = puna.infill(model, tokenizer, "retur", "\n", order="spm", healing=False, max_tokens=8)
+    assert capfd.readouterr().out == expected.text + "\n"
+
+
 def test_what_befalls_one_process_ends_all_with_a_line_each(
     tmp_path: Path, tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,3 +237,8 @@ def test_each_process_is_given_the_same_command_without_nproc(monkeypatch: pytes
     assert words[-4:] == ["--", "folder", "-1", "a b"]
     assert {"--stop=--", "--stop=-x", "--output=out.jsonl", "--ignore-eos", "--seed=3"} < set(words)
     assert not any("nproc" in word or word == "--json" for word in words)
+    assert run(["infill", "folder", "--prefix", "", "--no-healing", "--nproc", "2"]) == 0
+    (_, (words, _)) = started
+    assert {"--prefix=", "--no-healing"} < set(words)
+    assert run(["infill", "folder", "--prefix", "", "--nproc", "2"]) == 0
+    assert "--healing" in started[-1][0]

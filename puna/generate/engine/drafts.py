@@ -7,6 +7,8 @@ are fewer.
 
 from typing import TYPE_CHECKING, Protocol
 
+from puna.errors import UsageError
+
 if TYPE_CHECKING:
     from puna.generate.engine.scheduler import Chunk, Running
 
@@ -56,6 +58,12 @@ class PromptLookup:
     def next_length(self, length: int, guessed: int, right: int) -> int:
         """As `Drafter`: more where all were right, fewer where most were wrong."""
         return min(self._most, 2 * length) if right == guessed else max(2, right + 1)
+
+
+def check_one_source(*, lookup: bool, draft: object) -> None:
+    """Raises a UsageError where guesses would come from lookup and from a draft model."""
+    if lookup and draft is not None:
+        raise UsageError("a step tries one set of guesses; give lookup or a draft model, not both")
 
 
 class _Text:

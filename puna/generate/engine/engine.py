@@ -14,7 +14,7 @@ from puna.devices import free_memory_bytes
 from puna.errors import PunaError, UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.draft_model import DraftModel
-from puna.generate.engine.drafts import Drafter, PromptLookup
+from puna.generate.engine.drafts import Drafter, PromptLookup, check_one_source
 from puna.generate.engine.runner import Logits, Runner, kept_bytes
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling
@@ -76,8 +76,7 @@ class Engine:
         cache_dtype: str | None = None,
         compile: bool = False,
     ) -> None:
-        if lookup and draft is not None:
-            raise UsageError("a step tries one set of guesses; give lookup or a draft model, not both")
+        check_one_source(lookup=lookup, draft=draft)
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
         self._group = group_of(model)

@@ -92,7 +92,7 @@ def kept_bytes(model: Llama, cache_dtype: str | None) -> int:
 
 def _kept_in(model: Llama, cache_dtype: str | None) -> torch.dtype:
     weight = model.lm_head.weight
-    return storage_dtype(cache_dtype, model.compute_dtype or weight.dtype, weight.device)
+    return storage_dtype(cache_dtype, weight.device) or model.compute_dtype or weight.dtype
 
 
 def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":

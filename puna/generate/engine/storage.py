@@ -91,19 +91,18 @@ def round_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x if dtype.is_floating_point else x.round()).to(dtype), scales
 
 
-def storage_dtype(name: str | None, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that keys and values are kept in.
+def storage_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype that keys and values are kept in; None: as they are computed.
 
     Args:
-        name: of IN_8_BITS; None: as they are computed.
-        dtype: that they are computed in.
+        name: of IN_8_BITS, or None.
         device: where they are kept.
 
     Raises:
         UsageError: there is no such dtype, or not on this device.
     """
     if name is None:
-        return dtype
+        return None
     if name not in IN_8_BITS:
         raise UsageError(
             f"a cache is kept in {' or '.join(IN_8_BITS)}, not in {name!r}; leave it out for the model's own dtype"

@@ -60,7 +60,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "recompute": "selective", "recompute_layers": 3, "micro_batch_rows": 8,
     },
     "two blocks of four recomputed": {"recompute": "block", "recompute_layers": 2, "micro_batch_rows": 8},
-    "one block of four recomputed from the host": {"recompute": "offload", "recompute_layers": 1, "micro_batch_rows": 8},
+    "one block of four recomputed from the host": {
+        "recompute": "offload", "recompute_layers": 1, "micro_batch_rows": 8,
+    },
     "state of 8 bits": {"optimizer.state_bits": 8, "micro_batch_rows": 2},
     "state of 4 bits, gradients used at once": {
         "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,

@@ -22,7 +22,10 @@ _IS_JOINED = np.isin(np.arange(256), list(_JOINED))
 _BRACKETS = [(b"(", re.compile(rb"\(([^)]*)\)"), b")"), (b"[", re.compile(rb"\[([^\]]*)\]"), b"]"),
              (b"{", re.compile(rb"{([^}]*)}"), b"}")]  # fmt: skip
 
-_REPEATED = [(b"= = = =", b"===="), (b"= = =", b"==="), (b"= =", b"=="), (b" \xc2\xb0 ", b"\xc2\xb0")]
+#: What `str.strip` takes away of ASCII; `bytes.strip` by itself knows less.
+_ASCII_BLANKS = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
+
+_REPEATED = [(b"= = = =", b"===="), (b"= = =", b"==="), (b"= =", b"==")]
 
 
 def clean_quickly(text: str) -> str:
@@ -31,6 +34,7 @@ def clean_quickly(text: str) -> str:
     data = _tidied(_without_spaces_before_signs(_joined(data)))
     for spaced, written in _REPEATED:
         data = data.replace(spaced, written)
+    data = _without_spaces_around(data, b"\xc2\xb0")
     return _lines_without_blanks(data).replace(b" N ", b" 1 ").replace(b" 's", b"'s").decode()
 
 
@@ -83,7 +87,19 @@ def _tidied(data: bytes) -> bytes:
 
 
 def _stripped(data: bytes) -> bytes:
-    return data.decode().strip().encode()  # there are blanks that bytes do not know
+    data = data.strip(_ASCII_BLANKS)
+    return data if data.isascii() else data.decode().strip().encode()
+
+
+def _without_spaces_around(data: bytes, mark: bytes) -> bytes:
+    """The mark without a space before and one behind it, where it has both; quick where it is rare."""
+    first, *rest = data.split(mark)
+    pieces = [first]
+    for piece in rest:
+        if pieces[-1].endswith(b" ") and piece.startswith(b" "):
+            pieces[-1], piece = pieces[-1][:-1], piece[1:]
+        pieces.append(piece)
+    return mark.join(pieces)
 
 
 def _lines_without_blanks(data: bytes) -> bytes:

@@ -44,7 +44,7 @@ def cut_for_infilling(text: str, *, seed: int, id: str, fim_rate: float, spm_rat
 
 def is_held_out(id: str, share: float) -> bool:
     """Whether a document is kept from training; depends on its id alone, so that new documents move none."""
-    return _draw(0, id, "held out") < share
+    return share > 0 and _draw(0, id, "held out") < share
 
 
 def _draw(seed: int, id: str, which: str) -> float:

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from puna.files import ASIDE, file_aside, read_json, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
 from puna.tokenizer import Tokenizer, load_tokenizer
+
+#: So many units, of two megabytes each, this process has worked off in about the time in which others start.
+UNITS_WORTH_PROCESSES = 6
 
 #: Where what was left out is listed, one JSON object a line.
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -58,7 +61,8 @@ def prepare(
         sources: files or folders.
         output: the folder to make.
         tokenizer: file or folder.
-        workers: processes; as many as there are processors if not given. The result does not depend on it.
+        workers: processes; if not given as many as there are processors, for little data none but this one. The result
+            does not depend on it.
         options: those of the kind, e.g. `fim_rate=0.9`, `held_out=0.01`, `near_duplicates=True`, `template="vicuna"`;
             `puna prepare KIND --help` lists them.
 
@@ -79,7 +83,7 @@ def prepare(
     _claim(job)
     with _alone(job):
         try:
-            _work(job, count)
+            _work(job, count, worth_starting=1 if workers is not None else UNITS_WORTH_PROCESSES)
             info = _finish(job)
         finally:
             _sweep(job.output)
@@ -92,10 +96,12 @@ def prepare(
     return info
 
 
-def _work(job: "_Job", count: int) -> None:
-    """Looks at the sources and makes the shards that are not there yet."""
+def _work(job: "_Job", count: int, *, worth_starting: int) -> None:
+    """Looks at the sources and makes the shards that are not there yet; little is done in this process alone."""
     with Workers(PrepareUnit(job.kind, job.options, job.tokenizer, job.output), count) as pool:
-        size_bytes = job.look(start_processes=pool.start)
+        size_bytes, units = job.look(start_processes=pool.start, worth_starting=worth_starting)
+        if units <= worth_starting:
+            pool.count = 1
         if job.options.get("near_duplicates"):
             job.find_near_duplicates(count, size_bytes)
         with Progress("preparing", size_bytes / 1e6, "MB") as progress:
@@ -139,9 +145,13 @@ class _Job:
         """The folder that is there until all is done."""
         return self.output / WORK_FOLDER
 
-    def look(self, *, start_processes: Any) -> int:
-        """Cuts the sources into units, written to plan.jsonl; returns how many bytes there are to read."""
-        total = 0
+    def look(self, *, start_processes: Callable[[], None], worth_starting: int) -> tuple[int, int]:
+        """Cuts the sources into units, written to plan.jsonl; starts processes once there are more than so many.
+
+        Returns:
+            How many bytes there are to read, and how many units.
+        """
+        total = count = 0
         self.sources = {}
         with (
             file_aside(self.work / "plan.jsonl", "w", sync=False) as plan,
@@ -149,12 +159,12 @@ class _Job:
             Progress("looking at the sources", unit="MB") as progress,
         ):
             for unit in cut_into_units(self._spans(left_out)):
-                if unit.number == 1:
+                if unit.number == worth_starting:
                     start_processes()
-                total += unit.size_bytes
+                count, total = count + 1, total + unit.size_bytes
                 progress.advance(unit.size_bytes / 1e6)
                 plan.write(json.dumps(asdict(unit)) + "\n")
-        return total
+        return total, count
 
     def units(self) -> Iterator[Unit]:
         """The units of the plan."""

@@ -241,6 +241,8 @@ class _BulkTokenizer:
     def encode_document(self, text: str) -> NDArray[np.int32]:
         """BOS, the text, EOS."""
         ids = self._ids(text, leading_space=True)
+        if self._is_listening:
+            return ids
         tokens = np.empty(len(ids) + 2, np.int32)
         tokens[0], tokens[1:-1], tokens[-1] = self._tokenizer.bos_id, ids, self._tokenizer.eos_id
         return tokens

@@ -104,6 +104,11 @@ class Tokenizer(ABC):
         """Number of ids."""
         return len(self._pieces)
 
+    @property
+    def pieces(self) -> Sequence[str]:
+        """What `piece` gives for each id."""
+        return tuple(self._pieces)
+
     @abstractmethod
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         """The ids of each text, none of them a control id."""

@@ -53,7 +53,7 @@ class BulkEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         unmerged = {*tokenizer.control, *tokenizer.byte_ids.values(), tokenizer.unk_id}
-        pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size) if i not in unmerged]
+        pieces = [piece for i, piece in enumerate(tokenizer.pieces) if i not in unmerged]
         listed = "\0".join(pieces)
         is_listed = listed.count("\0") < len(pieces)
         self.remembers = tokenizer.merges_plain_text and is_listed and not _SPANS_WORDS.search(listed)

@@ -8,8 +8,8 @@ from puna.data.cleaning import clean_quickly
 from puna.data.corpora.wikitext import clean
 
 FRAGMENTS = [
-    *" @-,.:;!?()[]{}\"'=sNx\n\t", "\u00b0", "\u00a0", "\u2003", "\u0160", "\0", "  ", " @-@ ", "@,@ ", " @.@", " , ",
-    " . . ", "s '", " 's ", " N ", "= = = =", " \n ", " \u00b0 ", "naïve", "木",
+    *" @-,.:;!?()[]{}\"'=sNx\n\t", "\u00b0", "\u00a0", "\u2003", "\u0160", "\0", "\x1c", "  ", " @-@ ", "@,@ ", " @.@",
+    " , ", " . . ", "s '", " 's ", " N ", "= = = =", " \n ", " \u00b0 ", "naïve", "木",
 ]  # fmt: skip
 
 

@@ -56,8 +56,8 @@ MAX_SKIPPED = 3
 
 #: Fields that may change when a run continues; any other change would make it another run.
 MAY_CHANGE = {
-    "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "validation", "checkpoint", "log",
-    "device",
+    "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "validation", "checkpoint",
+    "log", "device",
 }  # fmt: skip
 
 

@@ -40,12 +40,14 @@ class Story:
         if (folder / FILE).exists():
             before = read_json(folder / FILE)
             changed = [name for name, value in self.settings.items() if before["settings"].get(name) != value]
-            if changed:
+            if changed and before["stages"]:
                 raise PunaError(f"{folder} was made with other {', '.join(changed)}; remove it or choose another place")
             self._finished = {stage["name"]: stage for stage in before["stages"]}
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise PunaError(f"{folder} exists and holds something else; choose another place with -o")
         folder.mkdir(parents=True, exist_ok=True)
+        if not self._finished:  # from here on the folder is a story's, wherever that is broken off
+            self._remember()
 
     @property
     def outcomes(self) -> dict[str, Outcome]:
@@ -64,9 +66,12 @@ class Story:
         outcome = tell(*arguments)
         seconds = time.monotonic() - started
         self.stages.append({"name": tell.__name__, "title": title, "seconds": seconds, "outcome": outcome})
-        write_json(self.folder / FILE, {"settings": self.settings, "stages": self.stages})
+        self._remember()
         say(textwrap.indent(outcome["command"], "    "))
         say(f"    {outcome['said']} ({seconds:.1f} s)")
+
+    def _remember(self) -> None:
+        write_json(self.folder / FILE, {"settings": self.settings, "stages": self.stages})
 
 
 def command(*words: object, **options: object) -> str:

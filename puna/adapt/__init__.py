@@ -71,11 +71,13 @@ def adapt(
         "humaneval": None if humaneval is None else str(humaneval),
         "overrides": dict(overrides or {}),
     }
+    stages.check(humaneval, device)
     story = Story(at.root, settings, stages=7)
     story.stage("Turn the code into tokens, and keep some files for scoring", stages.prepare, at, held_out)
+    recipe = stages.begun_recipe(at) or choose_recipe(at, epochs, device, overrides or {})  # it fits, or none scores
     story.stage("Score the model on the files that were kept", stages.score_before, at, cases, device)
     story.stage("Score it on HumanEval", stages.score_general_before, at, humaneval, device)
-    story.stage("Train it on the rest", stages.train, at, lambda: choose_recipe(at, epochs, device, overrides or {}))
+    story.stage("Train it on the rest", stages.train, at, recipe)
     story.stage("Export the result", stages.export, at)
     story.stage("Score the result on the files that were kept", stages.score_after, at, cases, device)
     story.stage(

@@ -1,14 +1,14 @@
 """The stages of `puna adapt`: what each does, and what it says; see `puna.story`."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import puna
-from puna.config import Recipe
+from puna.config import Recipe, load_recipe
+from puna.devices import pick_device
 from puna.errors import PunaError
-from puna.evaluate.benchmarks.humaneval import FILES
+from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.evaluate.samples import FOLDER_VARIABLE
 from puna.story import Outcome, command
 
@@ -34,6 +34,18 @@ class Places:
         self.run, self.adapted = root / "run", root / "model"
         self.before, self.after = root / "before", root / "after"
         self.results, self.report = root / "results.json", root / "report.html"
+
+
+def check(humaneval: str | Path | None, device: str | None) -> None:
+    """Asks at once what a stage would ask after hours: is the device there, and HumanEval's file what it should be?
+
+    Raises:
+        PunaError: it is not.
+    """
+    pick_device(device)
+    data = _humaneval_file(humaneval)
+    if data is not None:
+        HumanEval().tasks(data)
 
 
 def prepare(at: Places, held_out: float) -> Outcome:
@@ -69,18 +81,21 @@ def score_general_before(at: Places, humaneval: str | Path | None, device: str |
     return _humaneval(at.model, at.before, humaneval, device)
 
 
-def train(at: Places, recipe: Callable[[], Recipe]) -> Outcome:
-    """Trains, or goes on; the recipe of a run that stopped is the one it was started with."""
-    from puna.config import load_recipe
+def begun_recipe(at: Places) -> Recipe | None:
+    """The recipe of a run that stopped, which goes on as it was started; None: there is no run yet."""
+    stored = at.run / "recipe.yaml"
+    return load_recipe(stored) if stored.exists() else None
+
+
+def train(at: Places, recipe: Recipe) -> Outcome:
+    """Trains, or goes on."""
     from puna.train import train as train_recipe
 
-    stored = at.run / "recipe.yaml"
-    chosen = load_recipe(stored) if stored.exists() else recipe()
-    result = train_recipe(chosen)
+    result = train_recipe(recipe)
     loss = f", held-out loss {result['valid_loss']:.2f}" if "valid_loss" in result else ""
     return {
         "said": f"{result['step']:,} steps, {result['tokens']:,} tokens{loss}",
-        "command": command("train", stored),
+        "command": command("train", at.run / "recipe.yaml"),
         "tokens": result["tokens"],
         "valid_loss": result.get("valid_loss"),
     }
@@ -127,9 +142,8 @@ def _humaneval(model: Path, folder: Path, data: str | Path | None, device: str |
 
     output = folder / "humaneval"
     shown = command("evaluate", "humaneval", model, o=output, **({} if data is None else {"data": data}))
-    usual = Path(os.environ.get(FOLDER_VARIABLE, "")) / FILES[""]
-    if data is None and not (FOLDER_VARIABLE in os.environ and usual.is_file()):
-        said = f"left out: no {FILES['']} in a folder that {FOLDER_VARIABLE} names, nor --humaneval FILE"
+    if _humaneval_file(data) is None:
+        said = f"left out: no {HumanEval.files['']} in a folder that {FOLDER_VARIABLE} names, nor --humaneval FILE"
         return {"said": said, "command": shown, "scores": None}
     try:
         with Sandbox(workers=1):
@@ -143,3 +157,9 @@ def _humaneval(model: Path, folder: Path, data: str | Path | None, device: str |
         "command": shown,
         "scores": scores,
     }
+
+
+def _humaneval_file(data: str | Path | None) -> str | Path | None:
+    """HumanEval's file or its folder; None: there is none, and none was named."""
+    usual = os.environ.get(FOLDER_VARIABLE)
+    return usual if data is None and usual and (Path(usual) / HumanEval.files[""]).is_file() else data

@@ -57,8 +57,11 @@ def evaluate(
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
+    programs = getattr(module.evaluate, "__self__", None)
+    if isinstance(programs, Programs):  # before a large model is loaded: is there what it will be asked?
+        programs.tasks(options.get("data"), options.get("variant"))
     if nproc is not None:
-        if name is None or not isinstance(getattr(module.evaluate, "__self__", None), Programs):
+        if name is None or not isinstance(programs, Programs):
             raise UsageError(f"nproc={nproc} is for benchmarks of programs and a model named by its folder or hub id")
         model = Replicas(name, nproc, dtype=dtype, device=device)
     elif name is not None and "server" not in options:

@@ -158,10 +158,8 @@ class Programs(ABC):
         if template is not None and not self.has_questions:
             raise UsageError(f"{self.name} asks for what is missing in a program, not in chat; leave --template out")
         how = _how(protocol, samples_per_task)
-        path = data_file(self.name, data, self._file(variant), self.where)
-        tasks = self.read(path)
-        if not tasks:
-            raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
+        path, tasks = self.tasks(data, variant)
+        given = [] if samples is None else read_samples(samples, tasks)
         most = max_tokens or self.max_tokens
         with ExitStack() as stack:
             if samples is None and complete is None:
@@ -182,9 +180,7 @@ class Programs(ABC):
             # Before the model works for hours: is there a sandbox?
             sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
             judge = _Judge(self, tasks, sandbox, stack.enter_context(Log(folder and folder / "verdicts.jsonl")))
-            if complete is None:
-                given = read_samples(samples or "", tasks)
-            else:
+            if complete is not None:
                 written = stack.enter_context(Log(folder and folder / "samples.jsonl"))
                 many = model.count if isinstance(model, Replicas) else 1
                 wanted = _Wanted(tasks, how.samples, seed)
@@ -205,6 +201,22 @@ class Programs(ABC):
             **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer | Spread) else {}),
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
+
+    def tasks(self, data: Path | str | None, variant: str | None = None) -> tuple[Path, dict[str, Task]]:
+        """The official file and its tasks; see `evaluate` for the arguments.
+
+        Raises:
+            UsageError: neither `data` nor PUNA_DATA, or no such variant.
+            PunaError: there is no such file, or it is not what it should be; the message says where to get it.
+        """
+        path = data_file(self.name, data, self._file(variant), self.where)
+        try:
+            tasks = self.read(path)
+        except PunaError as error:
+            raise PunaError(f"{error}\nis it {self.name}'s official file? {self.where}") from None
+        if not tasks:
+            raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
+        return path, tasks
 
     def _fills_gaps(self, tasks: Mapping[str, Task]) -> bool:
         return self.ask(next(iter(tasks.values()))).suffix is not None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import PROTOCOLS, Ask, How
 
 #: OpenAI's API takes no more stop strings; what is written beyond the others is cut here all the same.
@@ -41,6 +41,7 @@ class RemoteCompleter:
         is_chat: questions are put to the server's chat, in whatever layout it has.
 
     Raises:
+        UsageError: the URL is none.
         PunaError: the server cannot be reached, or has no model.
     """
 
@@ -55,6 +56,8 @@ class RemoteCompleter:
         how: How = PROTOCOLS["greedy"],
         is_chat: bool = False,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"{url} is not a server's URL; begin it with http:// or https://")
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._batch_rows, self._is_chat = batch_rows, is_chat
         self.model = model or self._first_model()

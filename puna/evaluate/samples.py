@@ -20,6 +20,9 @@ from puna.files import file_aside
 #: Names the folder where official data files are looked for.
 FOLDER_VARIABLE = "PUNA_DATA"
 
+#: What a line of samples is, for messages.
+SAMPLE_FORM = '{"task_id", "completion"} (what follows the prompt) or {"task_id", "solution"} (the whole program)'
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -70,6 +73,9 @@ def read_samples(path: Path | str, task_ids: Collection[str]) -> list[Sample]:
         PunaError: a line is no sample or of no task (the message names it), or tasks have none.
     """
     samples = []
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise PunaError(f"{path} {what}; name a file of JSON lines, each {SAMPLE_FORM}")
     for number, line in read_lines(path, {"task_id": str}):
         where = f"{path}, line {number}"
         if line["task_id"] not in task_ids:
@@ -88,10 +94,7 @@ def _sample(line: dict[str, Any], where: str) -> Sample:
     for name, is_whole in (("solution", True), ("completion", False)):
         if isinstance(line.get(name), str):
             return Sample(line["task_id"], line[name], is_whole)
-    raise PunaError(
-        f'{where}: no text under completion or solution; each line must be {{"task_id", "completion"}} '
-        '(what follows the prompt) or {"task_id", "solution"} (the whole program)'
-    )
+    raise PunaError(f"{where}: no text under completion or solution; each line must be {SAMPLE_FORM}")
 
 
 def read_lines(path: Path | str, fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -54,7 +54,15 @@ def test_a_folder_is_loaded_and_scored(tmp_path: Path, capsys: pytest.CaptureFix
         (["nothing"], 2, "there is no benchmark 'nothing'; there are completion, humaneval"),
         (["completion", "--samples", "s.jsonl"], 2, "completion has no option samples; it has"),
         (["humaneval", "--corpus", "."], 2, "humaneval has no option corpus; it has"),
-        (["humaneval", "nowhere"], 1, "there is no folder nowhere"),
+        (["completion", "nowhere", "--corpus", "."], 1, "there is no folder nowhere"),
+        (["humaneval", "nowhere", "--data", "nofile"], 1, "nofile does not exist"),  # before a model is loaded
+        (["humaneval", "--server", "localhost:8000", "--data", "TASKS"], 2, "begin it with http:// or https://"),
+        (
+            ["humaneval", "--samples", "nofile", "--data", "TASKS"],
+            1,
+            "nofile does not exist; name a file of JSON lines",
+        ),
+        (["humaneval", "--samples", ".", "--data", "TASKS"], 1, ". is a folder; name a file of JSON lines"),
         (
             ["humaneval", "--samples", "s.jsonl", "--data", "nowhere.gz"],
             1,
@@ -63,9 +71,10 @@ def test_a_folder_is_loaded_and_scored(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_a_wrong_request_is_answered_in_a_line(
-    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["evaluate", *words]) == code
+    tasks = str(write_tiny_tasks(tmp_path / "tasks.jsonl"))
+    assert run(["evaluate", *(word.replace("TASKS", tasks) for word in words)]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
@@ -90,3 +99,13 @@ def test_the_guide_lists_every_benchmark_and_every_verdict() -> None:
     assert sorted(listed) == benchmarks.names()
     table = guide.partition("## Verdicts")[2].partition("\n\nPrograms")[0]
     assert all(verdict in table for verdict in VERDICTS)
+
+
+def test_the_file_of_another_benchmark_is_refused_with_where_to_get_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_tasks(tmp_path / "tasks.jsonl")
+    assert run(["evaluate", "infilling", "nowhere", "--data", str(tmp_path / "tasks.jsonl")]) == 1
+    what, whence = capsys.readouterr().err.splitlines()
+    assert "tasks.jsonl, line 1: nothing usable under suffix" in what
+    assert "is it infilling's official file? https://github.com/openai/human-eval-infilling" in whence

@@ -11,7 +11,7 @@ import puna
 from puna.adapt.recipe import WAYS, choose_recipe
 from puna.adapt.stages import Places
 from puna.cli import run
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.story import FILE
 from puna.testing import write_tiny_tasks
@@ -152,3 +152,29 @@ def test_where_nothing_fits_it_says_by_how_much(prepared: Places, monkeypatch: p
     with pytest.raises(PunaError, match=r"takes \d+ GiB and cpu has 8 GiB free; take a smaller model"):
         choose_recipe(prepared, 2.0, "cpu", {})
     assert len(WAYS) > 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"humaneval": "nofile.gz"}, r"nofile.gz does not exist; .*openai/human-eval"),
+        ({"humaneval": "puna.yaml"}, r"puna.yaml, line 1: not JSON .*\nis it humaneval's official file\?"),
+        ({"device": "abacus"}, "torch knows no device 'abacus'"),
+    ],
+)
+def test_what_would_fail_after_hours_fails_at_once(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "puna.yaml").write_text("model: none\n")
+    with pytest.raises(PunaError, match=message):
+        puna.adapt(tmp_path, tiny_model_folder, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_scored(
+    code: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="there is no field nosuch"):
+        puna.adapt(code, tiny_model_folder, tmp_path / "out", device="cpu", held_out=0.25, overrides={"nosuch": 1})
+    assert not (tmp_path / "out/before").exists()

@@ -106,6 +106,19 @@ def test_a_story_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     assert told == ["first", "second"]
 
 
+def test_a_story_that_was_broken_off_before_a_stage_was_done_may_be_told_with_other_settings(tmp_path: Path) -> None:
+    def breaks() -> dict[str, Any]:
+        (tmp_path / "story/data").mkdir(exist_ok=True)
+        raise PunaError("the lamp went out")
+
+    for share in (0.1, 0.1, 0.2):
+        with pytest.raises(PunaError, match="the lamp"):
+            Story(tmp_path / "story", {"share": share}, stages=1).stage("The first", breaks)
+    Story(tmp_path / "story", {"share": 0.3}, stages=1).stage("The first", lambda: {"said": "", "command": ""})
+    with pytest.raises(PunaError, match="was made with other share; remove it"):
+        Story(tmp_path / "story", {"share": 0.1}, stages=1)
+
+
 def test_a_command_is_spelled_as_a_shell_reads_it() -> None:
     line = command("train", "mine", {"data.train": "my data"}, o="out", max_tokens=3)
     assert shlex.split(line) == ["puna", "train", "mine", "data.train=my data", "-o", "out", "--max-tokens", "3"]

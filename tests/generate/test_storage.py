@@ -62,6 +62,22 @@ def test_what_is_no_number_comes_back_as_none(dtype: torch.dtype) -> None:
     assert found.isfinite().any(1).tolist() == [False, False, True]
 
 
+def test_all_fp8_numbers_are_read_as_torch_reads_them() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 4, 32)
+    found = Storage(numbers, torch.ones(2, 4)).read(torch.float32)
+    torch.testing.assert_close(found, numbers.float(), rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().sum() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", GREATEST)
+def test_a_gpu_keeps_the_same_numbers(dtype: torch.dtype) -> None:
+    x = heads_of_all_sizes()
+    expected, found = (came_back(x.to(kind), dtype) for kind in ("cpu", "cuda"))
+    torch.testing.assert_close([part.cpu() for part in found], list(expected), rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *GREATEST])
 def test_each_token_lies_in_its_slot(dtype: torch.dtype) -> None:
     x = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -114,7 +114,8 @@ class Scheduler:
         if needed > self.pool.n_blocks:
             raise PunaError(
                 f"prompt {running.sequence.index} may grow to {running.sequence.most_tokens} tokens, and the cache "
-                f"holds {self.pool.n_blocks * self.pool.size}; lower max_tokens, or give the engine more memory"
+                f"holds {self.pool.n_blocks * self.pool.size}; lower max_tokens, give the engine more memory, or "
+                "keep keys and values in 8 bits (cache_dtype)"
             )
         self.waiting.append(running)
 

@@ -410,18 +410,28 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     Raises:
         PunaError: it holds another run's answers.
     """
+    if folder.is_file():
+        raise PunaError(f"{folder} is a file; name a folder for answers and verdicts")
     path = folder / "settings.json"
     if path.exists():
-        old = read_json(path)
-        if changed := [name for name in settings if settings[name] != old.get(name)]:
+        old, new = _flat(read_json(path)), _flat(settings)
+        if changed := [name for name in new if new[name] != old.get(name)]:
             name = changed[0]
             raise PunaError(
-                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {settings[name]}; "
+                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {new[name]}; "
                 "choose another folder"
             )
     else:
         write_json(path, settings)
     return folder
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data": {"file": …}} as {"data.file": …}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _write_details(folder: Path, samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> None:

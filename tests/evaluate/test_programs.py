@@ -58,8 +58,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_answers_and_verdic
 
 def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_path: Path) -> None:
     evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run")
-    with pytest.raises(PunaError, match=r"run holds answers of another run: its answers is .*'seed': 0.*'seed': 1"):
+    with pytest.raises(PunaError, match=r"run holds answers of another run: its answers.seed is 0, this one's 1"):
         evaluate("humaneval", complete=Answers(), data=data, output=tmp_path / "run", seed=1)
+    with pytest.raises(PunaError, match=r"jsonl is a file; name a folder"):
+        evaluate("humaneval", complete=Answers(), data=data, output=data)
 
 
 def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(

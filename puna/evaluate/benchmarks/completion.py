@@ -116,7 +116,8 @@ def evaluate(
     blocks = list(islice(choose_blocks(documents, seed), max(1, cases // BLOCK_TOKENS)))
     if not lines:
         raise PunaError(
-            f"{corpus} has no line to ask for: no document has a second line of up to {LONGEST_LINE} characters"
+            f"{corpus} has no line to ask for: no document has a second line of up to {LONGEST_LINE} characters; "
+            "give more code"
         )
     started = time.monotonic()
     for_lines = Completer(model, tokenizer, max_tokens=max_tokens, stop=("\n",), batch_rows=batch)

@@ -7,13 +7,15 @@ int8 (steps of 1/127 of the greatest) is the finer of both where the numbers of 
 1/16 to 1/8 of each number) does not lose small numbers beside a great one.
 """
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from puna.devices import multiplies_fp8
+from puna.devices import multiplies_fp8, takes_cuda_kernels
 from puna.errors import UsageError
 from puna.model.cache import token_bytes as plain_token_bytes
 from puna.model.config import ModelConfig
@@ -58,6 +60,8 @@ class Storage:
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Keeps (T, K, H) at `slots` (T,) of the first dim."""
         if self.scales is not None:
+            if takes_cuda_kernels(x.device.type) and (kernel := _kernel()) is not None:
+                return kernel(x, slots, self.numbers, self.scales, GREATEST[self.numbers.dtype])
             x, scales = round_heads(x, self.numbers.dtype)
             self.scales.index_copy_(0, slots, scales)
         _as_plain(self.numbers).index_copy_(0, slots, _as_plain(x))
@@ -117,6 +121,16 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values and their scales, over all layers."""
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
     return plain_token_bytes(config, dtype) + (heads * SCALE_DTYPE.itemsize if dtype in GREATEST else 0)
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """What writes in 8 bits on CUDA devices, where Triton is there."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from puna.generate.engine import storage_kernel
+
+    return storage_kernel.write_rounded
 
 
 def _in_fp32(x: Tensor) -> Tensor:

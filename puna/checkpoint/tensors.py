@@ -27,8 +27,9 @@ from puna.progress import Progress
 #: Our names for the dtypes of weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: Memory that a tensor takes on its way, where it is read in pieces.
-PIECE_BYTES = 1 << 22
+#: Memory that a tensor takes on its way, where it is read in pieces: little enough to stay near the processor and to be
+#: the allocator's own, not new memory of the system's for every piece.
+PIECE_BYTES = 1 << 19
 
 #: Names of dtypes in the header of a safetensors file.
 SAFETENSORS_DTYPES = {

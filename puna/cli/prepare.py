@@ -20,7 +20,13 @@ _COMMON: list[tuple[str, Any, Any]] = [
     ("sources", Annotated[list[Path], typer.Argument(metavar="SRC", help="Files or folders.")], ...),
     ("output", Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")], ...),
     ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
-    ("workers", Annotated[int | None, typer.Option(help="Processes; as many as processors if not given.")], None),
+    (
+        "workers",
+        Annotated[
+            int | None, typer.Option(help="Processes; if not given one for each processor, for little data one.")
+        ],
+        None,
+    ),
     (
         "to",
         Annotated[str | None, typer.Option(help="mindrecord: write rows for MindFormers too, DIR/train.mindrecord.")],

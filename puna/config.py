@@ -79,7 +79,13 @@ class Parallel(_Strict):
     layers_per_unit: Positive = 1
     """Layers whose weights are gathered together: more make fewer, larger messages and take more memory."""
     reshard: bool = True
-    """Gathered weights are freed after the forward pass and gathered again for the backward pass."""
+    """Gathered weights are freed after the forward pass and gathered again for the backward pass; a zero-bubble pipeline
+    keeps them all the same, for its backward pass in two parts finds no others."""
+
+    @property
+    def reshards(self) -> bool:
+        """Whether gathered weights are freed after the forward pass."""
+        return self.reshard and not (self.pp > 1 and self.schedule == "zero-bubble")
 
 
 class Schedule(_Strict):

@@ -240,7 +240,7 @@ def _shard(stage: Stage, ranks: Ranks, settings: Parallel) -> None:
     layers, size = list(stage.llama.model.layers), settings.layers_per_unit
     for start in range(0, len(layers), size):
         unit = layers[start : start + size]
-        fully_shard(unit if size > 1 else unit[0], reshard_after_forward=settings.reshard, **options)
+        fully_shard(unit if size > 1 else unit[0], reshard_after_forward=settings.reshards, **options)
     fully_shard(stage, reshard_after_forward=False, **options)  # the loss needs the head once the stage has run
     for module in stage.modules():
         if isinstance(module, FSDPModule):

@@ -343,7 +343,7 @@ class _Rank:
         case = self.case
         if not case.is_sharded:
             return {}
-        if not case.recipe.parallel.reshard:
+        if not case.recipe.parallel.reshards:
             layers = max(layers, self.n_layers)
         return {"gathered weights": case.compute_bytes * (self.root + layers * self.parts["layer"].gathered)}
 

@@ -219,7 +219,7 @@ def _sharding(case: Case, cluster: Cluster, forward: float, backward: float) -> 
     weights = case.weights.part("layer", layout.tp, 1).gathered
     gather = cluster.seconds(case.compute_bytes * weights, layout.shard_size, layout.tp)
     scatter = cluster.seconds(4 * weights, layout.shard_size, layout.tp)
-    back = scatter + (gather if case.recipe.parallel.reshard else 0)
+    back = scatter + (gather if case.recipe.parallel.reshards else 0)
     return _exposed(gather, forward) + _exposed(back, backward)
 
 

@@ -64,6 +64,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp 2, cp 2, selected operations recomputed": {
             "tp": 2, "cp": 2, "micro_batch_rows": 4, "recompute": "selective",
         },
+        "pp 2, dp_shard 2, zero-bubble": {"pp": 2, "dp_shard": 2, "schedule": "zero-bubble", "stages_per_rank": 2},
+        "pp 2, dp_replicate 2, zero-bubble": {
+            "pp": 2, "dp_replicate": 2, "dp_shard": 1, "schedule": "zero-bubble", "stages_per_rank": 2,
+        },
         "pp 2, dp_shard 2, interleaved": {"pp": 2, "dp_shard": 2, "schedule": "interleaved", "stages_per_rank": 2},
     },
     8: {
@@ -80,7 +84,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 if torch.__version__ < "2.13":
-    del LAYOUTS[2]["pp 2, zero-bubble"]  # refused
+    for layouts in LAYOUTS.values():
+        for name in [name for name in layouts if "zero-bubble" in name]:
+            del layouts[name]  # refused
 
 #: Changes of recipe and model that change the numbers, on one process as on several.
 CHANGES = {

@@ -45,12 +45,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp 2": (2, {"cp": 2, "micro_batch_rows": 2}),
     "pp 2, interleaved": (2, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}),
     "pp 2, zero-bubble": (2, {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}),
+    "pp 2, dp_shard 2, zero-bubble": (4, {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}),
     "pp 2, dp_shard 2, blocks recomputed": (4, {"pp": 2, "recompute": "block"}),
     "pp 2, dp_shard 2, one block of two recomputed": (4, {"pp": 2, "recompute": "block", "recompute_layers": 1}),
     "pp 2, dp_shard 2, tp 2": (8, {"pp": 2, "tp": 2}),
 }
 if torch.__version__ < "2.13":
-    del LAYOUTS["pp 2, zero-bubble"]  # refused
+    LAYOUTS = {name: layout for name, layout in LAYOUTS.items() if "zero-bubble" not in name}  # refused
 
 #: Changes of the recipe on one device.
 SETTINGS: dict[str, dict[str, Any]] = {

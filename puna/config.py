@@ -79,8 +79,8 @@ class Parallel(_Strict):
     layers_per_unit: Positive = 1
     """Layers whose weights are gathered together: more make fewer, larger messages and take more memory."""
     reshard: bool = True
-    """Gathered weights are freed after the forward pass and gathered again for the backward pass; a zero-bubble pipeline
-    keeps them all the same, for its backward pass in two parts finds no others."""
+    """Gathered weights are freed after the forward pass and gathered again for the backward pass; a zero-bubble
+    pipeline keeps them all the same, for its backward pass in two parts finds no others."""
 
     @property
     def reshards(self) -> bool:

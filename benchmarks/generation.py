@@ -1,18 +1,23 @@
-"""Generation on this machine: the engine beside transformers (and llama.cpp, where its Python package is installed).
+"""Generation on this machine: the engine beside transformers and llama.cpp.
 
-    python benchmarks/generation.py [--layers 22] [--precision bf16|fp32] [--only decode,prefill,requests,lookup]
+    python benchmarks/generation.py [--layers 22] [--precision bf16|fp32] [--only decode,prefill,requests,lookup,bits]
+                                    [--llama-cpp PYTHON]
 
-TinyLlama's shape (1.1 B weights in 22 layers, random). Both run in one process, in turn, so that what slows the machine
-down slows both; medians count. The share of the memory's rate is weights read for a token, over a large sum's rate.
+TinyLlama's shape (1.1 B weights in 22 layers, random). All take turns, so that what slows the machine down slows all;
+medians count. The share of the memory's rate is weights read for a token, over a large sum's rate.
 
     decode     1 and 8 sequences, behind a prompt of 64 tokens
     prefill    a prompt of 512 tokens
     requests   64 of mixed length that arrive over time; transformers: static batches of 8, and its continuous batching
     lookup     an edit that repeats a file of 200 lines, with guesses by lookup and without
+    bits       1 sequence and a prompt of 512 tokens with weights of 16, 8 and 4 bits, beside llama.cpp (`few_bits.py`);
+               recorded as generation_bits. PYTHON has the packages llama-cpp-python, best built from source
+               (CMAKE_ARGS=-DGGML_NATIVE=ON), and gguf: a venv of its own serves
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from few_bits import beside_llama_cpp
 from record import record
 from torch import Tensor
 
@@ -38,8 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--only", default="decode,prefill,requests,lookup")
+    parser.add_argument("--only", default="decode,prefill,requests,lookup,bits")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--llama-cpp", metavar="PYTHON", default=sys.executable)
     args = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
     config = replace(TINY_LLAMA, num_hidden_layers=args.layers)
@@ -59,7 +66,13 @@ def main() -> None:
         rows += requests(ours, theirs, args.requests)
     if "lookup" in works:
         rows += lookup(ours)
-    record("generation", rows, {"precision": args.precision, "layers": args.layers, "read_bytes_per_second": rate})
+    facts = {"precision": args.precision, "layers": args.layers, "read_bytes_per_second": rate}
+    if rows:
+        record("generation", rows, facts)
+    if "bits" in works and dtype == torch.bfloat16:
+        theirs = None  # its weights make room
+        facts["threads"] = torch.get_num_threads()
+        record("generation_bits", beside_llama_cpp(ours, args.llama_cpp), facts)
 
 
 def decode(ours: Llama, theirs: Any, n: int, facts: Callable[[float], dict[str, Any]]) -> list[dict[str, Any]]:

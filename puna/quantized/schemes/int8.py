@@ -51,7 +51,7 @@ class Linear(QuantizedLinear):
 
     def pack(self) -> None:
         """Orders the codes as a CPU with units for int8 reads them."""
-        if self.weight.device.type == "cpu" and has_int8_units():
+        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_int8_units():
             self._is_packed = True
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.weight_scale = self.weight_scale.float().view(-1)

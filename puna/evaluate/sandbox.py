@@ -297,8 +297,9 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
     started = time.monotonic()
     with _Files() as files:
         (questions, ask), (answers, answer), (verdict, speak), (printed, write) = (files.pipe() for _ in range(4))
-        task = files.of(encode([job.program, job.entry_point, list(job.classes), job.setup, job.test]))
-        holder.begin(questions, answer, write)
+        program = files.of(encode([job.program, job.entry_point]))
+        task = files.of(encode([job.entry_point, list(job.classes), job.setup, job.test]))
+        holder.begin(program, questions, answer, write)
         tester.begin(task, answers, ask, speak)
         files.close(questions, ask, answers, answer, speak, write)
         heard = {verdict: bytearray(), printed: bytearray()}

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 MUTABLE = (list, dict, set, bytearray)
 
 
-def hold(pipe: Pipe) -> None:
-    """Executes the program that comes first, then does for every question that follows what it asks."""
+def hold(program: str, entry_point: str, pipe: Pipe) -> None:
+    """Executes the program, then does for every question that comes what it asks."""
     pipe.send(encode(["hello"]))
-    program, entry_point = decode(pipe.receive())
     module = sys.modules["candidate"] = type(sys)("candidate")
     try:
         seed_random(program)

@@ -43,11 +43,11 @@ for i in range({TIMES}):
 def rehearse() -> None:
     """Plays both halves of a judgement, each against the other's words written down beforehand."""
     answer = ["answer", [1, 9, *VALUES], []]
-    with _hearing([PROGRAM, "f"], *[["call", VALUES, {}]] * TIMES) as pipe, contextlib.suppress(EOFError):
-        hold(pipe)
+    with _hearing(*[["call", VALUES, {}]] * TIMES) as pipe, contextlib.suppress(EOFError):
+        hold(PROGRAM, "f", pipe)
     with _hearing(["hello"], ["ready"], *[answer] * TIMES) as pipe:
         try:
-            examine(("", "f", [], "", TEST), pipe, _speak)
+            examine(("f", [], "", TEST), pipe, _speak)
         except _SpokenError as spoken:
             if spoken.args != ("passed",):
                 raise

@@ -1,7 +1,7 @@
 """The trusted half: runs a task's test, whose function under test asks the other half, and speaks the verdict.
 
 test                                       hold
-[program, "add"]            ──────────▶    executes the program
+◀──────────    ["hello"], and executes the program
 ◀──────────    ["ready"]
 ["call", (2, 3), {}]        ──────────▶    add(2, 3)
 ◀──────────    ["answer", 5, []]
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import CodeType
     from typing import Any, NoReturn
 
-    Task = tuple[str, str, list[str], str, str]  # program, entry point, classes, setup, questions
+    Task = tuple[str, list[str], str, str]  # entry point, classes, setup, questions
 
 #: What is reported when the other half went away; the judge looks at its exit status and says why.
 GONE = "the program ended without answering"
@@ -59,19 +59,19 @@ def compiled(source: str, name: str) -> CodeType:
 def compile_ahead(task: Task) -> None:
     """Compiles a task's texts for every process made from here on; one that is no Python is `test`'s to report."""
     with contextlib.suppress(Exception):
-        compiled(task[3], "<setup>")
-        compiled(task[4], "<test>")
+        compiled(task[2], "<setup>")
+        compiled(task[3], "<test>")
 
 
 def examine(task: Task, pipe: Pipe, report: Callable[..., NoReturn]) -> NoReturn:
-    """Has the other half execute the program, asks the questions, and reports a verdict; see `test`."""
-    program, entry_point, classes, setup, questions = task
+    """Waits until the program has been executed, asks the questions, and reports a verdict; see `test`."""
+    entry_point, classes, setup, questions = task
     proxy = Proxy(pipe, entry_point, report)
     namespace: dict[str, Any] = {"__name__": "test"}
     seed_random(questions)
     exec(compiled(setup, "<setup>"), namespace)
     code = compiled(questions, "<test>")
-    proxy.start(program)
+    proxy.wait()
     namespace[entry_point] = proxy.call
     namespace["answer_within"] = proxy.answer_within
     for name in classes:
@@ -93,11 +93,11 @@ class Proxy:
         self.raised: Exception | None = None
         self.most_seconds: float | None = None
 
-    def start(self, program: str) -> None:
-        """Has the other half execute the program."""
+    def wait(self) -> None:
+        """Waits until the other half has executed the program."""
         if self._receive(NOT_STARTED, "sandbox") != ["hello"]:
             self.report("sandbox", NOT_STARTED)
-        match self._ask([program, self.name]):
+        match self._receive(GONE, "error"):
             case ["ready"]:
                 return
             case ["raised", "MemoryError", str()]:

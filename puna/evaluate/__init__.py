@@ -58,7 +58,7 @@ def evaluate(
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
     programs = getattr(module.evaluate, "__self__", None)
-    if isinstance(programs, Programs):  # before a large model is loaded: is there what it will be asked?
+    if name is not None and isinstance(programs, Programs):  # before a large model is loaded: are there tasks for it?
         programs.tasks(options.get("data"), options.get("variant"))
     if nproc is not None:
         if name is None or not isinstance(programs, Programs):

@@ -27,7 +27,7 @@ from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import RemoteCompleter
-from puna.evaluate.samples import Log, Sample, data_file, read_samples
+from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
 from puna.files import file_aside, read_json, sha256_of, write_json
@@ -212,7 +212,7 @@ class Programs(ABC):
         path = data_file(self.name, data, self._file(variant), self.where)
         try:
             tasks = self.read(path)
-        except PunaError as error:
+        except LinesError as error:
             raise PunaError(f"{error}\nis it {self.name}'s official file? {self.where}") from None
         if not tasks:
             raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")

@@ -24,6 +24,10 @@ FOLDER_VARIABLE = "PUNA_DATA"
 SAMPLE_FORM = '{"task_id", "completion"} (what follows the prompt) or {"task_id", "solution"} (the whole program)'
 
 
+class LinesError(PunaError):
+    """A file that is not the JSON lines it should be."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """An answer to a task.
@@ -105,7 +109,7 @@ def read_lines(path: Path | str, fields: Mapping[str, type | tuple[type, ...]]) 
         fields: what each object must have, and of which type.
 
     Raises:
-        PunaError: the file is missing or cut off, or a line is not such an object; the message names file and line.
+        LinesError: the file is missing or cut off, or a line is not such an object; the message names file and line.
     """
     path = Path(path)
     try:
@@ -114,20 +118,20 @@ def read_lines(path: Path | str, fields: Mapping[str, type | tuple[type, ...]]) 
                 if text.strip():
                     yield number, _line(text, fields, f"{path}, line {number}")
     except FileNotFoundError:
-        raise PunaError(f"{path} does not exist") from None
+        raise LinesError(f"{path} does not exist") from None
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise PunaError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+        raise LinesError(f"{path} is damaged or cut off ({error}); fetch it again") from None
 
 
 def _line(text: str, fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except json.JSONDecodeError as error:
-        raise PunaError(f"{where}: not JSON ({error}); each line must be an object with {', '.join(fields)}") from None
+        raise LinesError(f"{where}: not JSON ({error}); each line must be an object with {', '.join(fields)}") from None
     is_object = isinstance(line, dict)
     lacking = [name for name, kind in fields.items() if not is_object or not isinstance(line.get(name), kind)]
     if lacking:
-        raise PunaError(
+        raise LinesError(
             f"{where}: nothing usable under {', '.join(lacking)}; each line must be an object with {', '.join(fields)}"
         )
     return line

@@ -18,8 +18,10 @@ from torch import Tensor
 from puna.devices import takes_cuda_kernels
 from puna.model.attention_in_blocks import Span, attend_in_blocks
 
-#: Tokens of a document from which `attend_in_blocks` serves bf16 on a CPU. fp32 gains nothing by it.
+#: Queries of a document, or numbers in the keys that they see, from which `attend_in_blocks` serves bf16 on a CPU.
+#: Below both torch's kernel is faster; fp32 gains nothing by it.
 IN_BLOCKS_FROM = 64
+IN_BLOCKS_FROM_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     is_grouped = q.shape[2] != k.shape[2]
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
     if documents is None or set(documents.lengths) == {q.shape[1]}:
-        if _is_for_blocks(q, q.shape[1]):
+        if _is_for_blocks(k, q.shape[1], k.shape[1]):
             return attend_in_blocks(q_, k_, v_, Span.of_documents([q.shape[1]] * len(q))).view_as(q)
         return _sdpa(q, k, v, is_causal=True, enable_gqa=is_grouped)
     if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
@@ -78,14 +80,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if _is_for_blocks(q, len(q)):
+    if _is_for_blocks(k, len(q), len(k)):
         return attend_in_blocks(q, k, v, Span.of_documents([len(q)]))
     return _sdpa(q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[0]
 
 
-def _is_for_blocks(q: Tensor, n_queries: int) -> bool:
-    """Whether so many queries of a document are computed in blocks."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_queries >= IN_BLOCKS_FROM
+def _is_for_blocks(k: Tensor, n_queries: int, n_keys: int) -> bool:
+    """Whether so many queries and keys (..., K, H) of a document are computed in blocks."""
+    is_large = n_queries >= IN_BLOCKS_FROM or n_keys * k.shape[-2] * k.shape[-1] >= IN_BLOCKS_FROM_NUMBERS
+    return is_large and k.device.type == "cpu" and k.dtype == torch.bfloat16
 
 
 def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
@@ -108,15 +111,24 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
         starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)).to(q.device) for n in counts]
         longest = [int(n.max()) for n in counts]
         return varlen(q_, k_, v_, *starts, *longest, window_size=(-1, 0)).view_as(q)
-    if _is_for_blocks(q, max(span.queries_stop - span.queries_start for span in spans)):
+    sizes = [(queries.stop - queries.start, keys.stop - keys.start) for queries, keys in places]
+    if _is_for_blocks(k, max(n for n, _ in sizes), max(n for _, n in sizes)):
         return attend_in_blocks(q_, k_, v_, spans).view_as(q)
     out = []
-    for queries, keys in places:
-        n_queries, n_keys = queries.stop - queries.start, keys.stop - keys.start
+    for (queries, keys), (n_queries, n_keys) in zip(places, sizes, strict=True):
+        if n_queries == 1:
+            out.append(_attend_newest(q_[queries], k_[keys], v_[keys]))
+            continue
         is_visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
         mask = {"is_causal": True} if n_queries == n_keys else {"attn_mask": is_visible}
         out.append(_sdpa(q_[None, queries], k_[None, keys], v_[None, keys], enable_gqa=is_grouped, **mask)[0])
     return torch.cat(out).view_as(q)
+
+
+def _attend_newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One (1, N, H) query sees all of (S, K, H): the heads that share keys are its rows, and no mask is needed."""
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (1, K, N / K, H)
+    return F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None]).flatten(1, 2)
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, *, is_grouped: bool) -> str:

@@ -13,7 +13,8 @@ Products are in the dtype of the input, softmax in fp32 inside; `attend_referenc
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tens
     Returns:
         (Tq, N, H).
     """
-    out: Tensor = _AttendInBlocks.apply(q, k, v, [place for span in spans for place in astuple(span)])
+    places = [place for s in spans for place in (s.queries_start, s.queries_stop, s.keys_start, s.keys_stop)]
+    out: Tensor = _AttendInBlocks.apply(q, k, v, places) if torch.is_grad_enabled() else _forward(q, k, v, places)
     return out
 
 
@@ -70,24 +72,25 @@ class _AttendInBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v = ctx.saved_tensors
-        groups, scale, mask = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _mask(q, k)
+        groups, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+        mask = _mask(groups, QUERIES, q.dtype, q.device)
         grad_q = torch.empty_like(q)
-        # (K, H, T) in fp32: products of small transposed matrices with whole weights are faster than the reverse.
-        grad_k, grad_v = (torch.zeros(k.shape[1], k.shape[2], k.shape[0], device=k.device) for _ in range(2))
+        grad_k, grad_v = (torch.zeros(k.shape[1], k.shape[0], k.shape[2], device=k.device) for _ in range(2))
         for queries, keys, heads in _blocks(q, k, ctx.places):
             q_, k_, v_ = _heads_first(q, queries, heads, groups) * scale, k[keys, heads], v[keys, heads]
             grad_ = _heads_first(grad, queries, heads, groups)
             weights = _weights(q_, k_, mask)
-            _add_product_(grad_v[heads, :, keys], grad_.mT, weights)
-            slope = torch._softmax_backward_data(grad_ @ v_.permute(1, 2, 0), weights, -1, weights.dtype)
-            _add_product_(grad_k[heads, :, keys], q_.mT, slope)
+            _add_product_(grad_v[heads, keys], weights.mT, grad_)
+            slope = torch._softmax_backward_data(grad_ @ v_.transpose(0, 1).contiguous().mT, weights, -1, weights.dtype)
+            _add_product_(grad_k[heads, keys], slope.mT, q_)
             _put(grad_q, queries, heads, groups, (slope @ k_.transpose(0, 1)).mul_(scale))
-        grad_k, grad_v = (x.permute(2, 0, 1).to(k.dtype).contiguous() for x in (grad_k, grad_v))
+        grad_k, grad_v = (x.to(k.dtype).transpose(0, 1).contiguous() for x in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> Tensor:
-    groups, scale, mask = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _mask(q, k)
+    groups, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    mask = _mask(groups, QUERIES, q.dtype, q.device)
     out = torch.empty_like(q)
     for queries, keys, heads in _blocks(q, k, places):
         weights = _weights(_heads_first(q, queries, heads, groups) * scale, k[keys, heads], mask)
@@ -109,16 +112,19 @@ def _blocks(q: Tensor, k: Tensor, places: list[int]) -> Iterator[tuple[slice, sl
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """(heads, queries, H) and (keys, heads, H) to (heads, queries, keys): softmax over what each query sees."""
-    scores = q @ k.permute(1, 2, 0)
+    scores = q @ k.transpose(0, 1).contiguous().mT  # whole rows are copied, and oneDNN takes such a view as it is
     n_queries = q.shape[1] // (len(mask) // mask.shape[1])
-    scores[..., -n_queries:] += mask[: q.shape[1], :n_queries]
+    if n_queries > 1:
+        scores[..., -n_queries:] += mask[: q.shape[1], :n_queries]
     return scores.softmax(-1)
 
 
-def _mask(q: Tensor, k: Tensor) -> Tensor:
+@cache
+def _mask(groups: int, queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(queries x groups, queries): what is added to the last square of a block."""
-    square = torch.full((QUERIES, QUERIES), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    return square.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+    with torch.inference_mode(False):
+        square = torch.full((queries, queries), float("-inf"), dtype=dtype, device=device).triu_(1)
+        return square.repeat_interleave(groups, dim=0)
 
 
 def _heads_first(x: Tensor, rows: slice, heads: slice, groups: int) -> Tensor:

@@ -157,9 +157,10 @@ def test_attention_in_blocks_is_known_to_the_meta_device() -> None:
     documents=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=3),
     heads=HEADS,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    from_numbers=st.sampled_from([1, 1 << 16]),
 )
 def test_the_last_queries_of_a_document_get_what_they_get_among_all(
-    documents: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype
+    documents: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype, from_numbers: int
 ) -> None:
     generator = torch.Generator().manual_seed(len(documents))
     lengths = [asked + before for asked, before in documents]
@@ -174,6 +175,7 @@ def test_the_last_queries_of_a_document_get_what_they_get_among_all(
         query, key = query + asked, key + asked + before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "IN_BLOCKS_FROM", 6)
+        patch.setattr(attention, "IN_BLOCKS_FROM_NUMBERS", from_numbers)
         patch.setattr(attention_in_blocks, "QUERIES", 4)
         out = attend_spans(ours[0][:, is_asked], *ours[1:], spans)
         expected = attend_reference(*theirs, numbers)[:, is_asked]

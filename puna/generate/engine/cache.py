@@ -13,7 +13,6 @@ came in one step.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
@@ -161,8 +160,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last (t, N, H) queries of a text see its (L, K, H) keys and values up to themselves."""
     if len(q) == len(k):
         return attend(q[None], k[None], v[None])[0]
-    if len(q) > 1:
-        return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]
-    # One query: the heads that share keys are its rows, and no mask is needed. torch's kernel wants a batch dim.
-    grouped = q.unflatten(1, (k.shape[1], -1))  # (1, K, N / K, H)
-    return F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None]).flatten(1, 2)
+    return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]

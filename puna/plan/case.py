@@ -100,7 +100,12 @@ class Case:
     @cached_property
     def most_layers(self) -> int:
         """Of the first pipeline rank, which has as many as any."""
-        return sum(self.stages_of(0))
+        return sum(self.first_stages)
+
+    @cached_property
+    def first_stages(self) -> list[int]:
+        """The number of layers of each stage of that rank, the largest first."""
+        return self.stages_of(0)
 
     @cached_property
     def _stage_sizes(self) -> list[int]:

@@ -9,7 +9,7 @@ autograd keeps of each operation is read off `puna.model.llama`, and held agains
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -140,6 +140,7 @@ class Footprint:
         self.case = case
         ranks = sorted({0, min(1, case.layout.pp - 1), case.layout.pp - 1})
         self._ranks = [_Rank(case, rank) for rank in ranks]
+        self._sizes = {rank.size for rank in self._ranks}
         self._layer: dict[str, LayerBytes] = {"none": layer_bytes(case, "none")}
 
     def memory(self, recompute: Recompute, *, with_runtime: bool = True) -> Memory:
@@ -148,11 +149,11 @@ class Footprint:
         if mode not in self._layer:
             self._layer[mode] = layer_bytes(case, mode)
         leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
-        found = []
-        for rank in self._ranks:
-            again = recompute.layers_of(rank.size)
-            layers = _Layers(self._layer["none"], self._layer[mode], rank.size - again, again, leaving)
-            found.append((rank.fullest(layers), rank.rank))
+        layers = {
+            size: _Layers(self._layer["none"], self._layer[mode], size, recompute.layers_of(size), leaving)
+            for size in self._sizes
+        }
+        found = [(rank.fullest(layers[rank.size]), rank.rank) for rank in self._ranks]
         fullest, pp_rank = max(found, key=lambda each: each[0].total)
         is_counted = with_runtime and not case.is_cpu
         return Memory(fullest, _runtime(case, fullest) if is_counted else 0.0, pp_rank)
@@ -202,38 +203,33 @@ def layer_bytes(case: Case, mode: str) -> LayerBytes:
     return LayerBytes((stream + products + out + lse) * R, max(0, formed) * R, cast)
 
 
-class _Layers(NamedTuple):
+class _Layers:
     """The layers of a rank's largest stage: the first ones recompute, and so come last in the backward pass.
 
-    Attributes:
+    Args:
         keeping: a layer that does not recompute.
         again: one that does.
-        n_keeping: of the stage.
-        n_again: of the stage.
+        size: how many there are.
+        n_again: how many of them recompute.
         leaving: bytes on their way to the host.
     """
 
-    keeping: LayerBytes
-    again: LayerBytes
-    n_keeping: int
-    n_again: int
-    leaving: float
-
-    def kept(self, done: int = 0) -> float:
-        """Activations of the stage that are left when so many layers have been through the backward pass."""
-        keeping = max(0, self.n_keeping - done)
-        again = self.n_again - max(0, done - self.n_keeping)
-        return keeping * self.keeping.kept + again * self.again.kept
+    def __init__(self, keeping: LayerBytes, again: LayerBytes, size: int, n_again: int, leaving: float) -> None:
+        self.keeping, self.again, self.n_keeping, self.leaving = keeping, again, size - n_again, leaving
+        self.kept = self.n_keeping * keeping.kept + n_again * again.kept
+        #: Layers that have been through the backward pass -> activations left, and what the next one computes anew.
+        self.turns: list[tuple[int, float, float]] = []
+        for done in _turns(size, self.n_keeping):
+            if done < self.n_keeping:
+                self.turns.append((done, self.kept - done * keeping.kept, keeping.formed))
+            else:
+                self.turns.append((done, (size - done) * again.kept, again.formed))
 
     def cast(self, n: int, done: int) -> float:
         """Cast weights when the `n`-th micro-batch in flight has so many layers behind it, and begins the next."""
         if done < self.n_keeping:
             return self.keeping.cast * (n * self.n_keeping - done)
         return self.keeping.cast * (n - 1) * self.n_keeping + self.again.cast
-
-    def formed(self, done: int) -> float:
-        """What the layer that comes after so many others computes anew."""
-        return self.keeping.formed if done < self.n_keeping else self.again.formed
 
 
 class _Rank:
@@ -283,22 +279,17 @@ class _Rank:
 
     def fullest(self, layers: _Layers) -> Moment:
         """From the loss to the last layer's backward pass, or at the end of the step."""
-        of_stage, first = layers.kept(), layers.n_keeping  # behind so many, the first that recomputes has its turn
-        turns = {0, 1, self.size - 1, first, first + 1}
         found, most = self._end, self._end.total
         for n, accumulates, loss in self._fullest:
             beside = n * self._output + layers.leaving + self._beside
             if loss is not None:
-                kept, cast = n * of_stage + beside + self._ends, n * layers.keeping.cast * first
+                kept, cast = n * layers.kept + beside + self._ends, n * layers.keeping.cast * layers.n_keeping
                 if loss.total + kept + cast > most:
                     found = loss.under(kept, cast, 0.0)
                     most = found.total
-            for done in turns:
-                if done >= self.size:
-                    continue
-                kept = (n - 1) * of_stage + layers.kept(done) + beside * (1 - done / self.size / n) + self._rotations
-                cast, formed = layers.cast(n, done), layers.formed(done)
-                shared = self._backward(done, accumulates)
+            for done, left, formed in layers.turns:
+                kept = (n - 1) * layers.kept + left + beside * (1 - done / self.size / n) + self._rotations
+                cast, shared = layers.cast(n, done), self._backward(done, accumulates)
                 if shared.total + kept + cast + formed > most:
                     found = shared.under(kept, cast, formed)
                     most = found.total
@@ -453,6 +444,12 @@ class _Rank:
         if self.case.recipe.parallel.schedule == "zero-bubble":
             sides += layout.stages_per_rank - self.has_embedding
         return sides * layout.micro_batches * self.hidden / layout.tp
+
+
+@cache
+def _turns(size: int, first: int) -> list[int]:
+    """Layers behind those whose backward pass may be the fullest moment: of a stage's ends and of both its kinds."""
+    return sorted({0, 1, size - 1, first, first + 1} & set(range(size)))
 
 
 def _runtime(case: Case, fullest: Moment) -> float:

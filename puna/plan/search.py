@@ -142,7 +142,7 @@ class Search:
         yield nothing, keeps_all
         if case.recipe.parallel.schedule == "zero-bubble":  # two backward passes would compute everything twice
             return
-        size = case.stages_of(0)[0]
+        size = case.first_stages[0]
         for mode in RECOMPUTE[1:]:
             all_layers = Recompute(mode)
             least = footprint.memory(all_layers)

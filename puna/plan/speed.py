@@ -137,7 +137,7 @@ class Pace:
     def speed(self, recompute: Recompute) -> Speed:
         """As the function of that name."""
         case, layout = self.case, self.case.layout
-        again = sum(map(recompute.layers_of, case.stages_of(0)))
+        again = sum(map(recompute.layers_of, case.first_stages))
         keeping = case.most_layers - again
         kept, formed, head, shared = self._layer("none"), self._layer(recompute.mode), self._head, self._of_step
         micro = {name: keeping * kept[name] + again * formed[name] + head[name] for name in ROWS}

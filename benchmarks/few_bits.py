@@ -83,7 +83,7 @@ def random_quantized(config: ModelConfig, scheme: str) -> Llama:
             drawn[shape] = layer.quantize(weight, layer.group_size)
         for name, values in drawn[shape].items():
             setattr(layer, name, values.clone())
-        layer.pack()
+        layer.pack(torch.bfloat16)
     for module in model.modules():
         for name, empty in module.named_parameters(recurse=False):
             values = torch.ones(empty.shape) if empty.dim() == 1 else torch.randn(empty.shape) * 0.02

@@ -73,7 +73,7 @@ def _layer(name: str, out_features: int, in_features: int, device: torch.device)
     layer = scheme(in_features, out_features, False, size)
     for part, values in scheme.quantize(weight, size).items():
         setattr(layer, part, values)
-    layer.to(device).pack()
+    layer.to(device).pack(torch.bfloat16)
     return layer
 
 

@@ -145,7 +145,7 @@ def build_model(
         model.compute_dtype = dtype
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                module.pack()
+                module.pack(dtype)
     return model
 
 

@@ -27,8 +27,9 @@ NO_ZERO_POINTS = torch.zeros(0, dtype=torch.int64, device="cpu")
 ROWS_AT_ONCE = 128
 
 
+@torch.no_grad()
 def product_by_digits(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Rows times the transposed weight.
+    """Rows times the transposed weight; for inference.
 
     Args:
         x: (rows, in), of a dtype in `DIGITS`.

@@ -52,8 +52,12 @@ class QuantizedLinear(nn.Module, ABC):
     def product(self, x: Tensor) -> Tensor:
         """Rows times the transposed weight: (rows, in), contiguous, to (rows, out)."""
 
-    def pack(self) -> None:
-        """Brings what is stored into the form that the device multiplies with; by default they are the same."""
+    def pack(self, dtype: torch.dtype | None = None) -> None:
+        """Brings what is stored into the form that the device multiplies with; by default they are the same.
+
+        Args:
+            dtype: of all activations there will be; None: any. Some products know one alone.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`: bf16 or fp32."""

@@ -54,6 +54,16 @@ def test_a_product_by_digits_is_that_of_the_activations(rows, dtype, most):
 
 
 @needs_units
+def test_activations_may_come_from_where_gradients_are_recorded():
+    weight = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
+    packed, scale = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(32)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(
+        product_by_digits(x.clone().requires_grad_(), packed, scale), product_by_digits(x, packed, scale)
+    )
+
+
+@needs_units
 def test_the_largest_sums_do_not_overflow():
     width = 28672  # of the 70B model's down projection
     weight = torch.full((16, width), 127, dtype=torch.int8)

@@ -43,7 +43,7 @@ class Linear(QuantizedLinear):
         """Rounded weights times their scales."""
         return tensors["weight"].float() * tensors["weight_scale"]
 
-    def pack(self) -> None:
+    def pack(self, dtype: torch.dtype | None = None) -> None:
         """Asks once what the device can do; nothing is moved."""
         self._is_native = multiplies_fp8(self.weight.device)
 

@@ -49,7 +49,7 @@ class Linear(QuantizedLinear):
         """Codes times scales."""
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
-    def pack(self) -> None:
+    def pack(self, dtype: torch.dtype | None = None) -> None:
         """Orders the codes as a CPU with units for int8 reads them."""
         if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_int8_units():
             self._is_packed = True

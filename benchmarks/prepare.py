@@ -27,10 +27,6 @@ from record import record
 
 from puna.files import read_json
 
-#: MB/s of the tool that puna replaces (MindFormers r1.5, `llama_preprocess.py`), recorded on a machine of this kind
-#: and not measured in this run: it needs MindSpore.
-RECORDED_MINDFORMERS = 0.2
-
 #: Peak memory of all processes together that `puna prepare` may take.
 MEMORY_GOAL_MB = 500
 
@@ -75,10 +71,6 @@ def main() -> None:
             "ratio_to_sentencepiece": round(ratio(runs, "seconds"), 2),
             "ratio_to_sentencepiece_in_processor_time": round(ratio(runs, "processor_seconds"), 2),
             "goal_ratio_to_sentencepiece": 1.0,
-            "ratio_to_recorded_mindformers": round(speeds["puna"] / RECORDED_MINDFORMERS, 1),
-            "goal_ratio_to_recorded_mindformers": 20,
-            "recorded_mindformers_mb_per_second": RECORDED_MINDFORMERS,
-            "note": "the figure of MindFormers was recorded before, on a machine of this kind; it is not from this run",
             "peak_memory_mb": max(run["peak_memory_mb"] for run in runs["puna"]),
             "goal_peak_memory_mb": MEMORY_GOAL_MB,
         },

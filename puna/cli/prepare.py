@@ -22,9 +22,7 @@ _COMMON: list[tuple[str, Any, Any]] = [
     ("tokenizer", Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json or a folder with one.")], ...),
     (
         "workers",
-        Annotated[
-            int | None, typer.Option(help="Processes; if not given one for each processor, for little data one.")
-        ],
+        Annotated[int | None, typer.Option(help="Processes; if not given as many as processors, for little data one.")],
         None,
     ),
     (

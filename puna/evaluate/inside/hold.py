@@ -48,7 +48,7 @@ def hold(program: str, entry_point: str, pipe: Pipe) -> None:
 
 def _send(pipe: Pipe, answer: bytes) -> None:
     """Sends an answer; what the program has printed goes before it."""
-    try:  # noqa: SIM105  contextlib would have to be imported
+    try:  # noqa: SIM105  no more of Python than need be: the program may have changed any of it
         sys.stdout.flush()
     except BaseException:  # whatever the program has made of it
         pass

@@ -84,6 +84,9 @@ TRAINING = {
     "34b width": Training("codellama-34b", 10, 4096, 2, 4, fields=MASTERS),
     "34b width, rows of 16384": Training("codellama-34b", 10, 16384, 1, 2, fields={**MASTERS}),
     "34b whole": Training("codellama-34b", None, 4096, 2, 1, fields=IN_BACKWARD),
+    "34b whole, 34 layers of 48 recomputed": Training(
+        "codellama-34b", None, 4096, 2, 1, fields={**IN_BACKWARD, "recompute_layers": 34}
+    ),
 }
 
 
@@ -320,7 +323,9 @@ def _recipe(case: Training) -> Recipe:
 
 def _model(recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device) -> DistributedModel:
     """A model as a run makes it, with weights drawn on the device."""
-    prepare = partial(prepare_layers, recompute=recipe.recompute, is_compiled=True)
+    prepare = partial(
+        prepare_layers, recompute=recipe.recompute, n_recomputed=recipe.recompute_layers, is_compiled=True
+    )
     model = DistributedModel.build(
         config, Ranks(layout, None, None, None), recipe.parallel, device, prepare=prepare,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32, compute_dtype=torch.bfloat16,

@@ -17,7 +17,8 @@ measure generate codellama-7b
 measure generate codellama-34b
 measure generate codellama-34b --scheme fp8
 measure generate codellama-7b --scheme int4
-for case in "7b" "34b width" "34b whole" "34b whole, 34 layers of 48 recomputed" "7b, documents of 512" "7b, rows of 16384" "34b width, rows of 16384"; do
+for case in "7b" "34b width" "34b whole" "34b whole, 34 layers of 48 recomputed" "7b, documents of 512" "7b, rows of 16384" \
+	"34b width, rows of 16384"; do
 	measure train "$case"
 done
 "$python" benchmarks/gpu.py gather "$rows"

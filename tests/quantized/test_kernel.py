@@ -1,5 +1,7 @@
 """The kernel for int4: its order of codes, and that its products are those of the dequantised weight."""
 
+import copy
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_codes_lie_where_the_kernel_reads_them():
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, int4.KERNEL_ROWS + 1])
 def test_a_product_is_that_of_the_dequantised_weight(rows, group):
     layer, weight = packed(torch.randn(48, 384), group)
-    assert layer._kernel is not None
+    assert layer._is_in_tiles
     x = torch.randn(rows, 384).bfloat16()
     out = layer(x)
     assert (out.shape, out.dtype) == ((rows, 48), torch.bfloat16)
@@ -64,7 +66,7 @@ def test_a_channel_much_greater_than_all_others_drowns_none():
 @needs_kernel
 def test_the_dequantised_weight_is_the_references_to_the_last_bit_of_bf16():
     layer, weight = packed(torch.randn(64, 256), 64)
-    found = layer._kernel.transposed_weight(layer.packed, *layer.scales_and_zeros)
+    found = kernel().transposed_weight(layer.packed, *layer.scales_and_zeros)
     assert torch.equal(found.t(), weight.bfloat16())
 
 
@@ -73,6 +75,13 @@ def test_a_row_does_not_depend_on_those_beside_it():
     layer, _ = packed(torch.randn(64, 256), 64)
     x = torch.randn(9, 256).bfloat16()
     assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@needs_kernel
+def test_a_packed_layer_can_be_copied():
+    layer, _ = packed(torch.randn(16, 64), 64)
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 @needs_kernel
@@ -91,7 +100,7 @@ def test_what_is_not_a_number_does_not_become_one(odd):
 @pytest.mark.parametrize("dtype", [torch.float32, None])
 def test_what_the_kernel_does_not_know_goes_without_it(dtype):
     layer, weight = packed(torch.randn(64, 128), 64, dtype)
-    assert layer._kernel is None
+    assert not layer._is_in_tiles
     x = torch.randn(3, 128)
     assert relative_error(layer(x), x.double() @ weight.double().t()) < 1e-5
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
-from puna.quantized.kernel import TILE, Kernel, in_tiles, kernel
+from puna.quantized.kernel import TILE, in_tiles, kernel
 from puna.quantized.linear import Form, QuantizedLinear
 
 #: Shares of a group's range that its codes may span.
@@ -52,7 +52,7 @@ class Linear(QuantizedLinear):
     packed: Tensor
     scales_and_zeros: Tensor
     _is_interleaved = False
-    _kernel: Kernel | None = None
+    _is_in_tiles = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -94,8 +94,8 @@ class Linear(QuantizedLinear):
         """Orders the codes as the device's kernel reads them."""
         scales_and_zeros = torch.stack((self.weight_scale.t(), self.weight_zero.t()), dim=-1)
         is_for_ours = self.weight.device.type == "cpu" and dtype == torch.bfloat16 and self.out_features % TILE == 0
-        if is_for_ours and (ours := kernel()):
-            self._kernel = ours
+        if is_for_ours and kernel() is not None:
+            self._is_in_tiles = True
             packed = in_tiles(_unpaired(self.weight))
             of_outputs = torch.stack((self.weight_scale, self.weight_zero))
             scales_and_zeros = of_outputs.unflatten(1, (-1, TILE)).transpose(2, 3).contiguous()
@@ -114,8 +114,8 @@ class Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self._kernel is not None:
-            return self._product_of_ours(self._kernel, x)
+        if self._is_in_tiles:
+            return self._product_of_ours(x)
         if takes_cuda_kernels(x.device.type):  # it knows bf16 alone
             out = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.packed, self.group_size, self.scales_and_zeros)
             return out.to(x.dtype)
@@ -124,7 +124,9 @@ class Linear(QuantizedLinear):
             return self._dequantised_product(x, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, scales_and_zeros)
 
-    def _product_of_ours(self, ours: Kernel, x: Tensor) -> Tensor:
+    def _product_of_ours(self, x: Tensor) -> Tensor:
+        ours = kernel()
+        assert ours is not None
         if len(x) <= KERNEL_ROWS:
             return ours.product(x, self.packed, *self.scales_and_zeros)
         parts = zip(self.packed.split(TILES_AT_ONCE), self.scales_and_zeros.split(TILES_AT_ONCE, dim=1), strict=True)

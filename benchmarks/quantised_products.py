@@ -3,15 +3,15 @@
     python benchmarks/quantised_products.py [--layers 6] [--rounds 7] [--schemes int8 int4] [--device cpu]
 
 The layers are those of TinyLlama's shape (2048 wide, 5632 in the MLP, 256 for keys and values), several of each, so
-that no cache holds them. A round multiplies with all of them, contender after contender; the medians count. On a CPU
-the packed products of int8 and int4 and their dequantised ones run as contenders of their own, too, at numbers of rows
-between: what the schemes' `PACKED_ROWS` are chosen by.
+that no cache holds them. A round multiplies with all of them, contender after contender; the medians count, and the least
+is what others on the machine disturb least. On a CPU the packed products of a scheme and its dequantised ones run as
+contenders of their own, too, at rows between: what the schemes' `PACKED_ROWS` and `KERNEL_ROWS` are chosen by.
 """
 
 import argparse
-import statistics
 import time
 from functools import partial
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -21,12 +21,14 @@ from torch import nn
 
 from puna.devices import device_name, pick_device
 from puna.model.llama import Linear
+from puna.model.packed import PackedLinear
 from puna.quantized import schemes
+from puna.quantized.schemes import int4, int8
 
 #: (out, in) of q, k, v, o, gate, up and down.
 SHAPES = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
-ROWS = (1, 8, 512)
-ROWS_OF_PATHS = (8, 16, 24, 32, 48, 64, 96, 128, 192)
+ROWS = (1, 2, 4, 8, 16, 64, 512)
+ROWS_OF_PATHS = (16, 32, 64, 128, 192, 256)
 GROUP_SIZE = 64
 
 
@@ -44,16 +46,18 @@ def main() -> None:
     rows = [row for n_rows in ROWS for row in _measured(contenders, n_rows, args.rounds)]
     if device.type == "cpu":
         paths = {
-            f"{name}, {path}": partial(_by_path, layers[name], name, most)
-            for name in {"int8", "int4"} & set(args.schemes)
+            f"{name}, {path}": partial(_by_path, layers[name], f"puna.quantized.schemes.{name}.{threshold}", most)
+            for name in args.schemes
+            if (threshold := _threshold(layers[name][0]))
             for path, most in (("packed", max(ROWS_OF_PATHS)), ("dequantised", 0))
         }
         rows += [row for n_rows in ROWS_OF_PATHS for row in _measured(paths, n_rows, args.rounds)]
     sizes = {name: sum(map(_bytes, some)) / args.layers for name, some in layers.items()}
     for row in rows:
-        row["median_seconds_per_layer"] = row.pop("median_seconds") / args.layers
+        row["median_seconds_per_layer"] = median(row["seconds"]) / args.layers
+        row["least_seconds_per_layer"] = min(row["seconds"]) / args.layers
         size = sizes[row["contender"].partition(",")[0]]
-        row["weights_gb_per_second"] = size / row["median_seconds_per_layer"] / 1e9
+        row["weights_gb_per_second"] = size / row["least_seconds_per_layer"] / 1e9
     facts = {"device": device_name(device), "threads": torch.get_num_threads(), "group_size": GROUP_SIZE}
     record("quantised_products", rows, facts | {"layers": args.layers})
 
@@ -67,7 +71,7 @@ def _layer(name: str, out_features: int, in_features: int, device: torch.device)
     if name == "bf16":
         linear = Linear(in_features, out_features, bias=False)
         linear.weight = nn.Parameter(weight.bfloat16())
-        return linear.to(device)
+        return PackedLinear(linear) if device.type == "cpu" else linear.to(device)
     scheme = schemes.find(name)
     size = GROUP_SIZE if scheme.GROUP_SIZES else None
     layer = scheme(in_features, out_features, False, size)
@@ -84,10 +88,7 @@ def _measured(contenders: dict[str, Any], n_rows: int, rounds: int) -> list[dict
             taken = multiply(n_rows)
             if turn:  # the first warms up
                 seconds[name].append(taken)
-    return [
-        {"contender": name, "rows": n_rows, "median_seconds": statistics.median(times), "seconds": times}
-        for name, times in seconds.items()
-    ]
+    return [{"contender": name, "rows": n_rows, "seconds": times} for name, times in seconds.items()]
 
 
 @torch.inference_mode()
@@ -101,8 +102,15 @@ def _products(layers: list[nn.Module], device: torch.device, n_rows: int) -> flo
     return time.perf_counter() - started
 
 
-def _by_path(layers: list[nn.Module], scheme: str, packed_rows: int, n_rows: int) -> float:
-    with patch(f"puna.quantized.schemes.{scheme}.PACKED_ROWS", packed_rows):
+def _threshold(layer: nn.Module) -> str | None:
+    """The name of what chooses between two products on this CPU; None: there is one alone."""
+    if isinstance(layer, int4.Linear):
+        return "KERNEL_ROWS" if layer._is_in_tiles else "PACKED_ROWS"
+    return "PACKED_ROWS" if isinstance(layer, int8.Linear) and not layer._is_packed else None
+
+
+def _by_path(layers: list[nn.Module], threshold: str, rows: int, n_rows: int) -> float:
+    with patch(threshold, rows):
         return _products(layers, torch.device("cpu"), n_rows)
 
 

@@ -141,17 +141,18 @@ void product(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros
 /* The transposed weight, out (width, n_out) bf16. */
 void dequantize(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros, uint16_t *out, long width,
                 long n_out, long group, int threads) {
+    const long chunk = 16; /* inputs, whose outputs are written side by side: a tile's alone fill half a cache line */
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long tile = 0; tile < n_out / TILE; tile++)
-        for (long i = 0; i < width; i += INPUTS) {
-            long place = (tile * (width / group) + i / group) * TILE;
+    for (long begin = 0; begin < width; begin += chunk)
+        for (long tile = 0; tile < n_out / TILE; tile++) {
+            long place = (tile * (width / group) + begin / group) * TILE;
             __m512 scale = widened(scales + place), zero = widened(zeros + place);
-            __m512i bytes = _mm512_loadu_si512(codes + (tile * width + i) * TILE / 2);
-            for (int j = 0; j < INPUTS; j++) {
-                __m512i code = _mm512_srlv_epi32(bytes, _mm512_set1_epi32(8 * (j % 4) + 4 * (j / 4)));
+            for (long i = begin; i < begin + chunk; i++) {
+                __m512i bytes = _mm512_loadu_si512(codes + (tile * width + i / INPUTS * INPUTS) * TILE / 2);
+                __m512i code = _mm512_srlv_epi32(bytes, _mm512_set1_epi32(8 * (i % 4) + i / 4 % 2 * 4));
                 code = _mm512_sub_epi32(_mm512_and_si512(code, _mm512_set1_epi32(15)), _mm512_set1_epi32(ZERO_CODE));
                 __m512 weight = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, zero);
-                _mm256_storeu_si256((void *)(out + (i + j) * n_out + tile * TILE), rounded(weight));
+                _mm256_storeu_si256((void *)(out + i * n_out + tile * TILE), rounded(weight));
             }
         }
 }

@@ -23,13 +23,13 @@ RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 #: Rows of activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the codes
 #: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py). And up to which our kernel is.
 PACKED_ROWS = 128
-KERNEL_ROWS = 64
+KERNEL_ROWS = 192
 
 #: Outputs whose codes torch's kernels for AVX-512 interleave, and blocks of so many that are dequantised at once: few
 #: enough to stay in the cache.
 BLOCK = 64
 BLOCKS_AT_ONCE = 16
-TILES_AT_ONCE = BLOCK * BLOCKS_AT_ONCE // TILE
+TILES_AT_ONCE = 32
 
 #: Tiles of 16 inputs that torch's CUDA kernel may read at once; the more the better.
 INNER_TILES = (8, 4, 2)

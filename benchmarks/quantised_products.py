@@ -3,9 +3,9 @@
     python benchmarks/quantised_products.py [--layers 6] [--rounds 7] [--schemes int8 int4] [--device cpu]
 
 The layers are those of TinyLlama's shape (2048 wide, 5632 in the MLP, 256 for keys and values), several of each, so
-that no cache holds them. A round multiplies with all of them, contender after contender; the medians count, and the least
-is what others on the machine disturb least. On a CPU the packed products of a scheme and its dequantised ones run as
-contenders of their own, too, at rows between: what the schemes' `PACKED_ROWS` and `KERNEL_ROWS` are chosen by.
+that no cache holds them. A round multiplies with all of them, contender after contender; the medians count, and the
+least, which others on the machine disturb least. On a CPU the packed products of a scheme and its dequantised ones run
+as contenders of their own, too, at rows between: what the schemes' `PACKED_ROWS` and `KERNEL_ROWS` are chosen by.
 """
 
 import argparse

@@ -115,6 +115,8 @@ def _by_path(layers: list[nn.Module], threshold: str, rows: int, n_rows: int) ->
 
 
 def _bytes(layer: nn.Module) -> int:
+    if isinstance(layer, PackedLinear):
+        return layer.weight.nbytes
     return sum(x.nbytes for x in (*layer.parameters(), *layer.buffers()))
 
 

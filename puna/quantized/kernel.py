@@ -72,13 +72,17 @@ def kernel() -> Kernel | None:
     if compiler is None or not has_int8_units():
         return None
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    library = _cache() / f"int4-{name}.so"
     try:
+        library = _cache() / f"int4-{name}.so"
         if not library.exists():
             with file_aside(library) as file:
                 subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", file.name], check=True, capture_output=True)
         return Kernel(library)
-    except (OSError, subprocess.CalledProcessError):  # an old compiler, a full disk: slower, but no less right
+    except (
+        OSError,
+        RuntimeError,
+        subprocess.CalledProcessError,
+    ):  # an old compiler, no home, a full disk: slower, but no less right
         return None
 
 

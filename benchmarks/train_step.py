@@ -4,6 +4,7 @@
 
 Both train the same model (8 layers x 512, rows of 1,024, random tokens, same start) in one process, in turn, step by
 step: what slows the machine down slows both. Each runs eager and compiled; the better median counts. Losses must agree.
+Freed memory is kept for both, as `puna train` does for itself.
 On a CPU without bf16 units (AVX2), bf16 products are some hundred times slower than fp32 ones, so `auto` measures fp32
 there and says so in the result.
 """
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     args = parser.parse_args()
     device = devices.pick_device()
+    devices.keep_freed_memory()
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if devices.has_fast_bf16(device) else "fp32"

@@ -120,6 +120,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
 def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connection) -> None:
     """Takes steps when told to, as one of the ranks or as the process that is alone."""
     torch.set_num_threads(1 if rank is not None else RANKS)
+    devices.keep_freed_memory()  # for the peer too, as `puna train` does for itself
     batch = _batch(args.rows, args.length, args.vocab)
     contenders: dict[str, Step] = {}
     if rank is not None:

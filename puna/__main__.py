@@ -4,8 +4,8 @@ import os
 import sys
 
 # GNU OpenMP's threads wait for each other spinning, 300,000 times before they sleep: where another program wants one of
-# few cores, that is most of what they do. 5,000 times last from one product of a decoding step to the next; asleep, they
-# would cost it a tenth. Read when torch is loaded.
+# few cores, that is most of what they do. 5,000 times last from one product of a decoding step to the next, which sleep
+# would make a tenth longer. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 

@@ -308,7 +308,8 @@ def _judged(limits: Limits, job: Job, holder: "_Place", tester: "_Place") -> tup
         files.close(questions, ask, answers, answer, speak, write)
         heard = {verdict: bytearray(), printed: bytearray()}
         end = _listen(heard, verdict, printed, most=limits.output_kib << 10, until=started + limits.wall_seconds)
-        out_of_time = time.monotonic() - started >= limits.cpu_seconds  # a lower bound: a signal alone could be forged
+        # No proof, but a bound: a signal alone could be forged.
+        out_of_time = time.monotonic() - started >= TICKS_AHEAD * limits.cpu_seconds
         hold_code, test_code = holder.end(), tester.end()
     said, words = (bytes(text).decode(errors="replace").strip() for text in heard.values())
     return *_verdict(limits, said, words, end, out_of_time, hold_code, test_code), words
@@ -366,7 +367,7 @@ def _verdict_of_script(
         return "sandbox", f"nothing was run: {words[-SHOWN_CHARACTERS:]}"
     number, code, seconds = int(said[0]), int(said[1]), float(said[2])
     shown = words[-SHOWN_CHARACTERS:].replace("\n", " | ")
-    is_killed = code in TIME_IS_UP and elapsed >= limits.cpu_seconds
+    is_killed = code in TIME_IS_UP and elapsed >= TICKS_AHEAD * limits.cpu_seconds
     is_spent = seconds >= TICKS_AHEAD * limits.cpu_seconds
     if is_killed or (code != 0 and is_spent):  # a shell goes on where a part was killed
         return "timeout", f"it used more than {limits.cpu_seconds} s of processor time"

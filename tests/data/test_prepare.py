@@ -266,8 +266,8 @@ def test_any_number_of_processes_gives_the_same_bytes(library, make, tmp_path, u
     assert bytes_of(tmp_path / "out") == undisturbed
 
 
-def command(library: Path, output: Path, tokenizer: Path, workers: int) -> list[str]:
-    """`puna prepare` with small units, which does not come to its end: a minute lies behind the third."""
+def command(library: Path, output: Path, tokenizer: Path, workers: int, *, pause: float = 60) -> list[str]:
+    """`puna prepare` with small units; that it is not done before a test stops it, a pause lies behind the third."""
     program = f"""
 import sys, time
 from puna.cli import run
@@ -277,7 +277,7 @@ real = prepare._unfinished
 def slowly(*arguments):
     for number, unit in enumerate(real(*arguments)):
         yield unit
-        time.sleep(60 if number == 2 else 0.1)
+        time.sleep({pause} if number == 2 else 0.1)
 prepare._unfinished = slowly
 sys.exit(run(sys.argv[1:]))
 """
@@ -383,7 +383,7 @@ def test_a_full_disk_is_told_in_one_line(library, small_tokenizer, tmp_path, mon
 
 def test_two_do_not_prepare_the_same_folder_at_once(library, make, small_tokenizer, tmp_path, undisturbed):
     output = tmp_path / "out"
-    process = start_and_wait_for_reports(command(library, output, small_tokenizer.path, 1), output)
+    process = start_and_wait_for_reports(command(library, output, small_tokenizer.path, 1, pause=2), output)
     with pytest.raises(PunaError, match="out is being prepared by another process"):
         make("code", library, output, **OPTIONS)
     process.communicate(timeout=60)

@@ -22,7 +22,7 @@ from puna.evaluate.completing import Ask
 from puna.evaluate.paper import table
 from puna.evaluate.programs import Programs, Task
 from puna.evaluate.samples import Sample, read_lines
-from puna.evaluate.sandbox import Job
+from puna.evaluate.sandbox import Job, Limits
 from puna.files import read_json
 
 #: The solved examples, and the tasks that are scored.
@@ -76,6 +76,7 @@ class MBPP(Programs):
     files = FILES
     where = "https://github.com/google-research/google-research/tree/master/mbpp has it"
     stops = ("[DONE]", "\n[BEGIN]", "\nYou are an expert")
+    limits = Limits(cpu_seconds=10, wall_seconds=24)  # the solution of task 123 takes 2 to 4 seconds by machine
     figures = FIGURES
 
     def read(self, path: Path) -> dict[str, Task]:

@@ -12,7 +12,16 @@ from puna.config import Recipe
 from puna.errors import PunaError
 from puna.files import file_aside
 from puna.migrate.keys import DIFFERENCES, GENERATION, NO_EFFECT, NOT_NEEDED, NOT_THERE, TRANSLATED
-from puna.migrate.recipe import SOME_STEPS, TRAIN_DATA, VALID_DATA, WEIGHTS, Settings, generation, recipe_of
+from puna.migrate.recipe import (
+    SOME_STEPS,
+    TRAIN_DATA,
+    VALID_DATA,
+    WEIGHTS,
+    Settings,
+    generation,
+    recipe_of,
+    recompute_differences,
+)
 
 #: What became of a key -> the table that says it.
 FATES = {
@@ -111,7 +120,7 @@ def migrate(
     recipe = recipe_of(settings, where=str(source), rows=rows, is_faithful=faithful)
     steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
     steps.append(f"puna train {output or 'recipe.yaml'}")
-    differences = [] if faithful else list(DIFFERENCES)
+    differences = [*([] if faithful else DIFFERENCES), *recompute_differences(settings)]
     if settings.whole("lr_schedule.total_steps", -1) <= 0 and rows is None:
         differences.append(f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it")
     migration = Migration(recipe, keys, steps, differences)

@@ -25,6 +25,9 @@ SCHEDULES = {
 #: MindFormers' compute_dtype -> precision.
 PRECISIONS = {"float16": "bf16", "bfloat16": "bf16", "float32": "fp32"}
 
+#: What a recipe calls a way of recomputing -> MindFormers' key; where both are given, the first is for those layers.
+RECOMPUTE = {"block": "recompute_config.recompute", "selective": "recompute_config.select_recompute"}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -106,7 +109,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
             "final_fraction": end / peak if peak else 0.0,
         },
         "parallel": layout,
-        "recompute": recompute(settings),
+        **recompute(settings, layers_of_a_stage(settings)),
         "checkpoint": {
             "every": settings.whole("callbacks.CheckpointMonitor.save_checkpoint_steps", SOME_STEPS),
             "keep": settings.whole("callbacks.CheckpointMonitor.keep_checkpoint_max", 5),
@@ -197,20 +200,58 @@ def parallel(settings: Settings) -> dict[str, Any]:
     return {**axes, "stages_per_rank": stages, "schedule": "interleaved"} if stages > 1 else axes
 
 
-def recompute(settings: Settings) -> str:
-    """What is computed again in the backward pass, or waits in host memory: the most that any layer does."""
+def recompute(settings: Settings, per_stage: int) -> dict[str, Any]:
+    """What is computed again in the backward pass, or waits in host memory, and in how many layers of a stage.
+
+    Args:
+        settings: the YAML's.
+        per_stage: layers of a stage.
+    """
     if settings.get("swap_config.swap", False):
-        return "offload"
-    if _is_any(settings.get("recompute_config.recompute", False)):
-        return "block"
-    return "selective" if _is_any(settings.get("recompute_config.select_recompute", False)) else "none"
+        return {"recompute": "offload"}
+    for mode, key in RECOMPUTE.items():
+        if most := max(recomputed_layers(settings.get(key, False), per_stage)):
+            return {"recompute": mode} | ({"recompute_layers": most} if most < per_stage else {})
+    return {"recompute": "none"}
 
 
-def _is_any(value: Any) -> bool:
-    """Whether a switch is on for any layer: lists are for stages, names for operations."""
-    if isinstance(value, Mapping):
-        return any(_is_any(each) for each in value.values())
-    return any(_is_any(each) for each in value) if isinstance(value, list) else bool(value)
+def recompute_differences(settings: Settings) -> list[str]:
+    """What of the YAML's recomputation a recipe cannot say: it has one mode, and one number for all stages."""
+    per_stage = layers_of_a_stage(settings)
+    found = {key: recomputed_layers(settings.get(key, False), per_stage) for key in RECOMPUTE.values()}
+    used = [key for key, counts in found.items() if max(counts)]
+    if not used or settings.get("swap_config.swap", False):
+        return []
+    uneven = [
+        f"{key}: {min(counts)} to {max(counts)} layers by stage; recompute_layers is one number for all, the greatest"
+        for key, counts in found.items()
+        if key == used[0] and len(counts) > 1
+    ]
+    return uneven + [f"{key}: left out beside {used[0]}; a recipe has one of both" for key in used[1:]]
+
+
+def layers_of_a_stage(settings: Settings) -> int:
+    """Layers of the largest run of layers that a rank of the pipeline holds."""
+    stages = 1
+    if settings.get("use_parallel", False):
+        stages = settings.whole("parallel_config.pipeline_stage", 1)
+        stages *= settings.whole("model.model_config.pp_interleave_num", 1)
+    return -(-settings.whole("model.model_config.num_layers", 32) // max(1, stages))
+
+
+def recomputed_layers(value: Any, per_stage: int) -> set[int]:
+    """How many layers of the stages a switch is on for.
+
+    Args:
+        value: of MindFormers: true or false for all; a list of numbers or of such for the stages, with a list inside
+            for each run of layers of one; names of operations; or operation -> any of these.
+        per_stage: layers of a stage.
+    """
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(parts, list):
+        return set().union(*(recomputed_layers(part, per_stage) for part in parts)) or {0}
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return {min(max(value, 0), per_stage) if is_count else per_stage * bool(value)}
 
 
 def generation(settings: Settings) -> str:

@@ -223,6 +223,13 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"use_parallel": False}, "parallel.tp", 1),
         ({"recompute_config.recompute": True}, "recompute", "block"),
         ({"recompute_config.recompute": [0, 5]}, "recompute", "block"),
+        ({"recompute_config.recompute": [0, 5]}, "recompute_layers", 5),
+        ({"recompute_config.recompute": [24, 24]}, "recompute_layers", None),  # all of a stage
+        ({"recompute_config.recompute": [True, 0]}, "recompute_layers", None),
+        ({"recompute_config.recompute": [0, 0]}, "recompute", "none"),
+        ({"recompute_config.select_recompute": [2, 2]}, "recompute_layers", 2),
+        ({"recompute_config.select_recompute": {"feed_forward.mul": [1, 3]}}, "recompute_layers", 3),
+        ({"recompute_config.select_recompute": [r"feed_forward\.mul"]}, "recompute_layers", None),
         ({"recompute_config.select_recompute": {"feed_forward.mul": True}}, "recompute", "selective"),
         ({"swap_config": {"swap": True, "default_prefetch": 1}}, "recompute", "offload"),
         ({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}]}, "log.every", 10),
@@ -249,6 +256,22 @@ def test_epochs_become_steps_where_the_rows_are_known(written):
     unknown = puna.migrate(written())
     assert unknown.recipe.steps == 1000
     assert any("the YAML counts epochs; give --rows" in difference for difference in unknown.differences)
+
+
+def test_layers_that_recompute_are_counted_by_stage_and_run_of_layers(written):
+    changes = {"model.model_config.pp_interleave_num": 2, "recompute_config.recompute": [[1, 2], [2, 2]]}
+    found = puna.migrate(written(changes), faithful=True)
+    assert (found.recipe.recompute, found.recipe.recompute_layers) == ("block", 2)
+    assert found.differences[0].startswith("recompute_config.recompute: 1 to 2 layers by stage; recompute_layers is one")
+    even = puna.migrate(written({"recompute_config.recompute": [3, 3]}), faithful=True)
+    assert not [difference for difference in even.differences if "recompute" in difference]
+
+
+def test_a_second_way_of_recomputing_is_named(written):
+    changes = {"recompute_config.recompute": [1, 1], "recompute_config.select_recompute": True}
+    found = puna.migrate(written(changes), faithful=True)
+    assert (found.recipe.recompute, found.recipe.recompute_layers) == ("block", 1)
+    assert found.differences[0].startswith("recompute_config.select_recompute: left out beside recompute_config.rec")
 
 
 def test_slices_are_converted_by_their_strategy_files(written):

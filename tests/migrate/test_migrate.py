@@ -262,7 +262,7 @@ def test_layers_that_recompute_are_counted_by_stage_and_run_of_layers(written):
     changes = {"model.model_config.pp_interleave_num": 2, "recompute_config.recompute": [[1, 2], [2, 2]]}
     found = puna.migrate(written(changes), faithful=True)
     assert (found.recipe.recompute, found.recipe.recompute_layers) == ("block", 2)
-    assert found.differences[0].startswith("recompute_config.recompute: 1 to 2 layers by stage; recompute_layers is one")
+    assert found.differences[0].startswith("recompute_config.recompute: 1 to 2 layers by stage; recompute_layers")
     even = puna.migrate(written({"recompute_config.recompute": [3, 3]}), faithful=True)
     assert not [difference for difference in even.differences if "recompute" in difference]
 

@@ -91,6 +91,20 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path | str) -> None:
+    """Refuses, before long work, a place where its results could not be written.
+
+    Raises:
+        PunaError: there is something else than a folder, or it may not be written to.
+    """
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise PunaError(f"{there} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise PunaError(f"{there} cannot be written to; choose another place")
+
+
 def sync_file(path: Path) -> None:
     """Waits until the file's bytes are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

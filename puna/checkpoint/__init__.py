@@ -7,7 +7,7 @@
 
 from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
-from puna.checkpoint.huggingface import load, load_config, load_model, resolve, save_model
+from puna.checkpoint.huggingface import is_hub_id, load, load_config, load_model, resolve, save_model
 from puna.checkpoint.quantize import quantize
 from puna.checkpoint.runs import Checkpoints, load_checkpoint, newest_checkpoint
 
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoints",
     "convert",
     "export",
+    "is_hub_id",
     "load",
     "load_checkpoint",
     "load_config",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from puna.checkpoint import formats
-from puna.checkpoint.huggingface import fit, resolve
+from puna.checkpoint.huggingface import fit, is_hub_id, resolve
 from puna.checkpoint.tensors import counted, dtype_of
 from puna.errors import PunaError, UsageError
 
@@ -59,6 +59,8 @@ def convert(
         raise UsageError(f"no format is called {to!r}; there are {', '.join(known)}")
     if output.exists():
         raise PunaError(f"{output} exists already; choose another place or remove it first")
+    if not Path(source).exists() and not is_hub_id(source):
+        raise PunaError(f"there is no file or folder {source}; name a checkpoint's folder, or its file")
     place = Path(source) if Path(source).is_file() else resolve(source)
     reader = next((name for name, module in known.items() if module.recognises(place)), None)
     if reader is None:

@@ -277,10 +277,15 @@ def resolve(name: Path | str) -> Path:
         return folder
     if folder.exists():
         raise PunaError(f"{folder} is a file; a model is a folder with config.json and its weights")
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise PunaError(f"there is no folder {name}")
+    if not is_hub_id(name):
+        raise PunaError(f"there is no folder {name}; name a model's folder, or its id on the Hugging Face hub")
     return _download(str(name))
+
+
+def is_hub_id(name: Path | str) -> bool:
+    """Whether a name is OWNER/NAME, and not a path into a folder that is here."""
+    owner, *rest = str(name).split("/")
+    return len(rest) == 1 and all((owner, *rest)) and owner not in (".", "..", "~") and not Path(owner).is_dir()
 
 
 def save_model(

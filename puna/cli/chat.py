@@ -12,6 +12,7 @@ import typer
 
 from puna.cli import app
 from puna.cli.generate import (
+    CacheDtype,
     Device,
     Dtype,
     MaxTokens,
@@ -53,13 +54,16 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    cache_dtype: CacheDtype = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Talk with a model; each line is a message, /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves."""
     from puna.checkpoint import resolve
+    from puna.devices import pick_device
     from puna.generate import Sampling
     from puna.generate import chat as answer
+    from puna.generate.engine.storage import storage_dtype
 
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -72,6 +76,7 @@ def chat(
         "seed": seed,
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    storage_dtype(cache_dtype, pick_device(device))
     loaded, tokenizer = open_model(model, dtype, device)
     layout = _template(template, resolve(model), tokenizer)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -84,7 +89,7 @@ def chat(
         messages = _room_for({"role": "user", "content": line}, messages, start, layout, tokenizer)
         spoken = _Spoken()
         try:
-            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, **settings)
+            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, cache_dtype=cache_dtype, **settings)
         except KeyboardInterrupt:  # the answer ends here; what was said stays
             if not sys.stdin.isatty():
                 raise

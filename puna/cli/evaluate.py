@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson, Device, Dtype
+from puna.cli.generate import AsJson, CacheDtype, Device, Dtype
 from puna.evaluate import benchmarks
 from puna.progress import say
 
@@ -50,6 +50,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Judgements at once.  [one a core]")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes that answer, one a device.")] = None,
+    cache_dtype: CacheDtype = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -73,6 +74,7 @@ def evaluate(
         "seed": seed,
         "max_tokens": max_tokens,
         "batch": batch,
+        "cache_dtype": cache_dtype,
         "workers": workers,
     }
     results, folders = [], []

@@ -33,6 +33,10 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Seed = Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, npu …; default: an accelerator if there is one.")]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="int8 or fp8: room for twice the tokens, by slightly other logits; default: the model's."),
+]
 Nproc = Annotated[
     int | None, typer.Option(help="Processes to start on this machine, one a device; they share the model.")
 ]
@@ -73,10 +77,7 @@ def generate(
     healing: Annotated[
         bool, typer.Option("--healing", help="Split the end of a prompt anew: a word may go on as one token.")
     ] = False,
-    cache_dtype: Annotated[
-        str | None,
-        typer.Option(help="int8 or fp8: room for twice the tokens, by slightly other logits; default: the model's."),
-    ] = None,
+    cache_dtype: CacheDtype = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,

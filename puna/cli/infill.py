@@ -10,6 +10,7 @@ import typer
 from puna.cli import app
 from puna.cli.generate import (
     AsJson,
+    CacheDtype,
     Device,
     Dtype,
     MaxTokens,
@@ -61,6 +62,7 @@ def infill(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    cache_dtype: CacheDtype = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -70,10 +72,12 @@ def infill(
     leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     before, behind = _around(prefix, suffix, file) if is_first else ("", "")
+    from puna.devices import pick_device
     from puna.generate import Sampling, prompt_room
     from puna.generate import infill as fill
+    from puna.generate.engine.storage import storage_dtype
     from puna.parallel.collectives import of_first_rank
-    from puna.prompts import cut_around_gap
+    from puna.prompts import check_order, cut_around_gap
 
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -86,6 +90,8 @@ def infill(
         "seed": seed,
     }
     Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    check_order(order)
+    storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
         before, behind = of_first_rank((before, behind))
         loaded, tokenizer = open_model(model, dtype, device)
@@ -103,7 +109,8 @@ def infill(
             kept_behind,
             budget=budget,
             healing=healing,
-            order=order,  # type: ignore[arg-type]  # a wrong one is refused there
+            order=order,  # type: ignore[arg-type]  # it is checked above
+            cache_dtype=cache_dtype,
             on_text=print_piece if is_first and not as_json else None,
             **settings,
         )

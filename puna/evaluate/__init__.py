@@ -48,8 +48,11 @@ def evaluate(
         PunaError: a file is missing or not what it should be, or the sandbox does not work here.
         UsageError: no such benchmark or option.
     """
+    from puna.devices import pick_device
     from puna.evaluate.programs import Programs
     from puna.evaluate.spread import Replicas
+    from puna.evaluate.stored import Stored, loaded
+    from puna.files import check_writable, write_json  # here, so that the sandbox needs no more than Python
 
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
@@ -57,32 +60,26 @@ def evaluate(
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
-    programs = getattr(module.evaluate, "__self__", None)
-    if name is not None and isinstance(programs, Programs):  # before a large model is loaded: are there tasks for it?
-        programs.tasks(options.get("data"), options.get("variant"))
+    if output is not None:
+        check_writable(output)
+    if "cache_dtype" in options:
+        from puna.generate.engine.storage import storage_dtype
+
+        storage_dtype(options["cache_dtype"], pick_device(device))
     if nproc is not None:
-        if name is None or not isinstance(programs, Programs):
+        if name is None or not isinstance(getattr(module.evaluate, "__self__", None), Programs):
             raise UsageError(f"nproc={nproc} is for benchmarks of programs and a model named by its folder or hub id")
         model = Replicas(name, nproc, dtype=dtype, device=device)
     elif name is not None and "server" not in options:
-        from puna.checkpoint import load
-        from puna.devices import pick_device
-
-        model, its_own = load(name, dtype=dtype, device=pick_device(device), for_inference=True)
-        tokenizer = tokenizer or its_own
-    if model is not None and tokenizer is None and nproc is None and "server" not in options:
-        raise UsageError(
-            f"{name or 'the model'} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder, "
-            "or give tokenizer=puna.load_tokenizer(folder)"
-        )
+        model = Stored(name, dtype, pick_device(device))
+    elif model is not None and name is None:
+        loaded(model, tokenizer)  # it is; has it a tokenizer?
     if name is not None and "name" in inspect.signature(module.evaluate).parameters:
         options |= {"name": name, "weights": _weights(Path(name))}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:
         result = {"benchmark": result["benchmark"], "model": name} | result
     if output is not None:
-        from puna.files import write_json  # here, so that the sandbox needs no more than Python
-
         write_json(Path(output) / "result.json", result)
     return result
 

@@ -63,6 +63,7 @@ class Completer:
         how: greedy by default.
         template: a chat template's name, or a folder that ships one: questions are asked in its layout.
         order: of an infilling prompt; in spm order the end of the prefix is healed (`puna.generate.gap`).
+        cache_dtype: "int8" or "fp8": keep keys and values in 8 bits; None: as the model computes them.
 
     Attributes:
         cut_prompts: how many prompts were cut so far.
@@ -79,6 +80,7 @@ class Completer:
         how: How = PROTOCOLS["greedy"],
         template: str | None = None,
         order: Literal["psm", "spm"] = "psm",
+        cache_dtype: str | None = None,
     ) -> None:
         from puna.generate import Sampling, prompt_room
         from puna.prompts import chat_template
@@ -89,6 +91,7 @@ class Completer:
         if self.template is not None:
             stops = self.template.stops(tokenizer)
             self.sampling = replace(self.sampling, stop=self.template.stop_strings, stop_ids=stops)
+        self._cache_dtype = cache_dtype
         self._engine: Any = None
         self.longest_prompt = max(1, prompt_room(model, max_tokens))
         self.cut_prompts = 0
@@ -98,7 +101,7 @@ class Completer:
         from puna.generate import Engine
 
         if self._engine is None:
-            self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows)
+            self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows, cache_dtype=self._cache_dtype)
         asked = [self._asked(ask) for ask in asks]
         tokens = [tokens for tokens, _ in asked]
         samplings = [replace(how, seed=seed) for (_, how), seed in zip(asked, seeds or [0] * len(asks), strict=True)]

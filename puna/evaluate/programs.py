@@ -30,8 +30,13 @@ from puna.evaluate.remote import RemoteCompleter
 from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
-from puna.files import file_aside, read_json, sha256_of, write_json
+from puna.evaluate.stored import loaded
+from puna.files import check_writable, file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
+from puna.prompts import chat_template, check_order
+
+#: What a run keeps in its folder while it goes on.
+SAMPLES, VERDICTS_LOG = "samples.jsonl", "verdicts.jsonl"
 
 #: Most jobs that wait for a judgement; some hold thousands of inputs.
 BACKLOG = 1000
@@ -121,6 +126,7 @@ class Programs(ABC):
         template: str | None = None,
         order: Literal["psm", "spm"] = "psm",
         batch: int = 8,
+        cache_dtype: str | None = None,
         max_tokens: int | None = None,
         workers: int | None = None,
         complete: Completes | None = None,
@@ -143,6 +149,7 @@ class Programs(ABC):
             template: a chat template's name, or a folder that ships one: tasks are put as questions in its layout.
             order: of infilling prompts.
             batch: how many prompts the model completes at once.
+            cache_dtype: as for `Completer`.
             max_tokens: an answer's greatest length, other than the benchmark's.
             workers: how many judgements run at once; by default one a core.
             complete: instead of a model, a function from asks and seeds to answers.
@@ -157,14 +164,19 @@ class Programs(ABC):
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
         if template is not None and not self.has_questions:
             raise UsageError(f"{self.name} asks for what is missing in a program, not in chat; leave --template out")
+        check_order(order)
+        if template is not None and server is None:
+            chat_template(template)
         how = _how(protocol, samples_per_task)
         path, tasks = self.tasks(data, variant)
         given = [] if samples is None else read_samples(samples, tasks)
         most = max_tokens or self.max_tokens
         with ExitStack() as stack:
-            if samples is None and complete is None:
-                options = {"max_tokens": most, "stop": self.stops, "batch_rows": batch, "how": how}
-                complete = _completer(stack, model, tokenizer, server, template, order, options)
+            # Before a large model is loaded: is there a sandbox, is the server there, is the folder this run's?
+            sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
+            options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": batch, "how": how}
+            if server is not None:
+                complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
             settings = {
                 "benchmark": self.name,
                 **_named(complete, name, weights),
@@ -173,15 +185,17 @@ class Programs(ABC):
                 "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
                 if samples is not None
                 else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
+                | ({} if cache_dtype is None else {"cache_dtype": cache_dtype})
                 | (_gap_settings(order, complete) if self._fills_gaps(tasks) else {}),
             }
             folder = None if output is None else _open_folder(Path(output), settings)
+            if samples is None and complete is None:
+                options |= {"template": template, "order": order, "cache_dtype": cache_dtype}
+                complete = _completer(stack, model, tokenizer, options)
             started = time.monotonic()
-            # Before the model works for hours: is there a sandbox?
-            sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
-            judge = _Judge(self, tasks, sandbox, stack.enter_context(Log(folder and folder / "verdicts.jsonl")))
+            judge = _Judge(self, tasks, sandbox, stack.enter_context(Log(folder and folder / VERDICTS_LOG)))
             if complete is not None:
-                written = stack.enter_context(Log(folder and folder / "samples.jsonl"))
+                written = stack.enter_context(Log(folder and folder / SAMPLES))
                 many = model.count if isinstance(model, Replicas) else 1
                 wanted = _Wanted(tasks, how.samples, seed)
                 given = wanted.samples(self, complete, written, judge, batch=batch * many, is_chat=template is not None)
@@ -237,26 +251,16 @@ def _named(complete: Completes | None, name: str | None, weights: str | None) ->
 
 
 def _gap_settings(order: str, complete: Completes | None) -> dict[str, Any]:
-    """How gaps are put; a server, or a function, does it in its own way."""
-    is_healed = order == "spm" and isinstance(complete, Completer | Spread)
+    """How gaps are put; a server, or a function, does it in its own way; None is the model here."""
+    is_healed = order == "spm" and complete is None
     return {"order": order} | ({"healed": True} if is_healed else {})
 
 
-def _completer(
-    stack: ExitStack,
-    model: Any,
-    tokenizer: Any,
-    server: str | None,
-    template: str | None,
-    order: Literal["psm", "spm"],
-    options: dict[str, Any],
-) -> Completes:
-    """Who answers: a server, copies of a model on many devices, or the model here."""
-    if server is not None:
-        return RemoteCompleter(server, model, is_chat=template is not None, **options)
+def _completer(stack: ExitStack, model: Any, tokenizer: Any, options: dict[str, Any]) -> Completes:
+    """Who answers: copies of a model on many devices, or the model here."""
     if isinstance(model, Replicas):
-        return stack.enter_context(Spread(model, template=template, order=order, **options))
-    return Completer(model, tokenizer, template=template, order=order, **options)
+        return stack.enter_context(Spread(model, **options))
+    return Completer(*loaded(model, tokenizer), **options)
 
 
 def _how(protocol: str, samples_per_task: int | None) -> How:
@@ -410,10 +414,9 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     Raises:
         PunaError: it holds another run's answers.
     """
-    if folder.is_file():
-        raise PunaError(f"{folder} is a file; name a folder for answers and verdicts")
+    check_writable(folder)
     path = folder / "settings.json"
-    if path.exists():
+    if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
         old, new = _flat(read_json(path)), _flat(settings)
         if changed := [name for name in new if new[name] != old.get(name)]:
             name = changed[0]

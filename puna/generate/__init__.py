@@ -97,6 +97,7 @@ def infill(
     order: Literal["psm", "spm"] = "psm",
     budget: int | None = None,
     healing: bool = True,
+    cache_dtype: str | None = None,
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> Completion:
@@ -113,6 +114,7 @@ def infill(
         healing: in spm order, where prefix and middle are split together, let the model split the end of `prefix` anew:
             behind "imp" it may choose `import`. In psm order the prefix ends where a token ends, in training as here,
             and is left alone.
+        cache_dtype: as for `generate`.
         on_text: as for `generate`; the number is 0.
         sampling: the fields of `Sampling`.
 
@@ -122,7 +124,8 @@ def infill(
     settings = Sampling.of(sampling)
     budget = prompt_room(model, settings.max_tokens) if budget is None else budget
     tokens, settings = gap_prompt(tokenizer, prefix, suffix, settings, order=order, budget=budget, healing=healing)
-    return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
+    engine = Engine(model, tokenizer, max_rows=1, cache_dtype=cache_dtype)
+    return engine.generate([tokens], settings, on_text=on_text)[0]
 
 
 def prompt_room(model: Llama, max_tokens: int) -> int:
@@ -137,6 +140,7 @@ def chat(
     messages: Sequence[Message],
     *,
     template: ChatTemplate | str,
+    cache_dtype: str | None = None,
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> Completion:
@@ -147,6 +151,7 @@ def chat(
         tokenizer: likewise.
         messages: `{"role": "system" | "user" | "assistant", "content": text}`; the last is the user's.
         template: the layout that the model was tuned with: a name, a folder that ships one, or from `chat_template`.
+        cache_dtype: as for `generate`.
         on_text: as for `generate`; the number is 0.
         sampling: the fields of `Sampling`.
 
@@ -158,7 +163,8 @@ def chat(
         raise PunaError("a dialog to answer ends with a message of the user")
     tokens = template.encode(tokenizer, messages).tokens
     settings = _ending_also(sampling, template.stops(tokenizer), template.stop_strings)
-    return Engine(model, tokenizer, max_rows=1).generate([tokens], settings, on_text=on_text)[0]
+    engine = Engine(model, tokenizer, max_rows=1, cache_dtype=cache_dtype)
+    return engine.generate([tokens], settings, on_text=on_text)[0]
 
 
 def _ending_also(sampling: dict[str, Any], stop_ids: Sequence[int], stop: Sequence[str] = ()) -> Sampling:

@@ -7,7 +7,7 @@ own terms and cannot become a control token.
 
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
 from puna.prompts.healing import heal
-from puna.prompts.infilling import cut_around_gap, infill_document, infill_prompt, infill_stops
+from puna.prompts.infilling import check_order, cut_around_gap, infill_document, infill_prompt, infill_stops
 from puna.prompts.templates import alpaca_prompt, chat_template, template_names
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "UnusableDialog",
     "alpaca_prompt",
     "chat_template",
+    "check_order",
     "cut_around_gap",
     "heal",
     "infill_document",

@@ -14,7 +14,7 @@ section 2.3.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from puna.errors import PunaError, UsageError
 from puna.tokenizer import Infilling, Tokenizer
@@ -28,6 +28,12 @@ MARKERS = 4
 SUFFIX_SHARE = 1 / 4
 
 
+def check_order(order: str) -> None:
+    """Raises a `UsageError` if there is no such order of an infilling prompt."""
+    if order not in get_args(Order):
+        raise UsageError(f'the order of an infilling prompt is "psm" or "spm", not {order!r}')
+
+
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Order = "psm") -> list[int]:
     """The ids that ask for what stands between `prefix` and `suffix`.
 
@@ -35,9 +41,10 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Orde
         PunaError: the vocabulary has no infilling markers (Code Llama 34B and Python).
         UsageError: `order` is unknown.
     """
+    check_order(order)
     markers = _markers(tokenizer)
     before, after = tokenizer.encode(prefix), tokenizer.encode(suffix, leading_space=False)
-    if _is_psm(order):
+    if order == "psm":
         return [tokenizer.bos_id, markers.prefix_id, *before, markers.suffix_id, *after, markers.middle_id]
     return [tokenizer.bos_id, markers.prefix_id, markers.suffix_id, *after, markers.middle_id, *before]
 
@@ -85,7 +92,7 @@ def cut_around_gap(tokenizer: Tokenizer, prefix: str, suffix: str, budget: int) 
 def infill_document(tokenizer: Tokenizer, prefix: str, middle: str, suffix: str, *, order: Order) -> list[int]:
     """A whole document rearranged for training, from BOS to EOT; see `infill_prompt`."""
     eot_id = _markers(tokenizer).eot_id
-    if _is_psm(order):
+    if order == "psm":
         gap = tokenizer.encode(middle, leading_space=False)
         return [*infill_prompt(tokenizer, prefix, suffix, order="psm"), *gap, eot_id]
     return [*infill_prompt(tokenizer, prefix + middle, suffix, order="spm"), eot_id]
@@ -103,12 +110,6 @@ def _markers(tokenizer: Tokenizer) -> Infilling:
             "of the Code Llama family, 7B, 13B and 70B (base and Instruct) can infill, 34B and Python cannot"
         )
     return tokenizer.infilling
-
-
-def _is_psm(order: str) -> bool:
-    if order not in ("psm", "spm"):
-        raise UsageError(f'the order of an infilling prompt is "psm" or "spm", not {order!r}')
-    return order == "psm"
 
 
 def _line_starts(text: str) -> Sequence[int]:

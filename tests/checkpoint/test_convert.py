@@ -97,6 +97,11 @@ def test_the_context_length_follows_from_theta(tmp_path, theta, context):
     assert (config.rope_theta, config.max_position_embeddings) == (theta, context)
 
 
+def test_a_source_that_is_not_there_may_be_a_file_or_a_folder(tmp_path):
+    with pytest.raises(PunaError, match=r"there is no file or folder \S+missing\.ckpt; name a checkpoint's folder, or"):
+        convert(tmp_path / "missing.ckpt", tmp_path / "hf")
+
+
 def test_a_missing_theta_says_how_to_state_it(tmp_path):
     source = write_meta(tmp_path / "meta", meta_weights(), 1, rope_theta=None)
     with pytest.raises(

@@ -297,6 +297,13 @@ def test_a_name_that_is_no_folder_says_so(tmp_path):
         resolve(tmp_path / "file")
 
 
+def test_a_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("exports").mkdir()
+    with pytest.raises(PunaError, match="there is no folder exports/mine; name a model's folder"):
+        resolve("exports/mine")
+
+
 def test_a_hub_id_without_the_hubs_client_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(PunaError, match=r"no folder codellama/nothing; .* pip install 'puna\[hub\]'"):

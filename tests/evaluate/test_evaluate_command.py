@@ -55,7 +55,6 @@ def test_a_folder_is_loaded_and_scored(tmp_path: Path, capsys: pytest.CaptureFix
         (["completion", "--samples", "s.jsonl"], 2, "completion has no option samples; it has"),
         (["humaneval", "--corpus", "."], 2, "humaneval has no option corpus; it has"),
         (["completion", "nowhere", "--corpus", "."], 1, "there is no folder nowhere"),
-        (["humaneval", "nowhere", "--data", "nofile"], 1, "nofile does not exist"),  # before a model is loaded
         (["humaneval", "--server", "localhost:8000", "--data", "TASKS"], 2, "begin it with http:// or https://"),
         (
             ["humaneval", "--samples", "nofile", "--data", "TASKS"],
@@ -79,6 +78,41 @@ def test_a_wrong_request_is_answered_in_a_line(
     assert captured.out == ""
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["humaneval", "MODEL", "--data", "nofile"], "nofile does not exist"),
+        (["multipl_e", "MODEL", "--data", "TASKS", "--variant", "c"], "multipl_e has no variant 'c'; it has cpp, js"),
+        (["multipl_e", "MODEL", "--data", "BASH"], "need bash, which is not installed; on Debian and Ubuntu: apt-get"),
+        (["humaneval", "MODEL", "--data", "TASKS", "--template", "none"], "none is neither a chat template (alpaca"),
+        (["humaneval", "MODEL", "--data", "TASKS", "--order", "mps"], '"psm" or "spm", not \'mps\''),
+        (["humaneval", "MODEL", "--data", "TASKS", "--protocol", "x"], "there is no protocol 'x'"),
+        (["humaneval", "MODEL", "--data", "TASKS", "--output", "TASKS"], "is a file; name a folder"),
+        (["completion", "MODEL", "--corpus", "nowhere"], "nowhere does not exist"),
+        (["completion", "MODEL", "--corpus", "TASKS", "--output", "TASKS"], "is a file; name a folder"),
+        (["completion", "MODEL"], "completion needs files that the model has not seen: --corpus DIR"),
+        (["completion", "MODEL", "--corpus", "TASKS", "--cache-dtype", "int3"], "int8 or fp8, not in 'int3'"),
+        (["perplexity", "MODEL", "--corpus", "nowhere"], "nowhere does not exist"),
+        (["perplexity", "MODEL", "--corpus", "TASKS", "--cache-dtype", "int8"], "perplexity has no option cache_dtype"),
+        (["key_retrieval", "MODEL", "--corpus", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_is_wrong_beside_the_model_is_said_before_it_is_loaded(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()  # no model: loading it would say so
+    task = {"name": "a", "language": "sh", "prompt": "", "tests": "", "stop_tokens": []}
+    (tmp_path / "bash.jsonl").write_text(json.dumps(task))
+    places = {
+        "MODEL": str(tmp_path / "empty"),
+        "TASKS": str(write_tiny_tasks(tmp_path / "tasks.jsonl", 1)),
+        "BASH": str(tmp_path / "bash.jsonl"),
+    }
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert run(["evaluate", *(places.get(word, word) for word in words)]) in (1, 2)
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_refused() -> None:
@@ -105,7 +139,7 @@ def test_the_file_of_another_benchmark_is_refused_with_where_to_get_the_right_on
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny_tasks(tmp_path / "tasks.jsonl")
-    assert run(["evaluate", "infilling", "nowhere", "--data", str(tmp_path / "tasks.jsonl")]) == 1
+    assert run(["evaluate", "infilling", str(tmp_path), "--data", str(tmp_path / "tasks.jsonl")]) == 1
     what, whence = capsys.readouterr().err.splitlines()
     assert "tasks.jsonl, line 1: nothing usable under suffix" in what
     assert "is it infilling's official file? https://github.com/openai/human-eval-infilling" in whence

@@ -64,6 +64,16 @@ def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_pat
         evaluate("humaneval", complete=Answers(), data=data, output=data)
 
 
+def test_a_run_that_ended_before_its_first_answer_leaves_no_claim_on_its_folder(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": data, "max_tokens": 2, "device": "cpu", "output": tmp_path / "run"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PunaError, match=r"empty.config\.json does not exist"):
+        evaluate("humaneval", str(tmp_path / "empty"), **options)
+    assert evaluate("humaneval", str(write_tiny_model(tmp_path / "model")), **options)["samples"] == 4
+
+
 def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(
     bubblewrap: str, data: Path, tmp_path: Path
 ) -> None:

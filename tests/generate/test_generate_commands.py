@@ -324,6 +324,8 @@ def test_what_does_not_go_is_refused_before_a_model_is_looked_for(capsys) -> Non
     ):
         assert run(["generate", "nowhere/model", "x", *wrong]) == 2
         assert reason in capsys.readouterr().err
+    assert run(["infill", "nowhere/model", "--prefix", "x", "--order", "mps"]) == 2
+    assert '"psm" or "spm", not \'mps\'' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
@@ -337,6 +339,28 @@ def test_a_cache_in_8_bits_is_an_option(
     assert rounded == {storage.IN_8_BITS[cache_dtype]}
     (found,) = puna.generate(*loaded, "import", cache_dtype=cache_dtype, max_tokens=30)
     assert capsys.readouterr().out == found.text + "\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["infill", "MODEL", "--prefix", "a", "--max-tokens", "4"],
+        ["chat", "MODEL", "--max-tokens", "4"],
+        ["evaluate", "completion", "MODEL", "--corpus", "CODE", "--max-tokens", "4"],
+        ["evaluate", "key_retrieval", "MODEL", "--length", "100", "--cases", "1"],
+    ],
+    ids=lambda words: words[0] + words[1].strip("MODEL"),
+)
+def test_whatever_completes_takes_a_cache_in_8_bits(
+    words: list[str], tiny_model_folder: Path, tmp_path: Path, typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text("import os\nprint(os.getcwd())\n")
+    rounded: set[torch.dtype] = set()
+    monkeypatch.setattr(storage, "round_heads", lambda x, dtype: rounded.add(dtype) or round_heads(x, dtype))
+    typed("Hello\n")
+    places = {"MODEL": str(tiny_model_folder), "CODE": str(tmp_path / "a.py")}
+    assert run([*(places.get(word, word) for word in words), "--cache-dtype", "int8"]) == 0
+    assert rounded == {torch.int8}
 
 
 def test_a_draft_of_another_vocabulary_is_refused(loaded, tiny_model_folder: Path, tmp_path: Path, capsys) -> None:

@@ -26,6 +26,7 @@ from puna.evaluate.completing import Ask, Completer
 from puna.evaluate.corpus import document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
 from puna.evaluate.pass_at_k import bootstrap
+from puna.evaluate.stored import loaded
 from puna.files import file_aside
 from puna.progress import Progress
 
@@ -90,6 +91,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 16,
     max_tokens: int = 64,
+    cache_dtype: str | None = None,
     output: Path | str | None = None,
 ) -> dict[str, Any]:
     """Next line and block, exact match and edit similarity, and bits per byte on files that the model has not seen.
@@ -103,6 +105,7 @@ def evaluate(
         seed: of the choice of documents, lines and blocks.
         batch: prompts that are completed together.
         max_tokens: most tokens of a line; a block has `BLOCK_TOKENS` times as many.
+        cache_dtype: as for `Completer`.
         output: a folder for every case with its completion.
 
     Returns:
@@ -119,9 +122,11 @@ def evaluate(
             f"{corpus} has no line to ask for: no document has a second line of up to {LONGEST_LINE} characters; "
             "give more code"
         )
+    model, tokenizer = loaded(model, tokenizer)
     started = time.monotonic()
-    for_lines = Completer(model, tokenizer, max_tokens=max_tokens, stop=("\n",), batch_rows=batch)
-    for_blocks = Completer(model, tokenizer, max_tokens=max_tokens * BLOCK_TOKENS, stop=(), batch_rows=batch)
+    options: dict[str, Any] = {"batch_rows": batch, "cache_dtype": cache_dtype}
+    for_lines = Completer(model, tokenizer, max_tokens=max_tokens, stop=("\n",), **options)
+    for_blocks = Completer(model, tokenizer, max_tokens=max_tokens * BLOCK_TOKENS, stop=(), **options)
     scored = {
         "": _completed(lines, for_lines, batch, _first_line),
         "block_": _completed(blocks, for_blocks, batch, _block),

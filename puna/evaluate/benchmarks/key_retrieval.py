@@ -25,6 +25,7 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
 from puna.evaluate.corpus import choose_documents, read_documents
 from puna.evaluate.paper import table
+from puna.evaluate.stored import loaded
 from puna.progress import Progress
 
 #: Fractions of the way at which the key stands; those of the paper.
@@ -63,6 +64,7 @@ def evaluate(
     cases: int = 64,
     seed: int = 0,
     batch: int = 1,
+    cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Share of the keys that the model finds, by the length of the prompt and the place of the key.
 
@@ -74,18 +76,21 @@ def evaluate(
         cases: prompts of each length and position.
         seed: of keys and code.
         batch: prompts that are completed together.
+        cache_dtype: as for `Completer`.
 
     Returns:
         `{"benchmark", "retrieved", "cells": {"8000@0.2": share, …}, "cases", …}`.
     """
     if model is None:
         raise UsageError("key_retrieval scores a model; give one")
+    lines = _lines(None if corpus is None else Path(corpus), seed)
+    model, tokenizer = loaded(model, tokenizer)
     context = model.config.max_position_embeddings
     lengths = [length] if length else [one for one in LENGTHS if one <= context] or [context]
     if max(lengths) > context:
         raise UsageError(f"length={length}, but the model's context is {context} tokens")
-    lines = _lines(None if corpus is None else Path(corpus), seed)
-    complete = Completer(model, tokenizer, max_tokens=ANSWER_TOKENS, stop=("\n",), batch_rows=batch)
+    options: dict[str, Any] = {"batch_rows": batch, "cache_dtype": cache_dtype}
+    complete = Completer(model, tokenizer, max_tokens=ANSWER_TOKENS, stop=("\n",), **options)
     cells = {}
     with Progress("retrieving", len(lengths) * len(POSITIONS) * cases, "keys") as progress:
         for one in lengths:

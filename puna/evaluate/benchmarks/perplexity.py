@@ -16,6 +16,7 @@ from typing import Any
 from puna.errors import PunaError, UsageError
 from puna.evaluate.corpus import unseen_documents
 from puna.evaluate.likelihood import losses
+from puna.evaluate.stored import loaded
 from puna.progress import Progress
 
 #: Where the first span ends; each of the others is twice as long as all before it.
@@ -51,6 +52,7 @@ def evaluate(
     if model is None:
         raise UsageError("perplexity scores a model; give one")
     documents = unseen_documents("perplexity", corpus, max_documents, seed)
+    model, tokenizer = loaded(model, tokenizer)
     every = [tokenizer.encode(document.text or "", bos=True) for document in documents]
     length = length or _usual_length([len(tokens) for tokens in every], model.config.max_position_embeddings)
     if length > model.config.max_position_embeddings:

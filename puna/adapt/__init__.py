@@ -17,7 +17,7 @@ from typing import Any
 
 import puna
 from puna.adapt import stages
-from puna.adapt.recipe import choose_recipe
+from puna.adapt.recipe import check_recipe, choose_recipe
 from puna.adapt.results import results_of
 from puna.adapt.stages import Places
 from puna.checkpoint import resolve
@@ -72,6 +72,8 @@ def adapt(
         "overrides": dict(overrides or {}),
     }
     stages.check(humaneval, device)
+    if stages.begun_recipe(at) is None:
+        check_recipe(at, epochs, device, overrides or {})
     story = Story(at.root, settings, stages=7)
     story.stage("Turn the code into tokens, and keep some files for scoring", stages.prepare, at, held_out)
     recipe = stages.begun_recipe(at) or choose_recipe(at, epochs, device, overrides or {})  # it fits, or none scores

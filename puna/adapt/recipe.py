@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.config import Recipe, load_recipe
 from puna.devices import free_memory_bytes, pick_device
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.model.config import ModelConfig
 from puna.plan import plan
@@ -35,6 +35,22 @@ STEPS, LARGEST_BATCH_ROWS = 200, 32
 #: Rows are no longer than Code Llama's, and short enough that the code fills at least so many.
 LONGEST_ROW, SHORTEST_ROW, FEWEST_ROWS = 4096, 256, 64
 
+#: Tokens with which rows are the longest and batches the largest.
+MUCH_CODE = 2 * STEPS * LARGEST_BATCH_ROWS * LONGEST_ROW
+
+
+def check_recipe(at: "Places", epochs: float, device: str | None, overrides: Mapping[str, Any]) -> None:
+    """Refuses, before anything is prepared, what no code would make a recipe of; arguments as for `choose_recipe`.
+
+    Raises:
+        UsageError: an override is wrong.
+        PunaError: there is not even memory for the shortest rows.
+    """
+    try:
+        _first_that_fits(at, 0, epochs, device, overrides)
+    except UsageError:  # or right for longer rows and more steps
+        _first_that_fits(at, MUCH_CODE, epochs, device, overrides)
+
 
 def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe that trains on the prepared code.
@@ -46,27 +62,37 @@ def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Ma
         overrides: dotted fields that are settled already.
 
     Raises:
-        PunaError: none of `WAYS` fits; the message says by how much.
+        UsageError: an override is wrong.
+        PunaError: none of `WAYS` fits; the message says by how much, and what would.
     """
+    return _first_that_fits(at, read_json(at.data / "dataset.json")["tokens"], epochs, device, overrides)
+
+
+def _first_that_fits(
+    at: "Places", tokens: int, epochs: float, device: str | None, overrides: Mapping[str, Any]
+) -> Recipe:
+    config = ModelConfig.from_json(read_json(at.model / "config.json"), str(at.model))
     place = pick_device(device)
     memory_gib = free_memory_bytes(place) / 2**30
-    content = _content(at, epochs, place.type if device is None else device)
+    content = _content(at, config, tokens, epochs, place.type if device is None else device)
     nearest = math.inf
     for way in WAYS:
         recipe = load_recipe(content, {**way, **overrides})
         own = plan(recipe, memory_gib=memory_gib, device="cpu" if place.type == "cpu" else None, layout=True)["own"]
         if own["fits"]:
             return recipe
-        nearest = min(nearest, own.get("memory_gib", math.inf))
+        if "reason" in own:
+            raise UsageError(f"{own['reason']}; puna adapt trains on one device")
+        nearest = min(nearest, own["memory_gib"])
+    weights = config.parameter_count / 1e9
     raise PunaError(
-        f"training all weights of {at.model} takes {nearest:,.0f} GiB and {place} has {memory_gib:,.0f} GiB free; "
-        "take a smaller model, or several devices: `puna plan` and `puna launch`"
+        f"training all {weights:,.1f} billion weights of {at.model} takes {nearest:,.0f} GiB, and {place} has "
+        f"{memory_gib:,.0f} GiB free: room for about {weights * memory_gib / nearest:,.1f} billion; take a smaller "
+        "model, or several devices: `puna plan` and `puna launch`"
     )
 
 
-def _content(at: "Places", epochs: float, device: str) -> dict[str, Any]:
-    config = ModelConfig.from_json(read_json(at.model / "config.json"), str(at.model))
-    tokens = read_json(at.data / "dataset.json")["tokens"]
+def _content(at: "Places", config: ModelConfig, tokens: int, epochs: float, device: str) -> dict[str, Any]:
     length = min(LONGEST_ROW, config.max_position_embeddings)
     while length > SHORTEST_ROW and tokens < FEWEST_ROWS * length:
         length //= 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import puna
-from puna.adapt.recipe import WAYS, choose_recipe
+from puna.adapt.recipe import WAYS, check_recipe, choose_recipe
 from puna.adapt.stages import Places
 from puna.cli import run
 from puna.errors import PunaError, UsageError
@@ -149,9 +149,19 @@ def test_the_plainest_recipe_that_fits_is_taken(prepared: Places, monkeypatch: p
 
 def test_where_nothing_fits_it_says_by_how_much(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 8 << 30)
-    with pytest.raises(PunaError, match=r"takes \d+ GiB and cpu has 8 GiB free; take a smaller model"):
+    with pytest.raises(PunaError, match=r"all 6\.7 billion weights of .* takes \d+ GiB, and cpu has 8 GiB") as error:
         choose_recipe(prepared, 2.0, "cpu", {})
     assert len(WAYS) > 1
+    assert 0.1 < float(str(error.value).split("room for about ")[1].split(" billion")[0]) < 1.5
+
+
+def test_a_model_too_large_for_this_machine_is_refused_before_anything_is_prepared(
+    code: Path, prepared: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 8 << 30)
+    with pytest.raises(PunaError, match="and cpu has 8 GiB free"):
+        puna.adapt(code, prepared.model, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,9 +182,27 @@ def test_what_would_fail_after_hours_fails_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_that_cannot_be_is_refused_before_anything_is_scored(
-    code: Path, tiny_model_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"nosuch": 1}, "there is no field nosuch"),
+        ({"steps": -1}, "steps=-1"),
+        ({"batch_tokens": 1000}, "batch_tokens=1000 must be a multiple of sequence_length"),
+        ({"parallel.tp": 2}, "parallel.* puna adapt trains on one device"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_prepared(
+    code: Path, tiny_model_folder: Path, tmp_path: Path, override: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UsageError, match="there is no field nosuch"):
-        puna.adapt(code, tiny_model_folder, tmp_path / "out", device="cpu", held_out=0.25, overrides={"nosuch": 1})
-    assert not (tmp_path / "out/before").exists()
+    with pytest.raises(UsageError, match=message):
+        puna.adapt(code, tiny_model_folder, tmp_path / "out", device="cpu", held_out=0.25, overrides=override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_override_that_is_right_for_more_code_alone_is_not_refused_at_once(
+    prepared: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 4000 << 30)
+    check_recipe(prepared, 2.0, "cpu", {"schedule.warmup_steps": 50})
+    with pytest.raises(UsageError, match=r"warmup_steps=999999 is more than steps"):
+        check_recipe(prepared, 2.0, "cpu", {"schedule.warmup_steps": 999_999})

@@ -15,5 +15,11 @@ def model() -> Llama:
 
 
 @pytest.fixture(scope="module")
+def precise_model() -> Llama:
+    """Computes in fp64: sums in another order may change the last bit, and a drawn token may hang on fp32's."""
+    return tiny_model().double()
+
+
+@pytest.fixture(scope="module")
 def tokenizer(tiny_model_folder: Path) -> Tokenizer:
     return load_tokenizer(tiny_model_folder)

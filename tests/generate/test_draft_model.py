@@ -30,6 +30,11 @@ def other() -> Llama:
     return tiny_model(seed=7)
 
 
+@pytest.fixture(scope="module")
+def precise_other() -> Llama:
+    return tiny_model(seed=7).double()
+
+
 def steps_of(engine: Engine, prompt: list[int], sampling: Sampling) -> tuple[int, list[int]]:
     running = engine._new(engine._sequence(0, prompt, sampling, None))
     engine.scheduler.add(running)
@@ -71,10 +76,11 @@ def test_a_draft_that_is_wrong_costs_steps_and_changes_nothing(model: Llama, oth
     max_rows=st.integers(1, 4),
 )
 def test_completions_are_those_of_the_plain_loop(
-    model: Llama, other: Llama, prompts, temperature: float, is_twin: bool, n_tokens: int, max_rows: int
+    precise_model: Llama, precise_other: Llama, prompts, temperature: float, is_twin: bool, n_tokens: int, max_rows: int
 ) -> None:
     samplings = [Sampling(max_tokens=10 + 5 * i, temperature=temperature, seed=i) for i in range(len(prompts))]
-    engine = Engine(model, draft=model if is_twin else other, cache_tokens=n_tokens, block_tokens=4, max_rows=max_rows)
+    model, draft = precise_model, precise_model if is_twin else precise_other
+    engine = Engine(model, draft=draft, cache_tokens=n_tokens, block_tokens=4, max_rows=max_rows)
     assert engine.generate(prompts, samplings) == complete(model, None, prompts, samplings)
     assert engine.pool.n_free == engine.pool.n_blocks
 

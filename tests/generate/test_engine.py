@@ -59,7 +59,7 @@ SAMPLINGS = st.builds(
     lookup=st.booleans(),
 )
 def test_every_schedule_gives_the_tokens_of_the_plain_loop(
-    model: Llama,
+    precise_model: Llama,
     requests: list[tuple[list[int], Sampling]],
     arrivals: list[int],
     cancelled: list[int],
@@ -70,7 +70,7 @@ def test_every_schedule_gives_the_tokens_of_the_plain_loop(
     lookup: bool,
 ) -> None:
     engine = Engine(
-        model, max_rows=max_rows, cache_tokens=n_tokens, step_tokens=step_tokens, block_tokens=block_tokens,
+        precise_model, max_rows=max_rows, cache_tokens=n_tokens, step_tokens=step_tokens, block_tokens=block_tokens,
         lookup=lookup,
     )  # fmt: skip
     entered = [
@@ -91,7 +91,7 @@ def test_every_schedule_gives_the_tokens_of_the_plain_loop(
     engine.scheduler.drop_finished()
     assert_all_free(engine)
     for (prompt, sampling), (_, running) in zip(requests, entered, strict=False):
-        (expected,) = complete(model, None, [prompt], sampling)
+        (expected,) = complete(precise_model, None, [prompt], sampling)
         if running is doomed and running.is_cancelled and running.sequence.finish is None:
             found = running.tokens[len(prompt) :]
             assert found == expected.tokens[: len(found)]

@@ -1,11 +1,13 @@
 """Quick cleaning of Wikitext gives what the rules give one by one."""
 
+import re
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from puna.data.cleaning import clean_quickly
-from puna.data.corpora.wikitext import clean
+from puna.data.corpora.wikitext import clean, clean_piece
 
 FRAGMENTS = [
     *" @-,.:;!?()[]{}\"'=sNx\n\t", "\u00b0", "\u00a0", "\u2003", "\u0160", "\0", "\x1c", "  ", " @-@ ", "@,@ ", " @.@",
@@ -13,18 +15,30 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
+PIECES = st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join)
+
+
 @settings(max_examples=1500, deadline=None)
-@given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join))
-@example(text=" @-@ @-@ @,@ ")
+@given(text=PIECES.map(lambda text: re.sub(" +", " ", text)))
 @example(text=" . . . . ; : , ; , x")
-@example(text='( (a ) b )) " \u2003x " \' y')
-@example(text="\n  \n \n")
+@example(text='( (a ) b )) " x " \' y')
+@example(text="\n \n \n")
 @example(text="@")
 def test_a_text_is_cleaned_as_by_the_rules_one_by_one(text: str) -> None:
-    assert clean_quickly(text) == clean(text)
+    assert clean_quickly(text.encode()) in (clean(text).encode(), None)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=PIECES, opened=st.sampled_from(["", "(", '["']))
+@example(text=" @-@ @-@ @,@ ", opened="")
+@example(text='" \u2003x "', opened="")
+@example(text="\n  \n \n", opened="")
+def test_a_piece_of_any_text_is_cleaned_as_by_the_rules(text: str, opened: str) -> None:
+    whole = clean(f"{opened}x\n{text}x")
+    assert clean_piece(text.encode(), opened, "") == whole.removeprefix(f"{opened}x\n").removesuffix("x").encode()
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
-def test_real_wikitext_is_cleaned_as_by_the_rules_one_by_one(shared, part: str) -> None:
+def test_real_wikitext_is_cleaned_quickly_and_as_by_the_rules(shared, part: str) -> None:
     text = (shared / f"data/wikitext-2/wiki.{part}.tokens").read_text(encoding="utf-8")
-    assert clean_quickly(text) == clean(text)
+    assert clean_quickly(text.encode()) == clean(text).encode()

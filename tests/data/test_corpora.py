@@ -293,6 +293,13 @@ def test_headings_are_left_out():
     assert wikitext.paragraphs(wikitext.clean(raw)) == ["One.\nTwo.", "Three.\n"]
 
 
+@pytest.mark.parametrize("byte", [b"\xff", b"\xc3"])
+def test_wikitext_that_is_not_utf8_is_an_error_that_names_the_byte(tmp_path, byte):
+    (tmp_path / "wiki.tokens").write_bytes(b" = Ca" + byte + b" = \n \n Fine . \n")
+    with pytest.raises(PunaError, match=r"wiki\.tokens is not UTF-8 \(byte 5\)"):
+        documents_of("wikitext", tmp_path / "wiki.tokens")
+
+
 SENTENCES = st.lists(
     st.sampled_from(["word", '"', "'", "(", ")", "[", "]", "{", "}", "'s", "@-@", ",", "."]), max_size=8
 )

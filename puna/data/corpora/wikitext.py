@@ -74,23 +74,27 @@ def clean(text: str) -> str:
     return text
 
 
-def clean_piece(text: str, opened: str, closing: str) -> str:
+def clean_piece(data: bytes, opened: str, closing: str) -> bytes:
     """A piece of a file made readable, as it is within the whole.
 
     Args:
-        text: the piece, cut where `spans` cuts.
+        data: the piece in UTF-8, cut where `spans` cuts.
         opened: the marks of `_PAIRS` that are open before it.
         closing: the marks that close, behind it, what is open at its end.
     """
     from puna.data.cleaning import clean_quickly
 
-    before, behind = f"{opened}x\n", f"x{closing}"
-    return clean_quickly(before + text + behind).removeprefix(before).removesuffix(behind)
+    before, behind = f"{opened}x\n".encode(), f"x{closing}".encode()
+    whole = before + data + behind
+    cleaned = clean_quickly(whole)
+    if cleaned is None:
+        cleaned = clean(whole.decode()).encode()
+    return cleaned.removeprefix(before).removesuffix(behind)
 
 
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of a cleaned text, without headings."""
-    return [paragraph for paragraph in text.split("\n\n") if paragraph and not paragraph.strip().startswith("=")]
+    return [paragraph for paragraph in text.split("\n\n") if _is_paragraph(paragraph)]
 
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
@@ -115,13 +119,23 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
     """The paragraphs of the piece."""
     try:
-        text = data.decode("utf-8")
+        texts = [paragraph.decode() for paragraph in clean_piece(data, *span.state).split(b"\n\n")]
+    except UnicodeDecodeError:
+        raise _not_utf8(span, data) from None
+    for number, text in enumerate(filter(_is_paragraph, texts)):
+        yield Document(f"{span.id}:{span.start}+{number}", span.source, text)
+
+
+def _is_paragraph(text: str) -> bool:
+    return bool(text) and not text.lstrip().startswith("=")
+
+
+def _not_utf8(span: Span, data: bytes) -> PunaError:
+    try:
+        data.decode()
     except UnicodeDecodeError as error:
-        raise PunaError(
-            f"{span.path} is not UTF-8 (byte {span.start + error.start:,}); is it a Wikitext file?"
-        ) from None
-    for number, paragraph in enumerate(paragraphs(clean_piece(text, *span.state))):
-        yield Document(f"{span.id}:{span.start}+{number}", span.source, paragraph)
+        start = span.start + error.start
+    return PunaError(f"{span.path} is not UTF-8 (byte {start:,}); is it a Wikitext file?")
 
 
 def _last_cut(data: bytes) -> int:

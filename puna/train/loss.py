@@ -18,6 +18,9 @@ IGNORE = -100
 #: Logits computed at a time, in numbers: 2^25 bf16 values are 64 MiB.
 CHUNK_LOGITS = 1 << 25
 
+#: Rows of a chunk are a multiple of these, where it has as many: products are a fifth faster on a CPU.
+ROWS = 64
+
 #: Logits that go through softmax at a time: on a CPU they stay in its cache from the first pass to the last.
 PIECE = {"cpu": 1 << 19}
 PIECE_ELSEWHERE = 1 << 26
@@ -46,6 +49,7 @@ def summed_cross_entropy(
     """
     is_target = targets != IGNORE
     rows = max(1, chunk_logits // len(head))
+    rows -= rows % ROWS if rows > ROWS else 0
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden[is_target], head, targets[is_target], rows, group)
     return loss
 
@@ -67,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_head = torch.zeros_like(head) if needs_grad else None
+        grad_head = torch.zeros_like(head) if needs_grad and not len(hidden) else None
         first = 0 if group is None else group.rank() * len(head)
         room = hidden.new_empty(min(rows, len(hidden)), len(head))  # fresh memory for each chunk costs as much as exp
         for start in range(0, len(hidden), rows):
@@ -80,13 +84,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if group is not None:
                 log_norm = _joined_(logits, of_target, log_norm, group)
             total += (log_norm - of_target).sum()
-            if grad_hidden is not None and grad_head is not None:
+            if grad_hidden is not None:
                 minus_one = (of_target - log_norm).expm1_().to(x.dtype)
                 value = torch.where(is_here, minus_one, logits.gather(1, wanted))
                 # scatter_ would copy all logits of a CPU
                 slope = logits.index_put_((torch.arange(len(x), device=x.device), wanted[:, 0]), value[:, 0])
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
-                if grad_head.dtype == slope.dtype:
+                if grad_head is None:
+                    grad_head = (slope.t() @ x).to(head.dtype)
+                elif grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
                 else:
                     grad_head += slope.t() @ x

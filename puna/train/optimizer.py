@@ -1,7 +1,8 @@
 """AdamW on parameters by name, sharded or not, with its state in fp32, bf16, 8 or 4 bits.
 
 The update walks over the rows of the weights in pieces that fit the cache, so the dozen element-wise operations of a
-step read and write memory once. State is a few tensors a parameter under the parameter's own name, sharded as it is, so
+step read and write memory once. Where there is a kernel for all of them it serves: `puna.train.update_kernel` on CUDA,
+torch's own for fp32 on a CPU. State is a few tensors a parameter under the parameter's own name, sharded as it is, so
 checkpoints need no map. Where a number is rounded by chance, the chance is a function of seed, update, name and the
 number's place in the whole weight: a step gives the same bits on one device and on many.
 """
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from puna.config import Optimizer
 from puna.devices import takes_cuda_kernels
@@ -26,6 +28,9 @@ from puna.train.low_bit import Blocks, signed_levels, unsigned_levels
 #: Elements updated at a time: on a CPU the pieces of weight, gradient and state stay in its cache.
 PIECE = {"cpu": 1 << 16}
 PIECE_ELSEWHERE = 1 << 24
+
+#: Numbers that torch's fused update takes at a time; what a row's end leaves over, it would round another way.
+LANES = 16
 
 #: Gives random bits, (rows, columns) of int32 from 0 to 2^16 - 1.
 Bits = Callable[[], Tensor]
@@ -76,7 +81,7 @@ class AdamW:
         grad_scale: float = 1.0,
         take: Callable[[str], Tensor | None] | None = None,
     ) -> None:
-        """Moves the weights once.
+        """Moves the weights once; gradients are used up.
 
         Args:
             update: counted from 1; sets the bias correction and the random bits of the rounding.
@@ -99,6 +104,9 @@ class AdamW:
         state = {kind: local_part(tensors[name]) for kind, tensors in self.state.items() if name in tensors}
         tensors = {"weight": weight, "grad": local_part(placed_like(grad, parameter).detach()).contiguous(), **state}
         rows = {kind: tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1) for kind, tensor in tensors.items()}
+        if parameter.dim() == 2 and _is_for_torch(rows):
+            self._update_by_torch(rows, update, lr, grad_scale)
+            return
         place = Place.of(parameter)
         kinds = ("weight", *MOMENTS)
         seeds = {kind: seeds_of(f"{self.seed}:{update}:{name}:{kind}") for kind in kinds}
@@ -117,6 +125,16 @@ class AdamW:
             here = Place(place.row + start, place.column, place.columns)
             chances = {kind: Chance.of(seeds[kind], here) for kind in kinds}
             _update_piece(piece, formats, factors, chances)
+
+    def _update_by_torch(self, rows: dict[str, Tensor], update: int, lr: float, grad_scale: float) -> None:
+        steps_before = torch.tensor(float(update - 1) if self.bias_correction else math.inf)
+        beta1, beta2 = self.settings.betas
+        weight, grad, mean, square = ([rows[kind]] for kind in ("weight", "grad", *MOMENTS))
+        adamw(
+            weight, grad, mean, square, [], [steps_before], fused=True, lr=lr,
+            beta1=beta1, beta2=beta2, eps=self.settings.eps, weight_decay=self.settings.weight_decay,
+            grad_scale=torch.tensor(1 / grad_scale), amsgrad=False, maximize=False,
+        )  # fmt: skip
 
     def _factors(self, update: int, lr: float, grad_scale: float, *, decays: bool) -> "Factors":
         beta1, beta2 = self.settings.betas
@@ -163,6 +181,13 @@ def _update_piece(
     p.mul_(factors.weight_kept).addcdiv_(m, root, value=factors.minus_lr)
     for kind, exact in zip(("weight", *MOMENTS), (p, m, v), strict=True):
         formats[kind].write(exact, piece, kind, partial(chances[kind].bits, exact))
+
+
+def _is_for_torch(rows: dict[str, Tensor]) -> bool:
+    """Whether torch's fused update gives a number the same bits wherever its weight is cut, on a CPU."""
+    weight = rows["weight"]
+    is_fp32 = all(tensor.dtype == torch.float32 for tensor in rows.values())
+    return weight.device.type == "cpu" and is_fp32 and weight.shape[1] % LANES == 0
 
 
 @cache

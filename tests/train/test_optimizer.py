@@ -54,6 +54,19 @@ def test_ten_steps_equal_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_torchs_fused_update_equals_the_pieces(*, bias_correction: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = _whole(7, 64, 0, torch.float32), _whole(7, 64, 0, torch.float32)
+    for weight, lanes in ((fused, optimizer_module.LANES), (plain, 1000)):
+        monkeypatch.setattr(optimizer_module, "LANES", lanes)
+        adamw = AdamW([("w", weight)], Optimizer(weight_decay=0.1), seed=0, bias_correction=bias_correction)
+        for update in range(1, 6):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(update))
+            adamw.step(update, 1e-2, grad_scale=0.3)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(fused, plain)  # two ways
+
+
 def test_stochastic_rounding_is_right_on_average_and_gives_a_neighbour() -> None:
     x = torch.full((2000, 100), 1.0 + 0.3 * 2**-7)  # bf16 neighbours of it: 1 and 1 + 2^-7
     rounded = round_stochastically(x, _bits(2000, 100)).float()

@@ -5,7 +5,8 @@
 The layers are those of TinyLlama's shape (2048 wide, 5632 in the MLP, 256 for keys and values), several of each, so
 that no cache holds them. A round multiplies with all of them, contender after contender; the medians count, and the
 least, which others on the machine disturb least. On a CPU the packed products of a scheme and its dequantised ones run
-as contenders of their own, too, at rows between: what the schemes' `PACKED_ROWS` and `KERNEL_ROWS` are chosen by.
+as contenders of their own, too, at rows between: what the schemes' `PACKED_ROWS` and the kernel's `KERNEL_ROWS` are
+chosen by.
 """
 
 import argparse
@@ -46,9 +47,9 @@ def main() -> None:
     rows = [row for n_rows in ROWS for row in _measured(contenders, n_rows, args.rounds)]
     if device.type == "cpu":
         paths = {
-            f"{name}, {path}": partial(_by_path, layers[name], f"puna.quantized.schemes.{name}.{threshold}", most)
+            f"{name}, {path}": partial(_by_path, layers[name], threshold, most)
             for name in args.schemes
-            if (threshold := _threshold(layers[name][0]))
+            if (threshold := _threshold(name, layers[name][0]))
             for path, most in (("packed", max(ROWS_OF_PATHS)), ("dequantised", 0))
         }
         rows += [row for n_rows in ROWS_OF_PATHS for row in _measured(paths, n_rows, args.rounds)]
@@ -102,11 +103,14 @@ def _products(layers: list[nn.Module], device: torch.device, n_rows: int) -> flo
     return time.perf_counter() - started
 
 
-def _threshold(layer: nn.Module) -> str | None:
-    """The name of what chooses between two products on this CPU; None: there is one alone."""
-    if isinstance(layer, int4.Linear):
-        return "KERNEL_ROWS" if layer._is_in_tiles else "PACKED_ROWS"
-    return "PACKED_ROWS" if isinstance(layer, int8.Linear) and not layer._is_packed else None
+def _threshold(name: str, layer: nn.Module) -> str | None:
+    """Where a scheme chooses between two products on this CPU; None: there is one alone."""
+    if not isinstance(layer, (int4.Linear, int8.Linear)):
+        return None
+    if layer._is_in_blocks:
+        return "puna.quantized.kernel.KERNEL_ROWS"
+    is_by_digits = isinstance(layer, int8.Linear) and layer._is_packed
+    return None if is_by_digits else f"puna.quantized.schemes.{name}.PACKED_ROWS"
 
 
 def _by_path(layers: list[nn.Module], threshold: str, rows: int, n_rows: int) -> float:

@@ -1,23 +1,25 @@
-/* Products of int4 weights with bf16 activations, for x86 CPUs with AVX-512 VNNI.
+/* Products of int8 and int4 weights with bf16 activations, for x86 CPUs with AVX-512 VNNI.
 
    A row of activations becomes whole numbers of two signed digits to the base 256 (as in digits.py), and the units for
-   int8 multiply digits with codes: four inputs of 16 outputs at a time. Weights lie in tiles of 16 outputs,
+   int8 multiply digits with codes: four inputs of 16 outputs at a time. Weights are blocks, one for each group of inputs
+   of a tile of 16 outputs, all of a tile behind each other, so that it is read from its begin to its end, once for all
+   rows that meet it:
 
-       codes   tile, 8 inputs, output, byte: inputs 0-3 in the lower halves of 4 bytes, inputs 4-7 in the upper
-       scales  tile, group, output (bf16); zeros alike;     weight = (code - 8) * scale + zero
+       scales (16 bf16), zeros (16 bf16), codes        weight = (code - 2^(bits - 1)) * scale + zero
 
-   so that a tile is read from its begin to its end, once for all rows that meet it. */
+   Eight inputs of codes stand together. In int4 they are 16 x 4 bytes, with inputs 0-3 in the lower halves and inputs
+   4-7 in the upper; in int8 first 16 x 4 bytes of inputs 0-3, then those of inputs 4-7. */
 
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-enum { TILE = 16, INPUTS = 8, MOST_ROWS = 4, ZERO_CODE = 8, GREATEST = 126 * 257 };
+enum { TILE = 16, INPUTS = 8, HEADER = 4 * TILE, MOST_ROWS = 4, GREATEST = 126 * 257 };
 
 typedef struct {
-    const uint8_t *codes;
-    const uint16_t *scales, *zeros;
+    const uint8_t *blocks;
     long width, group, n_out;
 } Weight;
 
@@ -27,9 +29,8 @@ typedef struct {
     float *units;    /* row: what a number's 1 stands for */
 } Rows;
 
-static inline __m512 widened(const uint16_t *bf16) {
-    __m256i values = _mm256_loadu_si256((const void *)bf16);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+static inline __m512 widened(const void *bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(bf16)), 16));
 }
 
 static inline __m256i rounded(__m512 values) { /* to bf16, the even one of two that are equally near */
@@ -74,40 +75,49 @@ static void find_digits(const uint16_t *x, long row, long width, long group, Row
     rows.units[row] = greatest / GREATEST;
 }
 
-/* Inlined for each number of rows: what a row has then stays in registers. */
-static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, long row, const int n, long tile,
-                                                           uint16_t *out) {
+/* Inlined for each number of rows and bits: what a row has then stays in registers. */
+static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, long row, const int n, const int bits,
+                                                           long tile, uint16_t *out) {
     const __m512i half = _mm512_set1_epi8(15);
+    const int zero_code = 1 << (bits - 1);
     long groups = w.width / w.group;
-    const uint8_t *code = w.codes + tile * TILE * w.width / 2;
+    const uint8_t *at = w.blocks + tile * groups * (HEADER + TILE * w.group * bits / 8);
     const int8_t *digits = rows.digits + 2 * row * w.width;
     __m512 total[MOST_ROWS];
     for (int r = 0; r < n; r++) total[r] = _mm512_setzero_ps();
     for (long g = 0; g < groups; g++) {
-        __m512i upper[MOST_ROWS], lower[MOST_ROWS];
-        for (int r = 0; r < n; r++) upper[r] = lower[r] = _mm512_setzero_si512();
-        for (long i = g * w.group; i < (g + 1) * w.group; i += INPUTS, code += TILE * INPUTS / 2) {
-            _mm_prefetch((const char *)code + 4096, _MM_HINT_T0);
-            __m512i bytes = _mm512_loadu_si512(code);
-            __m512i first = _mm512_and_si512(bytes, half);
-            __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), half);
+        __m512 scale = widened(at), zero = widened(at + 2 * TILE);
+        __m512i upper[2][MOST_ROWS], lower[2][MOST_ROWS]; /* of inputs 0-3 and 4-7: sums that do not wait for each other */
+        for (int r = 0; r < n; r++) upper[0][r] = upper[1][r] = lower[0][r] = lower[1][r] = _mm512_setzero_si512();
+        at += HEADER;
+#pragma GCC unroll 4
+        for (long i = g * w.group; i < (g + 1) * w.group; i += INPUTS, at += TILE * INPUTS * bits / 8) {
+            __m512i first = _mm512_loadu_si512(at), second;
+            _mm_prefetch((const char *)at + 4096, _MM_HINT_T0);
+            if (bits == 4) {
+                second = _mm512_and_si512(_mm512_srli_epi16(first, 4), half);
+                first = _mm512_and_si512(first, half);
+            } else {
+                second = _mm512_loadu_si512(at + 4 * TILE);
+                _mm_prefetch((const char *)at + 4096 + 64, _MM_HINT_T0);
+            }
             for (int r = 0; r < n; r++) {
                 const int8_t *of_row = digits + 2 * r * w.width + i;
-                upper[r] = _mm512_dpbusd_epi32(upper[r], first, four(of_row));
-                lower[r] = _mm512_dpbusd_epi32(lower[r], first, four(of_row + w.width));
-                upper[r] = _mm512_dpbusd_epi32(upper[r], second, four(of_row + 4));
-                lower[r] = _mm512_dpbusd_epi32(lower[r], second, four(of_row + w.width + 4));
+                upper[0][r] = _mm512_dpbusd_epi32(upper[0][r], first, four(of_row));
+                lower[0][r] = _mm512_dpbusd_epi32(lower[0][r], first, four(of_row + w.width));
+                upper[1][r] = _mm512_dpbusd_epi32(upper[1][r], second, four(of_row + 4));
+                lower[1][r] = _mm512_dpbusd_epi32(lower[1][r], second, four(of_row + w.width + 4));
             }
         }
-        __m512 scale = widened(w.scales + (tile * groups + g) * TILE);
-        __m512 zero = widened(w.zeros + (tile * groups + g) * TILE);
-        for (int r = 0; r < n; r++) { /* at most 128 inputs of 15 * 32,382 each: no overflow */
+        for (int r = 0; r < n; r++) { /* up to 65,000 inputs of 255 * 126 each: no overflow */
             const int32_t *sums = rows.sums + 2 * ((row + r) * groups + g);
-            int32_t sum = 256 * sums[0] + sums[1];
-            __m512i products = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
-            products = _mm512_sub_epi32(products, _mm512_set1_epi32(ZERO_CODE * sum));
-            total[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(products), total[r]);
-            total[r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(sum), total[r]);
+            __m512i of_upper = _mm512_add_epi32(upper[0][r], upper[1][r]);
+            __m512i of_lower = _mm512_add_epi32(lower[0][r], lower[1][r]);
+            __m512 above = _mm512_cvtepi32_ps(_mm512_sub_epi32(of_upper, _mm512_set1_epi32(zero_code * sums[0])));
+            __m512 below = _mm512_cvtepi32_ps(_mm512_sub_epi32(of_lower, _mm512_set1_epi32(zero_code * sums[1])));
+            __m512 product = _mm512_fmadd_ps(_mm512_set1_ps(256), above, below);
+            total[r] = _mm512_fmadd_ps(scale, product, total[r]);
+            total[r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(256 * sums[0] + sums[1]), total[r]);
         }
     }
     for (int r = 0; r < n; r++) {
@@ -116,11 +126,12 @@ static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, 
     }
 }
 
-/* x (rows, width) bf16 to out (rows, n_out) bf16; `scratch` has room for Rows: 2 * width + 8 * groups + 4 bytes a row. */
-void product(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros, const uint16_t *x, uint16_t *out,
-             uint8_t *scratch, long n_rows, long width, long n_out, long group, int threads) {
-    Weight w = {codes, scales, zeros, width, group, n_out};
-    int32_t *sums = (int32_t *)scratch;
+/* x (rows, width) bf16 to out (rows, n_out) bf16; whether there was memory for it. */
+int product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, long n_rows, long width, long n_out, long group,
+            int bits, int threads) {
+    Weight w = {blocks, width, group, n_out};
+    int32_t *sums = malloc(n_rows * (2 * width + 8 * (width / group) + 4));
+    if (!sums) return 0;
     float *units = (float *)(sums + 2 * n_rows * (width / group));
     Rows rows = {(int8_t *)(units + n_rows), sums, units};
 #pragma omp parallel num_threads(threads)
@@ -129,28 +140,34 @@ void product(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros
         for (long row = 0; row < n_rows; row++) find_digits(x + row * width, row, width, group, rows);
 #pragma omp for schedule(static)
         for (long tile = 0; tile < n_out / TILE; tile++)
-            for (long row = 0; row < n_rows; row += MOST_ROWS) switch (n_rows - row) {
-                case 1: multiply(w, rows, row, 1, tile, out); break;
-                case 2: multiply(w, rows, row, 2, tile, out); break;
-                case 3: multiply(w, rows, row, 3, tile, out); break;
-                default: multiply(w, rows, row, 4, tile, out);
+            for (long row = 0; row < n_rows; row += MOST_ROWS) {
+                long left = n_rows - row;
+                switch (10 * bits + (left < MOST_ROWS ? left : MOST_ROWS)) {
+#define CASE(bits, n) case 10 * bits + n: multiply(w, rows, row, n, bits, tile, out); break;
+                    CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4)
+                    CASE(8, 1) CASE(8, 2) CASE(8, 3) CASE(8, 4)
+#undef CASE
+                }
             }
     }
+    free(sums);
+    return 1;
 }
 
 /* The transposed weight, out (width, n_out) bf16. */
-void dequantize(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros, uint16_t *out, long width,
-                long n_out, long group, int threads) {
+void dequantize(const uint8_t *blocks, uint16_t *out, long width, long n_out, long group, int bits, int threads) {
     const long chunk = 16; /* inputs, whose outputs are written side by side: a tile's alone fill half a cache line */
+    const long block = HEADER + TILE * group * bits / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long begin = 0; begin < width; begin += chunk)
         for (long tile = 0; tile < n_out / TILE; tile++) {
-            long place = (tile * (width / group) + begin / group) * TILE;
-            __m512 scale = widened(scales + place), zero = widened(zeros + place);
+            const uint8_t *at = blocks + (tile * (width / group) + begin / group) * block;
+            __m512 scale = widened(at), zero = widened(at + 2 * TILE);
             for (long i = begin; i < begin + chunk; i++) {
-                __m512i bytes = _mm512_loadu_si512(codes + (tile * width + i / INPUTS * INPUTS) * TILE / 2);
-                __m512i code = _mm512_srlv_epi32(bytes, _mm512_set1_epi32(8 * (i % 4) + i / 4 % 2 * 4));
-                code = _mm512_sub_epi32(_mm512_and_si512(code, _mm512_set1_epi32(15)), _mm512_set1_epi32(ZERO_CODE));
+                __m512i bytes = _mm512_loadu_si512(at + HEADER + i % group * bits / 32 * 4 * TILE);
+                __m512i code = _mm512_srlv_epi32(bytes, _mm512_set1_epi32(8 * (i % 4) + (bits == 4 ? i / 4 % 2 * 4 : 0)));
+                code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+                code = _mm512_sub_epi32(code, _mm512_set1_epi32(1 << (bits - 1)));
                 __m512 weight = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, zero);
                 _mm256_storeu_si256((void *)(out + i * n_out + tile * TILE), rounded(weight));
             }

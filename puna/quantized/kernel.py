@@ -1,4 +1,5 @@
-"""Builds and calls `kernel.c`: products of int4 weights as fast as the memory gives them, on CPUs with AVX-512 VNNI.
+"""Builds and calls `kernel.c`: products of int8 and int4 weights as fast as the memory gives them, on CPUs with AVX-512
+VNNI.
 
 The machine's C compiler makes a library of it when it is first asked for, in a second, and it is kept in the user's
 cache under a name that holds what it was made of. Without a compiler or such a CPU there is no kernel, and layers
@@ -18,51 +19,78 @@ from torch import Tensor
 
 from puna.devices import has_int8_units
 from puna.files import file_aside
+from puna.quantized.linear import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-fopenmp", "-shared", "-fPIC")
 
-#: Outputs of a tile and inputs of a byte's four neighbours, as the kernel orders codes.
-TILE, INPUTS = 16, 8
+#: Outputs of a tile, inputs that the kernel takes together, bytes before a block's codes, and inputs whose sums fit.
+TILE, INPUTS, HEADER, MOST_INPUTS = 16, 8, 64, 1 << 16
+
+#: Rows of activations up to which the kernel multiplies codes; more of them meet weights that it dequantises, so many
+#: tiles at once (benchmarks/quantised_products.py).
+KERNEL_ROWS = 192
+TILES_AT_ONCE = 32
 
 
 class Kernel:
-    """The functions of the library.
-
-    Weights are three tensors: codes (tiles, in / 8, 16, 4) uint8, scales and zeros (tiles, groups, 16) bf16.
-    """
+    """The functions of the library. Blocks are what `in_blocks` makes of a weight."""
 
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         self._product, self._dequantize = loaded.product, loaded.dequantize
         pointer, number = ctypes.c_void_p, ctypes.c_long
-        self._product.argtypes = [*[pointer] * 6, *[number] * 4, ctypes.c_int]
-        self._dequantize.argtypes = [*[pointer] * 4, *[number] * 3, ctypes.c_int]
-        self._product.restype = self._dequantize.restype = None
+        self._product.argtypes = [*[pointer] * 3, *[number] * 4, ctypes.c_int, ctypes.c_int]
+        self._dequantize.argtypes = [*[pointer] * 2, *[number] * 3, ctypes.c_int, ctypes.c_int]
+        self._dequantize.restype = None
 
-    def product(self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    def product(self, x: Tensor, blocks: Tensor) -> Tensor:
         """(rows, in) bf16, contiguous, to (rows, out) bf16."""
         rows, width = x.shape
-        groups, n_out = scales.shape[1], len(codes) * TILE
+        n_out, group, bits = _sizes(blocks, width)
         out = x.new_empty(rows, n_out)
-        scratch = torch.empty(rows * (2 * width + 8 * groups + 4), dtype=torch.uint8)
-        places = (each.data_ptr() for each in (codes, scales, zeros, x, out, scratch))
-        self._product(*places, rows, width, n_out, width // groups, torch.get_num_threads())
+        places = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
+        if not self._product(*places, rows, width, n_out, group, bits, torch.get_num_threads()):
+            raise MemoryError(f"no memory for the digits of {rows} rows")
         return out
 
-    def transposed_weight(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        """The weight that these hold, (in, out) bf16."""
-        groups, n_out, width = scales.shape[1], len(codes) * TILE, codes.shape[1] * INPUTS
-        out = scales.new_empty(width, n_out)
-        places = (each.data_ptr() for each in (codes, scales, zeros, out))
-        self._dequantize(*places, width, n_out, width // groups, torch.get_num_threads())
+    def transposed_weight(self, blocks: Tensor, width: int) -> Tensor:
+        """The weight that blocks of rows of this width hold, (in, out) bf16."""
+        n_out, group, bits = _sizes(blocks, width)
+        out = torch.empty(width, n_out, dtype=torch.bfloat16)
+        self._dequantize(blocks.data_ptr(), out.data_ptr(), width, n_out, group, bits, torch.get_num_threads())
         return out
 
 
-def in_tiles(codes: Tensor) -> Tensor:
-    """(out, in) codes to the kernel's order, (tiles, in / 8, 16, 4)."""
-    first, second = codes.unflatten(1, (-1, 2, 4)).unflatten(0, (-1, TILE)).permute(3, 0, 2, 1, 4)
-    return (first | second << 4).contiguous()
+def multiplies(layer: QuantizedLinear, dtype: torch.dtype | None) -> bool:
+    """Whether there is a kernel here, for a layer of this shape and activations of this dtype."""
+    is_known = layer.out_features % TILE == 0 and layer.in_features % TILE == 0 and layer.in_features <= MOST_INPUTS
+    is_on_cpu = all(buffer.device.type == "cpu" for buffer in layer.buffers())
+    return is_known and is_on_cpu and dtype == torch.bfloat16 and kernel() is not None
+
+
+def in_blocks(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """A weight in the kernel's order: (out / 16, groups, 64 + bytes of the codes) uint8.
+
+    Args:
+        codes: (out, in) uint8, below 2**bits.
+        scales, zeros: (out, groups) bf16; a weight is `(code - 2**(bits - 1)) * scale + zero`.
+        bits: 4 or 8.
+    """
+    by_group = codes.view(-1, TILE, scales.shape[1], codes.shape[1] // scales.shape[1] // INPUTS, 2, 4)
+    first, second = by_group.permute(4, 0, 2, 3, 1, 5)  # each (tiles, groups, group / 8, 16, 4)
+    together = first | second << 4 if bits == 4 else torch.stack((first, second), dim=3)
+    headers = torch.stack((scales, zeros)).unflatten(1, (-1, TILE)).permute(1, 3, 0, 2).contiguous()
+    return torch.cat((headers.flatten(2).view(torch.uint8), together.flatten(2)), dim=2)
+
+
+def product(x: Tensor, blocks: Tensor) -> Tensor:
+    """Rows times the transposed weight, where `multiplies`: (rows, in) bf16, contiguous, to (rows, out)."""
+    ours = kernel()
+    assert ours is not None
+    if len(x) <= KERNEL_ROWS:
+        return ours.product(x, blocks)
+    return torch.cat([x @ ours.transposed_weight(part, x.shape[1]) for part in blocks.split(TILES_AT_ONCE)], dim=1)
 
 
 @functools.cache
@@ -73,13 +101,20 @@ def kernel() -> Kernel | None:
         return None
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     try:
-        library = _cache() / f"int4-{name}.so"
+        library = _cache() / f"products-{name}.so"
         if not library.exists():
             with file_aside(library) as file:
                 subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", file.name], check=True, capture_output=True)
         return Kernel(library)
     except (OSError, RuntimeError, subprocess.SubprocessError):  # an old compiler, no home, a full disk: only slower
         return None
+
+
+def _sizes(blocks: Tensor, width: int) -> tuple[int, int, int]:
+    """Outputs, group size and bits."""
+    tiles, groups, size = blocks.shape
+    group = width // groups
+    return tiles * TILE, group, 8 * (size - HEADER) // (TILE * group)
 
 
 def _cache() -> Path:

@@ -14,22 +14,20 @@ import torch
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
-from puna.quantized.kernel import TILE, in_tiles, kernel
+from puna.quantized import kernel
 from puna.quantized.linear import Form, QuantizedLinear
 
 #: Shares of a group's range that its codes may span.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 #: Rows of activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the codes
-#: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py). And up to which our kernel is.
+#: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
 PACKED_ROWS = 128
-KERNEL_ROWS = 192
 
 #: Outputs whose codes torch's kernels for AVX-512 interleave, and blocks of so many that are dequantised at once: few
 #: enough to stay in the cache.
 BLOCK = 64
 BLOCKS_AT_ONCE = 16
-TILES_AT_ONCE = 32
 
 #: Tiles of 16 inputs that torch's CUDA kernel may read at once; the more the better.
 INNER_TILES = (8, 4, 2)
@@ -40,7 +38,7 @@ class Linear(QuantizedLinear):
 
     Attributes:
         packed: the codes in the order of the device's kernel; before `pack` they are `weight`.
-        scales_and_zeros: (in / group, out, 2); for our kernel, two tensors in its order.
+        scales_and_zeros: (in / group, out, 2); our kernel has them in `packed`.
     """
 
     GROUP_SIZES = (64, 32, 128)
@@ -52,7 +50,7 @@ class Linear(QuantizedLinear):
     packed: Tensor
     scales_and_zeros: Tensor
     _is_interleaved = False
-    _is_in_tiles = False
+    _is_in_blocks = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -92,14 +90,11 @@ class Linear(QuantizedLinear):
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
         """Orders the codes as the device's kernel reads them."""
-        scales_and_zeros = torch.stack((self.weight_scale.t(), self.weight_zero.t()), dim=-1)
-        is_for_ours = self.weight.device.type == "cpu" and dtype == torch.bfloat16 and self.out_features % TILE == 0
-        if is_for_ours and kernel() is not None:
-            self._is_in_tiles = True
-            packed = in_tiles(_unpaired(self.weight))
-            of_outputs = torch.stack((self.weight_scale, self.weight_zero))
-            scales_and_zeros = of_outputs.unflatten(1, (-1, TILE)).transpose(2, 3).contiguous()
-        elif takes_cuda_kernels(self.weight.device.type):
+        if kernel.multiplies(self, dtype):
+            self._is_in_blocks = True
+            self._keep(packed=kernel.in_blocks(_unpaired(self.weight), self.weight_scale, self.weight_zero, bits=4))
+            return
+        if takes_cuda_kernels(self.weight.device.type):
             tiles = next(n for n in INNER_TILES if self.in_features % (16 * n) == 0)
             packed = torch.ops.aten._convert_weight_to_int4pack(self.weight, tiles)
         elif self.out_features % BLOCK == 0 and _interleaves():
@@ -107,15 +102,13 @@ class Linear(QuantizedLinear):
             packed = _interleaved(self.weight)
         else:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_unpaired(self.weight).int(), 1)
-        for name in self.form(self.out_features, self.in_features, self.group_size):
-            delattr(self, name)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales_and_zeros", scales_and_zeros)
+        scales_and_zeros = torch.stack((self.weight_scale.t(), self.weight_zero.t()), dim=-1)
+        self._keep(packed=packed, scales_and_zeros=scales_and_zeros)
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self._is_in_tiles:
-            return self._product_of_ours(x)
+        if self._is_in_blocks:
+            return kernel.product(x, self.packed)
         if takes_cuda_kernels(x.device.type):  # it knows bf16 alone
             out = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.packed, self.group_size, self.scales_and_zeros)
             return out.to(x.dtype)
@@ -124,13 +117,12 @@ class Linear(QuantizedLinear):
             return self._dequantised_product(x, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, scales_and_zeros)
 
-    def _product_of_ours(self, x: Tensor) -> Tensor:
-        ours = kernel()
-        assert ours is not None
-        if len(x) <= KERNEL_ROWS:
-            return ours.product(x, self.packed, *self.scales_and_zeros)
-        parts = zip(self.packed.split(TILES_AT_ONCE), self.scales_and_zeros.split(TILES_AT_ONCE, dim=1), strict=True)
-        return torch.cat([x @ ours.transposed_weight(codes, *others) for codes, others in parts], dim=1)
+    def _keep(self, **tensors: Tensor) -> None:
+        """Instead of what was stored."""
+        for name in self.form(self.out_features, self.in_features, self.group_size):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def _dequantised_product(self, x: Tensor, scales_and_zeros: Tensor) -> Tensor:
         step = BLOCK * BLOCKS_AT_ONCE

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import has_int8_units
+from puna.quantized import kernel
 from puna.quantized.digits import product_by_digits
 from puna.quantized.linear import Form, QuantizedLinear
 
@@ -28,6 +29,7 @@ class Linear(QuantizedLinear):
     weight: Tensor
     weight_scale: Tensor
     _is_packed = False
+    _is_in_blocks = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -50,14 +52,21 @@ class Linear(QuantizedLinear):
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
-        """Orders the codes as a CPU with units for int8 reads them."""
-        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_int8_units():
+        """Orders the codes as our kernel reads them, or oneDNN on a CPU with units for int8."""
+        if kernel.multiplies(self, dtype):
+            self._is_in_blocks = True
+            codes = self.weight.view(torch.uint8) ^ 128
+            self.weight = kernel.in_blocks(codes, self.weight_scale, torch.zeros_like(self.weight_scale), bits=8)
+            del self.weight_scale  # it is in the blocks
+        elif self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_int8_units():
             self._is_packed = True
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.weight_scale = self.weight_scale.float().view(-1)
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
+        if self._is_in_blocks:
+            return kernel.product(x, self.weight)
         if self._is_packed:
             return product_by_digits(x, self.weight, self.weight_scale)
         scale = self.weight_scale.to(x.dtype).view(-1)

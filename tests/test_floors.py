@@ -13,7 +13,7 @@ PACKAGE = Path(puna.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "twins"},
     {"files", "progress"},
-    {"tokenizer", "prompts", "config", "devices", "story"},
+    {"tokenizer", "prompts", "config", "devices", "native", "story"},
     {"data", "model"},
     {"quantized"},
     {"checkpoint", "parallel"},

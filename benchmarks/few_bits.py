@@ -22,6 +22,7 @@ from puna.generate import Sampling
 from puna.generate.engine import Engine
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.model.packed import pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 
 SCHEMES = ("int8", "int4")
@@ -89,6 +90,7 @@ def random_quantized(config: ModelConfig, scheme: str) -> Llama:
             values = torch.ones(empty.shape) if empty.dim() == 1 else torch.randn(empty.shape) * 0.02
             setattr(module, name, nn.Parameter(values.bfloat16()))
     model.compute_dtype = torch.bfloat16
+    pack_layers(model)  # as `puna.load` does for inference
     return model
 
 

@@ -1,28 +1,20 @@
 """Builds and calls `kernel.c`: products of int8 and int4 weights as fast as the memory gives them, on CPUs with AVX-512
-VNNI.
-
-The machine's C compiler makes a library of it when it is first asked for, in a second, and it is kept in the user's
-cache under a name that holds what it was made of. Without a compiler or such a CPU there is no kernel, and layers
-multiply with torch's own products.
+VNNI. Elsewhere, and without a C compiler, layers multiply with torch's own products.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from puna.devices import has_int8_units
-from puna.files import file_aside
+from puna.native import build
 from puna.quantized.linear import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("kernel.c")
-FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 
 #: Outputs of a tile, inputs that the kernel takes together, bytes before a block's codes, and inputs whose sums fit.
 TILE, INPUTS, HEADER, MOST_INPUTS = 16, 8, 64, 1 << 16
@@ -36,9 +28,8 @@ TILES_AT_ONCE = 32
 class Kernel:
     """The functions of the library. Blocks are what `in_blocks` makes of a weight."""
 
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        self._product, self._dequantize = loaded.product, loaded.dequantize
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._product, self._dequantize = library.product, library.dequantize
         pointer, number = ctypes.c_void_p, ctypes.c_long
         self._product.argtypes = [*[pointer] * 3, *[number] * 4, ctypes.c_int, ctypes.c_int]
         self._dequantize.argtypes = [*[pointer] * 2, *[number] * 3, ctypes.c_int, ctypes.c_int]
@@ -96,18 +87,8 @@ def product(x: Tensor, blocks: Tensor) -> Tensor:
 @functools.cache
 def kernel() -> Kernel | None:
     """The kernel; None: this machine has no use for it, or nothing to make it with."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not has_int8_units():
-        return None
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    try:
-        library = _cache() / f"products-{name}.so"
-        if not library.exists():
-            with file_aside(library) as file:
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", file.name], check=True, capture_output=True)
-        return Kernel(library)
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # an old compiler, no home, a full disk: only slower
-        return None
+    library = build(SOURCE, FLAGS) if has_int8_units() else None
+    return None if library is None else Kernel(library)
 
 
 def _sizes(blocks: Tensor, width: int) -> tuple[int, int, int]:
@@ -115,7 +96,3 @@ def _sizes(blocks: Tensor, width: int) -> tuple[int, int, int]:
     tiles, groups, size = blocks.shape
     group = width // groups
     return tiles * TILE, group, 8 * (size - HEADER) // (TILE * group)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puna"

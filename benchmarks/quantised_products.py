@@ -107,7 +107,7 @@ def _threshold(name: str, layer: nn.Module) -> str | None:
     """Where a scheme chooses between two products on this CPU; None: there is one alone."""
     if not isinstance(layer, (int4.Linear, int8.Linear)):
         return None
-    if layer._is_in_blocks:
+    if layer.is_in_blocks:
         return "puna.quantized.kernel.KERNEL_ROWS"
     is_by_digits = isinstance(layer, int8.Linear) and layer._is_packed
     return None if is_by_digits else f"puna.quantized.schemes.{name}.PACKED_ROWS"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from puna.devices import has_int8_units
 from puna.native import build
-from puna.quantized.linear import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
@@ -36,10 +35,10 @@ class Kernel:
         self._dequantize.restype = None
 
     def product(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """(rows, in) bf16, contiguous, to (rows, out) bf16."""
-        rows, width = x.shape
+        """(..., in) bf16, contiguous, to (..., out) bf16."""
+        width = x.shape[-1]
         n_out, group, bits = _sizes(blocks, width)
-        out = x.new_empty(rows, n_out)
+        rows, out = x.numel() // width, x.new_empty(*x.shape[:-1], n_out)
         places = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
         if not self._product(*places, rows, width, n_out, group, bits, torch.get_num_threads()):
             raise MemoryError(f"no memory for the digits of {rows} rows")
@@ -53,11 +52,10 @@ class Kernel:
         return out
 
 
-def multiplies(layer: QuantizedLinear, dtype: torch.dtype | None) -> bool:
-    """Whether there is a kernel here, for a layer of this shape and activations of this dtype."""
-    is_known = layer.out_features % TILE == 0 and layer.in_features % TILE == 0 and layer.in_features <= MOST_INPUTS
-    is_on_cpu = all(buffer.device.type == "cpu" for buffer in layer.buffers())
-    return is_known and is_on_cpu and dtype == torch.bfloat16 and kernel() is not None
+def multiplies(n_out: int, width: int, dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether there is a kernel here, for a weight of this shape and activations of this dtype."""
+    has_shape = n_out % TILE == 0 and width % TILE == 0 and width <= MOST_INPUTS
+    return has_shape and dtype == torch.bfloat16 and device.type == "cpu" and kernel() is not None
 
 
 def in_blocks(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -76,12 +74,13 @@ def in_blocks(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor
 
 
 def product(x: Tensor, blocks: Tensor) -> Tensor:
-    """Rows times the transposed weight, where `multiplies`: (rows, in) bf16, contiguous, to (rows, out)."""
+    """Rows times the transposed weight, where `multiplies`: (..., in) bf16, contiguous, to (..., out)."""
     ours = kernel()
     assert ours is not None
-    if len(x) <= KERNEL_ROWS:
+    width = x.shape[-1]
+    if x.numel() <= KERNEL_ROWS * width:
         return ours.product(x, blocks)
-    return torch.cat([x @ ours.transposed_weight(part, x.shape[1]) for part in blocks.split(TILES_AT_ONCE)], dim=1)
+    return torch.cat([x @ ours.transposed_weight(part, width) for part in blocks.split(TILES_AT_ONCE)], dim=-1)
 
 
 @functools.cache

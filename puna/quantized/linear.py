@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puna.quantized import kernel
+
 #: Name -> shape and dtype.
 Form = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -17,6 +19,7 @@ class QuantizedLinear(nn.Module, ABC):
 
     What is stored are buffers. `pack` is called once they are filled, on the device where the layer is to work; from
     then on it stays there. `forward` is fast where the device has the means, `reference` is what it is tested against.
+    Where our kernel multiplies, `weight` is the only buffer after `pack` and holds the kernel's blocks.
 
     Attributes:
         GROUP_SIZES: neighbouring weights of a row that may share a scale, the default first; (): whole rows do.
@@ -25,6 +28,9 @@ class QuantizedLinear(nn.Module, ABC):
 
     GROUP_SIZES: ClassVar[tuple[int, ...]] = ()
     HEAD: ClassVar[str | None] = None
+
+    weight: Tensor
+    is_in_blocks = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group_size: int | None) -> None:
         super().__init__()
@@ -50,7 +56,7 @@ class QuantizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """Rows times the transposed weight: (rows, in), contiguous, to (rows, out)."""
+        """Rows times the transposed weight, where our kernel does not do it: (rows, in), contiguous, to (rows, out)."""
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
         """Brings what is stored into the form that the device multiplies with; by default they are the same.
@@ -61,11 +67,27 @@ class QuantizedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`: bf16 or fp32."""
-        rows = self.product(x.reshape(-1, self.in_features).contiguous())
-        rows = rows if self.bias is None else rows + self.bias.to(x.dtype)
-        return rows.view(*x.shape[:-1], self.out_features)
+        if self.is_in_blocks:
+            out = kernel.product(x.contiguous(), self.weight)
+        else:
+            rows = self.product(x.reshape(-1, self.in_features).contiguous())
+            out = rows.view(*x.shape[:-1], self.out_features)
+        bias = self.bias
+        return out if bias is None else out + bias.to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """What `forward` computes, plainly and in fp32: the weight is dequantised first. Before `pack`."""
         weight = self.dequantize(dict(self.named_buffers()))
         return F.linear(x.float(), weight, None if self.bias is None else self.bias.float())
+
+    def _keep(self, **tensors: Tensor) -> None:
+        """Instead of what was stored."""
+        for name in self.form(self.out_features, self.in_features, self.group_size):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _put_in_blocks(self, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+        """Keeps the weight as our kernel reads it; arguments as for `kernel.in_blocks`."""
+        self._keep(weight=kernel.in_blocks(codes, scales, zeros, bits))
+        self.is_in_blocks = True

@@ -53,7 +53,7 @@ def test_codes_lie_where_the_kernel_reads_them(bits):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, KERNEL_ROWS + 1])
 def test_a_product_is_that_of_the_dequantised_weight(rows, scheme, group):
     layer, weight = packed(torch.randn(48, 384), scheme, group)
-    assert layer._is_in_blocks
+    assert layer.is_in_blocks
     x = torch.randn(rows, 384).bfloat16()
     out = layer(x)
     assert (out.shape, out.dtype) == ((rows, 48), torch.bfloat16)
@@ -73,7 +73,7 @@ def test_a_channel_much_greater_than_all_others_drowns_none(scheme, group):
 @each_scheme
 def test_the_dequantised_weight_is_the_references_to_the_last_bit_of_bf16(scheme, group):
     layer, weight = packed(torch.randn(64, 256), scheme, group)
-    found = kernel().transposed_weight(layer.packed if group else layer.weight, 256)
+    found = kernel().transposed_weight(layer.weight, 256)
     assert torch.equal(found.t(), weight.bfloat16())
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_a_number_does_not_become_one(scheme, group, odd):
 @pytest.mark.parametrize("dtype", [torch.float32, None])
 def test_what_the_kernel_does_not_know_goes_without_it(scheme, group, dtype):
     layer, weight = packed(torch.randn(64, 128), scheme, group, dtype)
-    assert not layer._is_in_blocks
+    assert not layer.is_in_blocks
     x = torch.randn(3, 128)
     assert relative_error(layer(x), x.double() @ weight.double().t()) < 1e-5
 

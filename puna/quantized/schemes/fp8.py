@@ -23,7 +23,6 @@ class Linear(QuantizedLinear):
 
     HEAD = None  # it is 1 or 2 % of a large model's bytes, and its error goes straight into the logits
 
-    weight: Tensor
     weight_scale: Tensor
     _is_native = False
 

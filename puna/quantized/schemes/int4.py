@@ -37,20 +37,18 @@ class Linear(QuantizedLinear):
     """Multiplies with codes that it dequantises as it reads them.
 
     Attributes:
-        packed: the codes in the order of the device's kernel; before `pack` they are `weight`.
-        scales_and_zeros: (in / group, out, 2); our kernel has them in `packed`.
+        packed: the codes in the order of torch's kernel; before `pack` they are `weight`.
+        scales_and_zeros: (in / group, out, 2).
     """
 
     GROUP_SIZES = (64, 32, 128)
     HEAD = "int8"  # at 4 bits its error goes straight into the logits; at 8 it is lost among the layers'
 
-    weight: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
     packed: Tensor
     scales_and_zeros: Tensor
     _is_interleaved = False
-    _is_in_blocks = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -90,9 +88,8 @@ class Linear(QuantizedLinear):
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
         """Orders the codes as the device's kernel reads them."""
-        if kernel.multiplies(self, dtype):
-            self._is_in_blocks = True
-            self._keep(packed=kernel.in_blocks(_unpaired(self.weight), self.weight_scale, self.weight_zero, bits=4))
+        if kernel.multiplies(self.out_features, self.in_features, dtype, self.weight.device):
+            self._put_in_blocks(_unpaired(self.weight), self.weight_scale, self.weight_zero, bits=4)
             return
         if takes_cuda_kernels(self.weight.device.type):
             tiles = next(n for n in INNER_TILES if self.in_features % (16 * n) == 0)
@@ -107,8 +104,6 @@ class Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self._is_in_blocks:
-            return kernel.product(x, self.packed)
         if takes_cuda_kernels(x.device.type):  # it knows bf16 alone
             out = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.packed, self.group_size, self.scales_and_zeros)
             return out.to(x.dtype)
@@ -116,13 +111,6 @@ class Linear(QuantizedLinear):
         if len(x) > PACKED_ROWS and self._is_interleaved:
             return self._dequantised_product(x, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, scales_and_zeros)
-
-    def _keep(self, **tensors: Tensor) -> None:
-        """Instead of what was stored."""
-        for name in self.form(self.out_features, self.in_features, self.group_size):
-            delattr(self, name)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
 
     def _dequantised_product(self, x: Tensor, scales_and_zeros: Tensor) -> Tensor:
         step = BLOCK * BLOCKS_AT_ONCE

@@ -26,10 +26,8 @@ class Linear(QuantizedLinear):
 
     HEAD = "int8"
 
-    weight: Tensor
     weight_scale: Tensor
     _is_packed = False
-    _is_in_blocks = False
 
     @staticmethod
     def form(out_features: int, in_features: int, group_size: int | None) -> Form:
@@ -53,11 +51,9 @@ class Linear(QuantizedLinear):
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
         """Orders the codes as our kernel reads them, or oneDNN on a CPU with units for int8."""
-        if kernel.multiplies(self, dtype):
-            self._is_in_blocks = True
+        if kernel.multiplies(self.out_features, self.in_features, dtype, self.weight.device):
             codes = self.weight.view(torch.uint8) ^ 128
-            self.weight = kernel.in_blocks(codes, self.weight_scale, torch.zeros_like(self.weight_scale), bits=8)
-            del self.weight_scale  # it is in the blocks
+            self._put_in_blocks(codes, self.weight_scale, torch.zeros_like(self.weight_scale), bits=8)
         elif self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_int8_units():
             self._is_packed = True
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
@@ -65,8 +61,6 @@ class Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self._is_in_blocks:
-            return kernel.product(x, self.weight)
         if self._is_packed:
             return product_by_digits(x, self.weight, self.weight_scale)
         scale = self.weight_scale.to(x.dtype).view(-1)

@@ -14,9 +14,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-enum { TILE = 16, INPUTS = 8, HEADER = 4 * TILE, MOST_ROWS = 4, GREATEST = 126 * 257 };
+enum { TILE = 16, INPUTS = 8, HEADER = 4 * TILE, MOST_ROWS = 4, AHEAD = 8192, GREATEST = 126 * 257 };
 
 typedef struct {
     const uint8_t *blocks;
@@ -40,10 +39,9 @@ static inline __m256i rounded(__m512 values) { /* to bf16, the even one of two t
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
 
-static inline __m512i four(const int8_t *digits) { /* for every output the same */
-    int32_t together;
-    memcpy(&together, digits, 4);
-    return _mm512_set1_epi32(together);
+/* Adds four products to each output's sum, digits being the same for all; gcc moves sums to and fro for its intrinsic. */
+static inline void add_products(__m512i *sums, __m512i codes, const int8_t *digits) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(*sums) : "v"(codes), "m"(*(const int8_t(*)[4])digits));
 }
 
 static void find_digits(const uint16_t *x, long row, long width, long group, Rows rows) {
@@ -93,20 +91,20 @@ static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, 
 #pragma GCC unroll 4
         for (long i = g * w.group; i < (g + 1) * w.group; i += INPUTS, at += TILE * INPUTS * bits / 8) {
             __m512i first = _mm512_loadu_si512(at), second;
-            _mm_prefetch((const char *)at + 4096, _MM_HINT_T0);
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
             if (bits == 4) {
                 second = _mm512_and_si512(_mm512_srli_epi16(first, 4), half);
                 first = _mm512_and_si512(first, half);
             } else {
                 second = _mm512_loadu_si512(at + 4 * TILE);
-                _mm_prefetch((const char *)at + 4096 + 64, _MM_HINT_T0);
+                _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
             }
             for (int r = 0; r < n; r++) {
                 const int8_t *of_row = digits + 2 * r * w.width + i;
-                upper[0][r] = _mm512_dpbusd_epi32(upper[0][r], first, four(of_row));
-                lower[0][r] = _mm512_dpbusd_epi32(lower[0][r], first, four(of_row + w.width));
-                upper[1][r] = _mm512_dpbusd_epi32(upper[1][r], second, four(of_row + 4));
-                lower[1][r] = _mm512_dpbusd_epi32(lower[1][r], second, four(of_row + w.width + 4));
+                add_products(&upper[0][r], first, of_row);
+                add_products(&lower[0][r], first, of_row + w.width);
+                add_products(&upper[1][r], second, of_row + 4);
+                add_products(&lower[1][r], second, of_row + w.width + 4);
             }
         }
         for (int r = 0; r < n; r++) { /* up to 65,000 inputs of 255 * 126 each: no overflow */

@@ -12,7 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { TILE = 64, INPUTS = 32, LANES = 16, VECTORS = TILE / LANES, TOGETHER = 6, MOST_ROWS = 32, PAIRS = 64, ALONE = 1 << 14 };
+enum { TILE = 64, INPUTS = 32, LANES = 16, VECTORS = TILE / LANES, TOGETHER = 6, MOST_ROWS = 32, PAIRS = 64 };
+enum { ALONE = 1 << 14, NEAR = 64 };
 
 static inline float widened(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -141,4 +142,93 @@ void swiglu(uint16_t *gate, const uint16_t *up, long count, int threads) {
         float x = widened(gate[i]);
         gate[i] = rounded(widened(rounded(x / (1 + exponential(-x)))) * widened(up[i]));
     }
+}
+
+/* Keys or values of a layer: blocks of `size` tokens, in each token its heads. */
+typedef struct {
+    const uint16_t *keys, *values;
+    long size, heads, width;
+} Pool;
+
+static inline __mmask32 first_of_32(long n) { return n < 32 ? ((__mmask32)1 << n) - 1 : ~(__mmask32)0; }
+
+static inline float dot(const uint16_t *a, const uint16_t *b, long width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 32) {
+        __mmask32 mask = first_of_32(width - i);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i),
+                               (__m512bh)_mm512_maskz_loadu_epi16(mask, b + i));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* out (width) += weights (count) x rows (count, width); each 64 of the width stay in registers. */
+static inline void add_rows(float *out, const float *weights, const uint16_t **rows, long count, long width) {
+    for (long begin = 0; begin < width; begin += TILE) {
+        __m512 sum[VECTORS];
+        __mmask16 mask[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            long left = width - begin - v * LANES;
+            mask[v] = left < 0 ? 0 : left < LANES ? (1 << left) - 1 : 0xFFFF;
+            sum[v] = _mm512_maskz_loadu_ps(mask[v], out + begin + v * LANES);
+        }
+        for (long t = 0; t < count; t++)
+            for (int v = 0; v < VECTORS; v++) {
+                __m256i row = _mm256_maskz_loadu_epi16(mask[v], rows[t] + begin + v * LANES);
+                __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(row), 16));
+                sum[v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[t]), value, sum[v]);
+            }
+        for (int v = 0; v < VECTORS; v++) _mm512_mask_storeu_ps(out + begin + v * LANES, mask[v], sum[v]);
+    }
+}
+
+/* The queries q (groups, width) that share a head of the pool meet it in parts, each as many tokens as stay near. */
+static void attend_head(const uint16_t *q, Pool pool, long head, const int32_t *table, long length, long groups,
+                        uint16_t *out) {
+    float greatest[groups], total[groups], sums[groups * pool.width], weights[NEAR];
+    const uint16_t *keys[NEAR], *values[NEAR];
+    memset(sums, 0, sizeof sums);
+    for (long g = 0; g < groups; g++) greatest[g] = -INFINITY, total[g] = 0;
+    for (long begin = 0; begin < length; begin += NEAR) {
+        long count = length - begin < NEAR ? length - begin : NEAR;
+        for (long t = 0; t < count; t++) {
+            long slot = (long)table[(begin + t) / pool.size] * pool.size + (begin + t) % pool.size;
+            keys[t] = pool.keys + (slot * pool.heads + head) * pool.width;
+            values[t] = pool.values + (slot * pool.heads + head) * pool.width;
+        }
+        for (long g = 0; g < groups; g++) {
+            float most = greatest[g], sum = 0;
+            for (long t = 0; t < count; t++) {
+                weights[t] = dot(q + g * pool.width, keys[t], pool.width) / sqrtf(pool.width);
+                most = weights[t] > most ? weights[t] : most;
+            }
+#pragma omp simd reduction(+ : sum)
+            for (long t = 0; t < count; t++) {
+                weights[t] = exponential(weights[t] - most);
+                sum += weights[t];
+            }
+            float before = begin ? exponential(greatest[g] - most) : 0;
+            for (long i = 0; i < pool.width; i++) sums[g * pool.width + i] *= before;
+            add_rows(sums + g * pool.width, weights, values, count, pool.width);
+            total[g] = total[g] * before + sum;
+            greatest[g] = most;
+        }
+    }
+    for (long g = 0; g < groups; g++)
+        for (long i = 0; i < pool.width; i++)
+            out[g * pool.width + i] = rounded(length ? sums[g * pool.width + i] / total[g] : 0);
+}
+
+/* q (n, heads, width), one query of each sequence, to all that tables (n, most_blocks) and lengths (n) say it has. */
+void attend_paged(const uint16_t *q, const uint16_t *keys, const uint16_t *values, const int32_t *tables,
+                  const int32_t *lengths, uint16_t *out, long n, long heads, long width, long kv_heads, long size,
+                  long most_blocks, int threads) {
+    Pool pool = {keys, values, size, kv_heads, width};
+    long groups = heads / kv_heads;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (long row = 0; row < n; row++)
+        for (long head = 0; head < kv_heads; head++) {
+            long place = (row * heads + head * groups) * width;
+            attend_head(q + place, pool, head, tables + row * most_blocks, lengths[row], groups, out + place);
+        }
 }

@@ -30,11 +30,12 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
         self._product, self._rms_norm = library.product, library.rms_norm
-        self._rotate, self._swiglu = library.rotate, library.swiglu
+        self._rotate, self._swiglu, self._attend_paged = library.rotate, library.swiglu, library.attend_paged
         self._product.argtypes = [*[pointer] * 3, *[number] * 3, integer]
         self._rms_norm.argtypes = [*[pointer] * 3, *[number] * 2, ctypes.c_float, integer]
         self._rotate.argtypes = [*[pointer] * 3, *[number] * 3, integer]
         self._swiglu.argtypes = [*[pointer] * 2, number, integer]
+        self._attend_paged.argtypes = [*[pointer] * 6, *[number] * 6, integer]
 
     def product(self, x: Tensor, weight_address: int, n_out: int) -> Tensor:
         """(..., in), of MOST_ROWS rows at most and `in` even, to (..., out).
@@ -68,6 +69,14 @@ class Kernel:
         """silu(gate) * up, in the place of `gate`."""
         self._swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
         return gate
+
+    def attend_paged(self, q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
+        """As `puna.generate.engine.paged_attention.attend_paged`."""
+        out = torch.empty_like(q)
+        places = (x.data_ptr() for x in (q, keys, values, block_tables, lengths, out))
+        sizes = *q.shape, keys.shape[2], keys.shape[1], block_tables.shape[1]
+        self._attend_paged(*places, *sizes, torch.get_num_threads())
+        return out
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.scheduler import Running
 from puna.generate.sequence import Sequence
 from puna.model.llama import Llama
+from puna.model.packed import pack_layers
 from puna.testing import PeakAnonymousMemory, ScriptedModel, tiny_model
 from puna.tokenizer import Tokenizer
 
@@ -337,11 +338,26 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     if "cache_dtype" in options:
         expected = Engine(model, cache_tokens=400, **options).generate(prompts, samplings)
     monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
-    monkeypatch.setattr("puna.generate.engine.cache.takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda device, dtype: True)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5, **options)
     assert engine.generate(prompts, samplings) == expected
     assert len(recorded) > 3, "several numbers of rows and blocks"
+    assert_all_free(engine)
+
+
+@torch.no_grad()
+def test_in_bf16_packed_layers_choose_what_is_likeliest_in_fp32_or_nearly_so() -> None:
+    exact, packed = (tiny_model(head_dim=64).bfloat16() for _ in range(2))
+    pack_layers(packed)
+    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
+    engine = Engine(packed, cache_tokens=2000, block_tokens=16, max_rows=4, step_tokens=33)
+    completions = engine.generate(prompts, Sampling(max_tokens=40, ignore_eos=True))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = exact.float()(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
+        lost = logits.amax(-1) - logits.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        assert (lost == 0).float().mean() > 0.8
+        assert lost.max() < 0.2 * logits.std()
     assert_all_free(engine)
 
 

@@ -13,8 +13,11 @@ from puna.devices import multiplies_fp8
 from puna.generate.engine.paged_attention import attend_paged, attend_paged_reference
 from puna.generate.engine.storage import GREATEST, Storage, round_heads
 from puna.model.attention import attend_reference
+from puna.model.kernel import kernel
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+
+needs_cpu_kernel = pytest.mark.skipif(kernel() is None, reason="no AVX-512 BF16, or no C compiler")
 
 #: N, K, H, block_size, lengths.
 CASES = {
@@ -92,6 +95,28 @@ def test_the_kernel_is_loaded_only_where_it_is_used() -> None:
     code = "import sys, puna.generate.engine.paged_attention; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "puna.generate.engine.paged_attention_kernel" not in loaded
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize("shape", [*CASES.values(), (32, 4, 128, 32, (700, 1, 63))], ids=str)
+def test_the_kernel_of_a_cpu_computes_the_formula(shape: tuple[int, int, int, int, tuple[int, ...]]) -> None:
+    q, _, _, *pool, tables, lengths = scattered(shape, torch.bfloat16)
+    q = newest(q, lengths) * 3
+    expected = attend_paged_reference(q.float(), *(x.float() for x in pool), tables, lengths)
+    found = attend_paged(q, *pool, tables, lengths)
+    assert (found - expected).norm() <= 3e-3 * expected.norm()
+    rows = [attend_paged(q[i : i + 1], *pool, tables[i : i + 1], lengths[i : i + 1]) for i in range(len(q))]
+    assert torch.equal(found, torch.cat(rows))
+
+
+@needs_cpu_kernel
+def test_what_is_not_a_number_on_a_cpu_does_not_become_one() -> None:
+    q, _, _, *pool, tables, lengths = scattered(CASES["grouped"], torch.bfloat16)
+    q = newest(q, lengths)
+    q[1, 3] = torch.nan
+    found = attend_paged(q, *pool, tables, lengths)
+    assert found[1, 3].isnan().all()
+    assert found.isnan().sum() == found[1, 3].numel()
 
 
 @needs_triton

@@ -4,8 +4,8 @@
     slots                             where each is kept: block * size + place in the block  (T,)
 
 Each layer first writes the step's keys and values to their slots; then each sequence's queries see its own slots up to
-themselves. On the CPU a sequence whose blocks are neighbours is read in place; elsewhere it is gathered, and on CUDA
-sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`). What is kept in 8 bits
+themselves. Sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`), where there is
+one; of the others, one whose blocks are neighbours is read in place on a CPU, and else gathered. What is kept in 8 bits
 (`puna.generate.engine.storage`) is seen as it was rounded, by its own token too: so it makes no difference which tokens
 came in one step.
 """
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puna.devices import takes_cuda_kernels
-from puna.generate.engine.paged_attention import attend_paged
+from puna.generate.engine.paged_attention import attend_paged, is_fast
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import Storage
 from puna.model.attention import Span, attend, attend_spans
@@ -77,7 +76,7 @@ class Step:
 
     Attributes:
         slots: (T,) of each token.
-        n_decoding: sequences of one token, which come first, that go through the kernel; 0 on a CPU.
+        n_decoding: sequences of one token, which come first, that go through the kernel; 0 where there is none.
         tables: for each of these its blocks, (n_decoding, blocks) int32, and its length, (n_decoding,) int32; None
             where there are none.
         others: the rest: slots of all that each sees.
@@ -93,7 +92,8 @@ class Step:
         """For chunks in the scheduler's order, single tokens first."""
         size, device = cache.block_tokens, cache.device
         slots = [slot for chunk in chunks for slot in chunk.slots(size)]
-        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if takes_cuda_kernels(device.type) else 0
+        has_kernel = is_fast(device, cache.keys.numbers.dtype)
+        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if has_kernel else 0
         tables = None
         if n_decoding:
             width = max(len(chunk.running.blocks) for chunk in chunks[:n_decoding])

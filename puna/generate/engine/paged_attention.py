@@ -3,7 +3,8 @@
 A block table says where a sequence lies. With blocks of 4 tokens, a sequence of 6 with the table `[7, 2, …]` has
 tokens 0 to 3 in block 7, and 4 and 5 in the first half of block 2; the rest of block 2 and of the table counts for
 nothing. `attend_paged` is one operation by name, so that a compiled model holds it as it is; on a CUDA device it is the
-kernel of `paged_attention_kernel`, elsewhere the plain formula, `attend_paged_reference`.
+kernel of `paged_attention_kernel`, on a CPU in bf16 that of `puna.model.kernel`, elsewhere the plain formula,
+`attend_paged_reference`.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.storage import Storage
+from puna.model import kernel as cpu
 
 
 def attend_paged(
@@ -40,7 +42,14 @@ def attend_paged(
     Returns:
         (n, N, H); zeros where the length is 0.
     """
+    if q.dtype == keys.dtype and (kernel := _cpu_kernel(q.device, q.dtype)) is not None:
+        return kernel.attend_paged(q, keys, values, block_tables, lengths)
     return torch.ops.puna.attend_paged(q, keys, values, block_tables, lengths, key_scales, value_scales)
+
+
+def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel attends to keys and values of a dtype on a device."""
+    return takes_cuda_kernels(device.type) or _cpu_kernel(device, dtype) is not None
 
 
 def attend_paged_reference(
@@ -65,6 +74,10 @@ def attend_paged_reference(
     is_hidden = ~is_here[:, None, None]
     weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1).masked_fill(is_hidden, 0.0)
     return torch.einsum("nkgs,nskh->nkgh", weights, v).reshape(n, heads, width).to(q.dtype)
+
+
+def _cpu_kernel(device: torch.device, dtype: torch.dtype) -> "cpu.Kernel | None":
+    return cpu.kernel() if device.type == "cpu" and dtype == torch.bfloat16 else None
 
 
 def _attend(

@@ -187,6 +187,28 @@ def _compiler() -> Iterator[Finding]:
         yield Finding("C++ compiler", "note", "none; only compile=true needs it", _install(INSTALL_COMPILER))
 
 
+def _kernels() -> Iterator[Finding]:
+    """What generates on the processor: C files that are built at first use, and so here."""
+    from puna.native import compiler
+
+    program = compiler()
+    if program is None:
+        found = "none; with one, models generate faster on processors with AVX-512"
+        yield Finding("C compiler", "note", found, _install(INSTALL_COMPILER))
+        return
+    try:
+        import puna.model.kernel
+        import puna.quantized.kernel
+    except (ImportError, OSError):  # torch does not load, which is said elsewhere
+        yield Finding("C compiler", "ok", program)
+        return
+    kernels = {"bf16": puna.model.kernel.kernel(), "int8": puna.quantized.kernel.kernel()}
+    kernels["int4"] = kernels["int8"]
+    made = ", ".join(name for name, kernel in kernels.items() if kernel is not None)
+    uses = f"makes kernels for models in {made}" if made else "makes no kernel for this processor, so torch multiplies"
+    yield Finding("C compiler", "ok", f"{program} {uses}")
+
+
 def _install(commands: dict[str, str]) -> str | None:
     command = next((command for manager, command in commands.items() if shutil.which(manager)), None)
     is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
@@ -218,4 +240,4 @@ def _disk() -> Iterator[Finding]:
         yield Finding("disk", "note", found, remedy)
 
 
-_CHECKS = (_python, _packages, _processor, _devices, _compiler, _sandbox, _disk)
+_CHECKS = (_python, _packages, _processor, _devices, _compiler, _kernels, _sandbox, _disk)

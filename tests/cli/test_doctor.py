@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import puna.evaluate.sandbox
+import puna.model.kernel
+import puna.quantized.kernel
 from puna import devices
 from puna.cli import doctor, run
 from puna.errors import PunaError
@@ -60,7 +62,17 @@ def test_this_machine_has_what_its_tests_need(capsys):
     findings = {finding["name"]: finding for finding in shown["findings"]}
     assert findings["torch"]["found"] == torch.__version__
     assert findings["Python"]["found"] == f"{sys.version.split()[0]} at {sys.executable}"
-    assert {"puna", "numpy", "pyarrow", "datasketch", "processor", "C++ compiler", "sandbox", "disk"} < findings.keys()
+    assert {
+        "puna",
+        "numpy",
+        "pyarrow",
+        "datasketch",
+        "processor",
+        "C++ compiler",
+        "C compiler",
+        "sandbox",
+        "disk",
+    } < findings.keys()
     assert not {"pytest", "ruff"} & findings.keys()
     assert {finding["state"] for finding in findings.values()} <= {"ok", "note"}
     assert all(finding["remedy"] is None for finding in findings.values() if finding["state"] == "ok")
@@ -163,6 +175,28 @@ def test_a_missing_compiler_is_noted_with_the_systems_own_command(programs, monk
     programs.add("clang++")
     (finding,) = doctor._compiler()
     assert (finding.state, finding.found) == ("ok", "/bin/clang++")
+
+
+def test_a_missing_c_compiler_is_noted_with_what_it_is_for(programs):
+    programs.add("apt-get")
+    (finding,) = doctor._kernels()
+    assert (finding.state, finding.remedy) == ("note", "apt-get install -y g++")
+    assert "models generate faster" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("of_bf16", "of_codes", "found"),
+    [
+        (object(), object(), "/bin/gcc makes kernels for models in bf16, int8, int4"),
+        (None, object(), "/bin/gcc makes kernels for models in int8, int4"),
+        (None, None, "/bin/gcc makes no kernel for this processor, so torch multiplies"),
+    ],
+)
+def test_a_c_compiler_is_shown_with_the_kernels_that_it_makes_here(programs, monkeypatch, of_bf16, of_codes, found):
+    programs.add("gcc")
+    monkeypatch.setattr(puna.model.kernel, "kernel", lambda: of_bf16)
+    monkeypatch.setattr(puna.quantized.kernel, "kernel", lambda: of_codes)
+    assert list(doctor._kernels()) == [doctor.Finding("C compiler", "ok", found)]
 
 
 def test_missing_bubblewrap_is_noted_with_the_systems_own_command(programs, monkeypatch):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
+from puna.model import attention_kernel
 from puna.model.attention_in_blocks import Span, attend_in_blocks
 
 #: Queries of a document, or numbers in the keys that they see, from which `attend_in_blocks` serves bf16 on a CPU.
@@ -68,6 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     """
     is_grouped = q.shape[2] != k.shape[2]
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    if attention_kernel.serves(q_, k_, v_):
+        lengths = (q.shape[1],) * len(q) if documents is None else documents.lengths
+        return attend_in_blocks(q_, k_, v_, Span.of_documents(lengths)).view_as(q)
     if documents is None or set(documents.lengths) == {q.shape[1]}:
         if _is_for_blocks(k, q.shape[1], k.shape[1]):
             return attend_in_blocks(q_, k_, v_, Span.of_documents([q.shape[1]] * len(q))).view_as(q)
@@ -131,10 +135,12 @@ def _attend_newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None]).flatten(1, 2)
 
 
-def attention_kernel(device: torch.device, dtype: torch.dtype, *, is_grouped: bool) -> str:
+def way_of_attention(device: torch.device, dtype: torch.dtype, width: int, *, is_grouped: bool) -> str:
     """What computes packed documents there, in words: a run prints it at its start."""
     if _varlen_attention(device.type, dtype, is_grouped) is not None:
         return "variable-length flash attention"
+    if attention_kernel.is_there(device, dtype, width):
+        return "a kernel for all documents, built by this machine's C compiler"
     if device.type == "cpu" and dtype == torch.bfloat16:
         return f"blocks of products per document, scaled_dot_product_attention below {IN_BLOCKS_FROM} tokens"
     return "scaled_dot_product_attention per document"

@@ -8,7 +8,8 @@ block of queries meets every key that its last query sees, for as many heads as 
 
 All that a query sees is in its block, so softmax and its gradient are one call each, and nothing is kept but queries,
 keys and values: the backward pass forms the weights again. Above the diagonal only a block's last square is computed.
-Products are in the dtype of the input, softmax in fp32 inside; `attend_reference` is the plain formula.
+Products are in the dtype of the input, softmax in fp32 inside; `attend_reference` is the plain formula. Where
+`puna.model.attention_kernel` serves, it does the same in less time.
 """
 
 import itertools
@@ -19,6 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from puna.model import attention_kernel
 
 #: Queries of a block, and scores of a block over all its heads: these stay in a cache.
 QUERIES = 128
@@ -56,22 +59,27 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tens
         (Tq, N, H).
     """
     places = [place for s in spans for place in (s.queries_start, s.queries_stop, s.keys_start, s.keys_stop)]
-    out: Tensor = _AttendInBlocks.apply(q, k, v, places) if torch.is_grad_enabled() else _forward(q, k, v, places)
-    return out
+    if torch.is_grad_enabled():
+        out: Tensor = _AttendInBlocks.apply(q, k, v, places)
+        return out
+    return _forward(q, k, v, places)[0]
 
 
 class _AttendInBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        out, log_norms = torch.ops.puna.attend_in_blocks(q, k, v, places)
+        ctx.save_for_backward(q, k, v, *((out, log_norms) if len(log_norms) else ()))
         ctx.places = places
-        out: Tensor = torch.ops.puna.attend_in_blocks(q, k, v, places)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        if kept and (kernel := attention_kernel.kernel()) is not None:
+            out, log_norms = kept
+            return *kernel.backward(q, k, v, out, log_norms, grad, ctx.places), None
         groups, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
         mask = _mask(groups, QUERIES, q.dtype, q.device)
         grad_q = torch.empty_like(q)
@@ -88,14 +96,18 @@ class _AttendInBlocks(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
+    """What is attended to, and what the kernel's backward pass wants beside it: nothing where there is none."""
+    kernel = attention_kernel.kernel()
+    if kernel is not None and attention_kernel.serves(q, k, v):
+        return kernel.forward(q, k, v, places)
     groups, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     mask = _mask(groups, QUERIES, q.dtype, q.device)
     out = torch.empty_like(q)
     for queries, keys, heads in _blocks(q, k, places):
         weights = _weights(_heads_first(q, queries, heads, groups) * scale, k[keys, heads], mask)
         _put(out, queries, heads, groups, weights @ v[keys, heads].transpose(0, 1))
-    return out
+    return out, q.new_empty(0)
 
 
 def _blocks(q: Tensor, k: Tensor, places: list[int]) -> Iterator[tuple[slice, slice, slice]]:
@@ -147,6 +159,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 # One operation by name, so that selective recomputation can keep its result.
 _LIBRARY = torch.library.Library("puna", "DEF")
-_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v, int[] places) -> Tensor")
+_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v, int[] places) -> (Tensor, Tensor)")
 _LIBRARY.impl("attend_in_blocks", _forward, "CPU")
-_LIBRARY.impl("attend_in_blocks", lambda q, k, v, places: torch.empty_like(q), "Meta")
+_LIBRARY.impl("attend_in_blocks", lambda q, k, v, places: (torch.empty_like(q), q.new_empty(0)), "Meta")

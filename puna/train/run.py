@@ -34,7 +34,7 @@ from puna.data.rows import Row, open_rows
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, write_json
-from puna.model.attention import Documents, attention_kernel
+from puna.model.attention import Documents, way_of_attention
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import initial_weight
@@ -271,11 +271,11 @@ class _Run:
         useful = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
         dtype = self.model.dtype
         is_grouped = config.num_attention_heads != config.num_key_value_heads
-        kernel = attention_kernel(self.device, dtype, is_grouped=is_grouped)
+        way = way_of_attention(self.device, dtype, config.head_dim, is_grouped=is_grouped)
         say(
             f"{config.parameter_count / 1e6:,.1f} M weights on {devices.device_name(self.device)}, {recipe.precision}; "
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
-            f"useful tokens {useful:.1%}; attention: {kernel}"
+            f"useful tokens {useful:.1%}; attention: {way}"
         )
         if self.ranks.layout.devices > 1:
             say(f"{self.ranks.layout.devices} devices: {self.ranks.layout}")

@@ -1,21 +1,23 @@
 /* Products of int8 and int4 weights with bf16 activations, for x86 CPUs with AVX-512 VNNI.
 
    A row of activations becomes whole numbers of two signed digits to the base 256 (as in digits.py), and the units for
-   int8 multiply digits with codes: four inputs of 16 outputs at a time. Weights are blocks, one for each group of inputs
-   of a tile of 16 outputs, all of a tile behind each other, so that it is read from its begin to its end, once for all
-   rows that meet it:
+   int8 multiply digits with codes: four inputs of 16 outputs at a time. Weights are blocks, one for each group of
+   inputs of a tile of 32 outputs, all of a tile behind each other, so that it is read from its begin to its end, once
+   for all rows that meet it:
 
-       scales (16 bf16), zeros (16 bf16), codes        weight = (code - 2^(bits - 1)) * scale + zero
+       scales (32 bf16), zeros (32 bf16), codes        weight = (code - 2^(bits - 1)) * scale + zero
 
-   Eight inputs of codes stand together. In int4 they are 16 x 4 bytes, with inputs 0-3 in the lower halves and inputs
-   4-7 in the upper; in int8 first 16 x 4 bytes of inputs 0-3, then those of inputs 4-7. */
+   Eight inputs of codes stand together. In int4 they are 32 x 4 bytes, with inputs 0-3 in the lower halves and inputs
+   4-7 in the upper; in int8 first 32 x 4 bytes of inputs 0-3, then those of inputs 4-7. */
 
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
-enum { TILE = 16, INPUTS = 8, HEADER = 4 * TILE, MOST_ROWS = 4, AHEAD = 8192, GREATEST = 126 * 257 };
+enum { LANES = 16, VECTORS = 2, TILE = VECTORS * LANES, VECTOR = 4 * LANES, INPUTS = 8, HEADER = 4 * TILE, };
+enum { MOST_ROWS = 4, AHEAD = 8192, GREATEST = 126 * 257 };
 
 typedef struct {
     const uint8_t *blocks;
@@ -39,9 +41,15 @@ static inline __m256i rounded(__m512 values) { /* to bf16, the even one of two t
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
 
-/* Adds four products to each output's sum, digits being the same for all; gcc moves sums to and fro for its intrinsic. */
-static inline void add_products(__m512i *sums, __m512i codes, const int8_t *digits) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(*sums) : "v"(codes), "m"(*(const int8_t(*)[4])digits));
+static inline __m512i four(const int8_t *digits) { /* for every output the same */
+    int32_t together;
+    memcpy(&together, digits, 4);
+    return _mm512_set1_epi32(together);
+}
+
+/* Adds four products to each output's sum, as _mm512_dpbusd_epi32, for which gcc moves sums to and fro. */
+static inline void add_products(__m512i *sums, __m512i codes, __m512i digits) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(digits));
 }
 
 static void find_digits(const uint16_t *x, long row, long width, long group, Rows rows) {
@@ -81,47 +89,59 @@ static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, 
     long groups = w.width / w.group;
     const uint8_t *at = w.blocks + tile * groups * (HEADER + TILE * w.group * bits / 8);
     const int8_t *digits = rows.digits + 2 * row * w.width;
-    __m512 total[MOST_ROWS];
-    for (int r = 0; r < n; r++) total[r] = _mm512_setzero_ps();
+    __m512 total[VECTORS][MOST_ROWS];
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < n; r++) total[v][r] = _mm512_setzero_ps();
     for (long g = 0; g < groups; g++) {
-        __m512 scale = widened(at), zero = widened(at + 2 * TILE);
-        __m512i upper[2][MOST_ROWS], lower[2][MOST_ROWS]; /* of inputs 0-3 and 4-7: sums that do not wait for each other */
-        for (int r = 0; r < n; r++) upper[0][r] = upper[1][r] = lower[0][r] = lower[1][r] = _mm512_setzero_si512();
+        const uint8_t *header = at;
+        __m512i upper[VECTORS][MOST_ROWS], lower[VECTORS][MOST_ROWS];
+        for (int v = 0; v < VECTORS; v++)
+            for (int r = 0; r < n; r++) upper[v][r] = lower[v][r] = _mm512_setzero_si512();
         at += HEADER;
 #pragma GCC unroll 4
         for (long i = g * w.group; i < (g + 1) * w.group; i += INPUTS, at += TILE * INPUTS * bits / 8) {
-            __m512i first = _mm512_loadu_si512(at), second;
-            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-            if (bits == 4) {
-                second = _mm512_and_si512(_mm512_srli_epi16(first, 4), half);
-                first = _mm512_and_si512(first, half);
-            } else {
-                second = _mm512_loadu_si512(at + 4 * TILE);
-                _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+            __m512i codes[2][VECTORS]; /* of inputs 0-3 and 4-7 */
+            for (int v = 0; v < VECTORS; v++) {
+                const uint8_t *place = at + v * VECTOR;
+                __m512i bytes = _mm512_loadu_si512(place);
+                _mm_prefetch((const char *)place + AHEAD, _MM_HINT_T0);
+                if (bits == 4) {
+                    codes[0][v] = _mm512_and_si512(bytes, half);
+                    codes[1][v] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), half);
+                } else {
+                    codes[0][v] = bytes;
+                    codes[1][v] = _mm512_loadu_si512(place + VECTORS * VECTOR);
+                    _mm_prefetch((const char *)place + VECTORS * VECTOR + AHEAD, _MM_HINT_T0);
+                }
             }
-            for (int r = 0; r < n; r++) {
-                const int8_t *of_row = digits + 2 * r * w.width + i;
-                add_products(&upper[0][r], first, of_row);
-                add_products(&lower[0][r], first, of_row + w.width);
-                add_products(&upper[1][r], second, of_row + 4);
-                add_products(&lower[1][r], second, of_row + w.width + 4);
+            for (int r = 0; r < n; r++)
+                for (int part = 0; part < 2; part++) {
+                    const int8_t *of_row = digits + 2 * r * w.width + i + 4 * part;
+                    __m512i above = four(of_row), below = four(of_row + w.width);
+                    for (int v = 0; v < VECTORS; v++) {
+                        add_products(&upper[v][r], codes[part][v], above);
+                        add_products(&lower[v][r], codes[part][v], below);
+                    }
+                }
+        }
+        for (int v = 0; v < VECTORS; v++) {
+            __m512 scale = widened(header + 2 * v * LANES), zero = widened(header + 2 * (TILE + v * LANES));
+            for (int r = 0; r < n; r++) { /* up to 65,536 inputs of 255 * 126 each: no overflow */
+                const int32_t *sums = rows.sums + 2 * ((row + r) * groups + g);
+                __m512i above = _mm512_sub_epi32(upper[v][r], _mm512_set1_epi32(zero_code * sums[0]));
+                __m512i below = _mm512_sub_epi32(lower[v][r], _mm512_set1_epi32(zero_code * sums[1]));
+                __m512 product = _mm512_cvtepi32_ps(below);
+                product = _mm512_fmadd_ps(_mm512_set1_ps(256), _mm512_cvtepi32_ps(above), product);
+                total[v][r] = _mm512_fmadd_ps(scale, product, total[v][r]);
+                total[v][r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(256 * sums[0] + sums[1]), total[v][r]);
             }
         }
-        for (int r = 0; r < n; r++) { /* up to 65,000 inputs of 255 * 126 each: no overflow */
-            const int32_t *sums = rows.sums + 2 * ((row + r) * groups + g);
-            __m512i of_upper = _mm512_add_epi32(upper[0][r], upper[1][r]);
-            __m512i of_lower = _mm512_add_epi32(lower[0][r], lower[1][r]);
-            __m512 above = _mm512_cvtepi32_ps(_mm512_sub_epi32(of_upper, _mm512_set1_epi32(zero_code * sums[0])));
-            __m512 below = _mm512_cvtepi32_ps(_mm512_sub_epi32(of_lower, _mm512_set1_epi32(zero_code * sums[1])));
-            __m512 product = _mm512_fmadd_ps(_mm512_set1_ps(256), above, below);
-            total[r] = _mm512_fmadd_ps(scale, product, total[r]);
-            total[r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(256 * sums[0] + sums[1]), total[r]);
+    }
+    for (long v = 0, output = tile * TILE; v < VECTORS && output < w.n_out; v++, output += LANES)
+        for (int r = 0; r < n; r++) {
+            __m512 values = _mm512_mul_ps(total[v][r], _mm512_set1_ps(rows.units[row + r]));
+            _mm256_storeu_si256((void *)(out + (row + r) * w.n_out + output), rounded(values));
         }
-    }
-    for (int r = 0; r < n; r++) {
-        __m512 values = _mm512_mul_ps(total[r], _mm512_set1_ps(rows.units[row + r]));
-        _mm256_storeu_si256((void *)(out + (row + r) * w.n_out + tile * TILE), rounded(values));
-    }
 }
 
 /* x (rows, width) bf16 to out (rows, n_out) bf16; whether there was memory for it. */
@@ -137,7 +157,7 @@ int product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, long n_rows
 #pragma omp for schedule(static)
         for (long row = 0; row < n_rows; row++) find_digits(x + row * width, row, width, group, rows);
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < n_out / TILE; tile++)
+        for (long tile = 0; tile < (n_out + TILE - 1) / TILE; tile++)
             for (long row = 0; row < n_rows; row += MOST_ROWS) {
                 long left = n_rows - row;
                 switch (10 * bits + (left < MOST_ROWS ? left : MOST_ROWS)) {
@@ -152,22 +172,24 @@ int product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, long n_rows
     return 1;
 }
 
-/* The transposed weight, out (width, n_out) bf16. */
-void dequantize(const uint8_t *blocks, uint16_t *out, long width, long n_out, long group, int bits, int threads) {
-    const long chunk = 16; /* inputs, whose outputs are written side by side: a tile's alone fill half a cache line */
+/* The transposed weight, out (width, tiles * TILE) bf16. */
+void dequantize(const uint8_t *blocks, uint16_t *out, long width, long tiles, long group, int bits, int threads) {
+    const long chunk = 16; /* inputs, whose outputs are written side by side: a tile's alone fill a cache line */
     const long block = HEADER + TILE * group * bits / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long begin = 0; begin < width; begin += chunk)
-        for (long tile = 0; tile < n_out / TILE; tile++) {
-            const uint8_t *at = blocks + (tile * (width / group) + begin / group) * block;
-            __m512 scale = widened(at), zero = widened(at + 2 * TILE);
+        for (long vector = 0; vector < VECTORS * tiles; vector++) {
+            const uint8_t *at = blocks + (vector / VECTORS * (width / group) + begin / group) * block;
+            long v = vector % VECTORS;
+            __m512 scale = widened(at + 2 * v * LANES), zero = widened(at + 2 * (TILE + v * LANES));
             for (long i = begin; i < begin + chunk; i++) {
-                __m512i bytes = _mm512_loadu_si512(at + HEADER + i % group * bits / 32 * 4 * TILE);
-                __m512i code = _mm512_srlv_epi32(bytes, _mm512_set1_epi32(8 * (i % 4) + (bits == 4 ? i / 4 % 2 * 4 : 0)));
-                code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+                __m512i bytes = _mm512_loadu_si512(at + HEADER + (i % group * bits / 32 * VECTORS + v) * VECTOR);
+                int shift = 8 * (i % 4) + (bits == 4 ? i / 4 % 2 * 4 : 0);
+                __m512i code = _mm512_and_si512(_mm512_srlv_epi32(bytes, _mm512_set1_epi32(shift)),
+                                                _mm512_set1_epi32((1 << bits) - 1));
                 code = _mm512_sub_epi32(code, _mm512_set1_epi32(1 << (bits - 1)));
                 __m512 weight = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, zero);
-                _mm256_storeu_si256((void *)(out + i * n_out + tile * TILE), rounded(weight));
+                _mm256_storeu_si256((void *)(out + (i * tiles * VECTORS + vector) * LANES), rounded(weight));
             }
         }
 }

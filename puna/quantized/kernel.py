@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import has_int8_units
@@ -15,13 +16,16 @@ from puna.native import build
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 
-#: Outputs of a tile, inputs that the kernel takes together, bytes before a block's codes, and inputs whose sums fit.
-TILE, INPUTS, HEADER, MOST_INPUTS = 16, 8, 64, 1 << 16
+#: Outputs of a tile, the fewest that it may hold, inputs that the kernel takes together, and inputs whose sums fit.
+TILE, LANES, INPUTS, MOST_INPUTS = 32, 16, 8, 1 << 16
+
+#: Bytes of a block before its codes.
+HEADER = 4 * TILE
 
 #: Rows of activations up to which the kernel multiplies codes; more of them meet weights that it dequantises, so many
 #: tiles at once (benchmarks/quantised_products.py).
 KERNEL_ROWS = 192
-TILES_AT_ONCE = 32
+TILES_AT_ONCE = 16
 
 
 class Kernel:
@@ -34,53 +38,54 @@ class Kernel:
         self._dequantize.argtypes = [*[pointer] * 2, *[number] * 3, ctypes.c_int, ctypes.c_int]
         self._dequantize.restype = None
 
-    def product(self, x: Tensor, blocks: Tensor) -> Tensor:
+    def product(self, x: Tensor, blocks: Tensor, n_out: int) -> Tensor:
         """(..., in) bf16, contiguous, to (..., out) bf16."""
         width = x.shape[-1]
-        n_out, group, bits = _sizes(blocks, width)
         rows, out = x.numel() // width, x.new_empty(*x.shape[:-1], n_out)
         places = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
-        if not self._product(*places, rows, width, n_out, group, bits, torch.get_num_threads()):
+        if not self._product(*places, rows, width, n_out, *_form(blocks, width), torch.get_num_threads()):
             raise MemoryError(f"no memory for the digits of {rows} rows")
         return out
 
     def transposed_weight(self, blocks: Tensor, width: int) -> Tensor:
-        """The weight that blocks of rows of this width hold, (in, out) bf16."""
-        n_out, group, bits = _sizes(blocks, width)
-        out = torch.empty(width, n_out, dtype=torch.bfloat16)
-        self._dequantize(blocks.data_ptr(), out.data_ptr(), width, n_out, group, bits, torch.get_num_threads())
+        """The weight that blocks of rows of this width hold, (in, tiles * 32) bf16."""
+        out = torch.empty(width, len(blocks) * TILE, dtype=torch.bfloat16)
+        places = blocks.data_ptr(), out.data_ptr()
+        self._dequantize(*places, width, len(blocks), *_form(blocks, width), torch.get_num_threads())
         return out
 
 
 def multiplies(n_out: int, width: int, dtype: torch.dtype | None, device: torch.device) -> bool:
     """Whether there is a kernel here, for a weight of this shape and activations of this dtype."""
-    has_shape = n_out % TILE == 0 and width % TILE == 0 and width <= MOST_INPUTS
+    has_shape = n_out % LANES == 0 and width % LANES == 0 and width <= MOST_INPUTS
     return has_shape and dtype == torch.bfloat16 and device.type == "cpu" and kernel() is not None
 
 
 def in_blocks(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """A weight in the kernel's order: (out / 16, groups, 64 + bytes of the codes) uint8.
+    """A weight in the kernel's order: (out / 32, groups, 128 + bytes of the codes) uint8; what lacks of a tile is 0.
 
     Args:
         codes: (out, in) uint8, below 2**bits.
         scales, zeros: (out, groups) bf16; a weight is `(code - 2**(bits - 1)) * scale + zero`.
         bits: 4 or 8.
     """
+    codes, scales, zeros = (F.pad(part, (0, 0, 0, -len(part) % TILE)) for part in (codes, scales, zeros))
     by_group = codes.view(-1, TILE, scales.shape[1], codes.shape[1] // scales.shape[1] // INPUTS, 2, 4)
-    first, second = by_group.permute(4, 0, 2, 3, 1, 5)  # each (tiles, groups, group / 8, 16, 4)
+    first, second = by_group.permute(4, 0, 2, 3, 1, 5)  # each (tiles, groups, group / 8, 32, 4)
     together = first | second << 4 if bits == 4 else torch.stack((first, second), dim=3)
     headers = torch.stack((scales, zeros)).unflatten(1, (-1, TILE)).permute(1, 3, 0, 2).contiguous()
     return torch.cat((headers.flatten(2).view(torch.uint8), together.flatten(2)), dim=2)
 
 
-def product(x: Tensor, blocks: Tensor) -> Tensor:
+def product(x: Tensor, blocks: Tensor, n_out: int) -> Tensor:
     """Rows times the transposed weight, where `multiplies`: (..., in) bf16, contiguous, to (..., out)."""
     ours = kernel()
     assert ours is not None
     width = x.shape[-1]
     if x.numel() <= KERNEL_ROWS * width:
-        return ours.product(x, blocks)
-    return torch.cat([x @ ours.transposed_weight(part, width) for part in blocks.split(TILES_AT_ONCE)], dim=-1)
+        return ours.product(x, blocks, n_out)
+    parts = [x @ ours.transposed_weight(part, width) for part in blocks.split(TILES_AT_ONCE)]
+    return torch.cat(parts, dim=-1)[..., :n_out]
 
 
 @functools.cache
@@ -90,8 +95,8 @@ def kernel() -> Kernel | None:
     return None if library is None else Kernel(library)
 
 
-def _sizes(blocks: Tensor, width: int) -> tuple[int, int, int]:
-    """Outputs, group size and bits."""
-    tiles, groups, size = blocks.shape
+def _form(blocks: Tensor, width: int) -> tuple[int, int]:
+    """Group size and bits."""
+    _, groups, size = blocks.shape
     group = width // groups
-    return tiles * TILE, group, 8 * (size - HEADER) // (TILE * group)
+    return group, 8 * (size - HEADER) // (TILE * group)

@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`: bf16 or fp32."""
         if self.is_in_blocks:
-            out = kernel.product(x.contiguous(), self.weight)
+            out = kernel.product(x.contiguous(), self.weight, self.out_features)
         else:
             rows = self.product(x.reshape(-1, self.in_features).contiguous())
             out = rows.view(*x.shape[:-1], self.out_features)

@@ -17,7 +17,7 @@
 #include <string.h>
 
 enum { LANES = 16, VECTORS = 2, TILE = VECTORS * LANES, VECTOR = 4 * LANES, INPUTS = 8, HEADER = 4 * TILE, };
-enum { MOST_ROWS = 4, AHEAD = 8192, GREATEST = 126 * 257 };
+enum { MOST_ROWS = 4, CHUNK = 16, AHEAD = 8192, GREATEST = 126 * 257 };
 
 typedef struct {
     const uint8_t *blocks;
@@ -172,24 +172,32 @@ int product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, long n_rows
     return 1;
 }
 
+/* Some inputs of 16 outputs, dequantised, to rows that are `stride` apart. */
+static inline __attribute__((always_inline)) void widen(const uint8_t *codes, const int bits, __m512 scale, __m512 zero,
+                                                        uint16_t *out, long stride) {
+    for (int i = 0; i < CHUNK; i++, out += stride) {
+        __m512i bytes = _mm512_loadu_si512(codes + i * bits / 32 * VECTORS * VECTOR);
+        __m512i code = _mm512_srli_epi32(bytes, 8 * (i % 4) + (bits == 4 ? i / 4 % 2 * 4 : 0));
+        code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+        code = _mm512_sub_epi32(code, _mm512_set1_epi32(1 << (bits - 1)));
+        __m512 weight = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, zero);
+        _mm256_storeu_si256((void *)out, rounded(weight));
+    }
+}
+
 /* The transposed weight, out (width, tiles * TILE) bf16. */
 void dequantize(const uint8_t *blocks, uint16_t *out, long width, long tiles, long group, int bits, int threads) {
-    const long chunk = 16; /* inputs, whose outputs are written side by side: a tile's alone fill a cache line */
-    const long block = HEADER + TILE * group * bits / 8;
+    const long stride = tiles * TILE, block = HEADER + TILE * group * bits / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long begin = 0; begin < width; begin += chunk)
-        for (long vector = 0; vector < VECTORS * tiles; vector++) {
-            const uint8_t *at = blocks + (vector / VECTORS * (width / group) + begin / group) * block;
-            long v = vector % VECTORS;
-            __m512 scale = widened(at + 2 * v * LANES), zero = widened(at + 2 * (TILE + v * LANES));
-            for (long i = begin; i < begin + chunk; i++) {
-                __m512i bytes = _mm512_loadu_si512(at + HEADER + (i % group * bits / 32 * VECTORS + v) * VECTOR);
-                int shift = 8 * (i % 4) + (bits == 4 ? i / 4 % 2 * 4 : 0);
-                __m512i code = _mm512_and_si512(_mm512_srlv_epi32(bytes, _mm512_set1_epi32(shift)),
-                                                _mm512_set1_epi32((1 << bits) - 1));
-                code = _mm512_sub_epi32(code, _mm512_set1_epi32(1 << (bits - 1)));
-                __m512 weight = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, zero);
-                _mm256_storeu_si256((void *)(out + (i * tiles * VECTORS + vector) * LANES), rounded(weight));
+    for (long begin = 0; begin < width; begin += CHUNK)
+        for (long tile = 0; tile < tiles; tile++) {
+            const uint8_t *at = blocks + (tile * (width / group) + begin / group) * block;
+            const uint8_t *codes = at + HEADER + begin % group * TILE * bits / 8;
+            for (long v = 0; v < VECTORS; v++) {
+                __m512 scale = widened(at + 2 * v * LANES), zero = widened(at + 2 * (TILE + v * LANES));
+                uint16_t *place = out + begin * stride + tile * TILE + v * LANES;
+                if (bits == 4) widen(codes + v * VECTOR, 4, scale, zero, place, stride);
+                else widen(codes + v * VECTOR, 8, scale, zero, place, stride);
             }
         }
 }

@@ -24,7 +24,7 @@ HEADER = 4 * TILE
 
 #: Rows of activations up to which the kernel multiplies codes; more of them meet weights that it dequantises, so many
 #: tiles at once (benchmarks/quantised_products.py).
-KERNEL_ROWS = 192
+KERNEL_ROWS = 256
 TILES_AT_ONCE = 16
 
 

@@ -23,7 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Strict):
@@ -183,7 +183,10 @@ class Recipe(_Strict):
         if self.arithmetic == "mindformers" and self.parallel.cp > 1:
             raise ValueError("arithmetic=mindformers takes the mean of whole rows; use parallel.cp=1")
         if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}")
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}; use "
+                f"{self.steps} or less"
+            )
         return self
 
     @property

@@ -26,12 +26,24 @@ ASIDE = ".aside"
 def file_aside(path: Path | str, mode: str = "wb", *, sync: bool = True) -> Iterator[IO[Any]]:
     """Opens a file beside `path` that takes its place, synced, once the block has ended without an error.
 
+    A link stays, and what it leads to is replaced; a device or a pipe, which nothing can replace, is written to.
+
     Args:
         path: the file.
         mode: as for `open`.
         sync: wait until it is on the disk; False for what is made anew after a crash.
+
+    Raises:
+        PunaError: `path` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise PunaError(f"{path} is a folder; name a file")
+    if is_device(path):
+        with open(path, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     try:
@@ -46,6 +58,11 @@ def file_aside(path: Path | str, mode: str = "wb", *, sync: bool = True) -> Iter
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def is_device(path: Path | str) -> bool:
+    """Whether there is something else than a file or folder: a device, a pipe, or a link to one."""
+    return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -71,8 +88,9 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         PunaError: `path` exists already; nothing is overwritten.
     """
     path = Path(path)
-    if path.exists():
-        raise PunaError(f"{path} exists already; choose another place or remove it first")
+    exists = PunaError(f"{path} exists already; choose another place or remove it first")
+    if os.path.lexists(path):
+        raise exists
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -84,7 +102,10 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
                 sync_file(file)
         for folder in [aside, *(f for f in aside.rglob("*") if f.is_dir())]:
             sync_folder(folder)
-        os.rename(aside, path)
+        try:
+            os.rename(aside, path)
+        except OSError as error:
+            raise exists if os.path.lexists(path) else error from None  # another process made it meanwhile
         sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -103,6 +124,17 @@ def check_writable(folder: Path | str) -> None:
         raise PunaError(f"{there} is a file; name a folder")
     if not os.access(there, os.W_OK):
         raise PunaError(f"{there} cannot be written to; choose another place")
+
+
+def check_file(path: Path | str) -> None:
+    """Refuses, before long work, a place where a file could not be written.
+
+    Raises:
+        PunaError: there is a folder, or none may be written to.
+    """
+    if Path(path).is_dir():
+        raise PunaError(f"{path} is a folder; name a file")
+    check_writable(Path(path).parent)
 
 
 def sync_file(path: Path) -> None:
@@ -137,7 +169,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PunaError(f"{path} is not valid JSON ({error}); it may be cut off: make or fetch it again") from None
 
 

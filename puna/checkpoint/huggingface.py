@@ -175,8 +175,12 @@ def fit(
     Raises:
         PunaError: a tensor is missing, unknown or of the wrong shape; the message names it.
     """
-    shapes = parameter_shapes(config, quantization)
     where = _place(tensors)
+    if config.num_hidden_layers > len(tensors):  # whose names alone might fill the memory
+        raise PunaError(
+            f"{where} has {len(tensors)} tensors, too few for the {config.num_hidden_layers} layers of config.json"
+        )
+    shapes = parameter_shapes(config, quantization)
     if missing := [name for name in shapes if name not in tensors]:
         raise PunaError(f"{where} lacks {_some(missing)}, which config.json asks for; fetch or make the weights again")
     unknown = [name for name in tensors if name not in shapes and not name.endswith(HARMLESS_EXTRAS)]
@@ -229,6 +233,8 @@ def load_quantized_config(
     path = Path(folder) / "config.json"
     if not path.exists() and (Path(folder) / "checkpoints").is_dir():
         raise PunaError(f"{folder} is a training run, not a model; write one with `puna export {folder} -o DIR`")
+    if not path.exists():
+        raise PunaError(f"{folder} has no config.json; a model is a folder in Hugging Face layout, see `puna convert`")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise PunaError(f"{path} is not a JSON object")

@@ -104,6 +104,17 @@ def run(arguments: list[str]) -> int:
 
 _INTERRUPTED = 130
 
+#: What the system says -> what helps.
+_WAYS_OUT = {
+    errno.EACCES: "; choose another place, or have its owner give you the right to it",
+    errno.EROFS: "; choose another place",
+    errno.EEXIST: "; it is no folder: choose another place, or remove it",
+    errno.ENOTDIR: "; a part of that path is a file: choose another place",
+    errno.EISDIR: "; name a file",
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.EMFILE: "; allow more open files: ulimit -n 65536",
+}
+
 #: How long a rank leaves it to the first one to say what is wrong with the request.
 _FIRST_SECONDS = 10.0
 
@@ -118,13 +129,14 @@ def _explained(error: Exception) -> int:
         complain(f"puna: {error}")
         return error.exit_code
     if hasattr(error, "format_message"):  # click's own: a wrong option or argument
-        complain(f"puna: {error.format_message()} (see --help)")
+        message = error.format_message()
+        complain(message if message.startswith("Usage: ") else f"puna: {message} (see --help)")
         return 2
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         complain(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
         return 1
     if isinstance(error, OSError) and error.filename is not None:
-        complain(f"puna: {error.strerror}{_at(error)}")
+        complain(f"puna: {error.strerror}{_at(error)}{_WAYS_OUT.get(error.errno or 0, '')}")
         return 1
     raise error
 

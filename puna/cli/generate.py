@@ -14,7 +14,7 @@ import typer
 
 from puna.cli import app, words_of
 from puna.errors import PunaError, UsageError
-from puna.files import file_aside
+from puna.files import check_file, file_aside, is_device, read_json
 from puna.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def generate(
     leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     records = _records(prompts or [], file, keep_going=keep_going) if is_first else []
+    if is_first and output is not None:
+        check_file(output)
     from puna.devices import pick_device
     from puna.generate import Sampling
     from puna.generate.engine.drafts import check_one_source
@@ -180,7 +182,20 @@ def leave_to_processes(context: typer.Context, nproc: int | None) -> None:
     if nproc is not None:
         from puna.parallel.start import start_processes
 
+        _check_share(context.params["model"], nproc)
         raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
+
+
+def _check_share(model: str, nproc: int) -> None:
+    """Refuses so many processes, before they start, as cannot share a model that is here."""
+    from puna.model.config import ModelConfig
+    from puna.model.split import split_misfit
+
+    path = Path(model) / "config.json"
+    if nproc > 1 and path.is_file():
+        config = ModelConfig.from_json(read_json(path), str(path))
+        if reason := split_misfit(config, nproc, "--nproc"):
+            raise UsageError(reason)
 
 
 @contextlib.contextmanager
@@ -270,7 +285,7 @@ class Results:
 
     Args:
         output: JSON lines in the order of the prompts, written when all are there; until then each completion is kept
-            in a file beside it. None: nothing is written.
+            in a file beside it, unless it is a device. None: nothing is written.
         asked: what the completions depend on: another question's are not taken up.
         count: of completions.
     """
@@ -282,7 +297,7 @@ class Results:
         self._asked = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
     def __enter__(self) -> Self:
-        if self._output is not None:
+        if self._output is not None and not is_device(self._output):
             path = self._output.with_name(self._output.name + ".partial")
             self._take_up(read_text(path).splitlines() if path.exists() else [])
             with file_aside(path, "w") as lines:
@@ -292,12 +307,13 @@ class Results:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._partial is None or self._output is None:
+        if self._partial is not None:
+            self._partial.close()
+        if self._output is None or kind is not None:
             return
-        self._partial.close()
-        if kind is None:
-            with file_aside(self._output, "w") as lines:
-                lines.writelines(_line(result) for result in self)
+        with file_aside(self._output, "w") as lines:
+            lines.writelines(_line(result) for result in self)
+        if self._partial is not None:
             Path(self._partial.name).unlink()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -352,10 +368,12 @@ def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> list
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PunaError(f"{where} is not JSON ({error.msg})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PunaError(f"{where} is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise PunaError(f'{where} is not an object with a text "prompt"')
+    if not record["prompt"]:
+        raise PunaError(f"{where} has an empty prompt")
     return record
 
 

@@ -32,7 +32,7 @@ _COMMON: list[tuple[str, Any, Any]] = [
     ),
     (
         "sequence_length",
-        Annotated[int, typer.Option(help="MindFormers' seq_length, with --to mindrecord; rows are one longer.")],
+        Annotated[int, typer.Option(min=2, help="MindFormers' seq_length, with --to mindrecord; rows are one longer.")],
         4096,
     ),
     ("json", Annotated[bool, typer.Option("--json", help="Print dataset.json on stdout.")], False),

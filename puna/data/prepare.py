@@ -303,6 +303,8 @@ def _finish(job: _Job) -> dict[str, Any]:
                 listing.write(json.dumps(refused, ensure_ascii=False) + "\n")
     if not shards["train"]:
         shutil.rmtree(job.output)  # it was empty or not there before
+        if shards["held_out"]:
+            raise PunaError("every document would be held out, and none is left; take a smaller --held-out")
         raise PunaError(f"there is nothing to prepare in {', '.join(map(str, job.paths))}{_reasons_line(reasons)}")
     info = {part: _info(job, shards[part], sizes[part]) for part in PARTS if shards[part]}
     info["train"] |= {"left_out": dict(sorted(reasons.items())), "languages": dict(sorted(languages.items()))}

@@ -4,7 +4,6 @@ No weights are loaded and no torch: memory is counted from shapes (`memory`), ti
 (`speed`), and layouts are tried one by one (`search`). The package is called like its function: `puna.plan(recipe)`.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from puna.config import Recipe, load_recipe
 from puna.devices import PROFILES, Profile, cpu_bf16_units
 from puna.errors import PunaError, UsageError
+from puna.files import read_json
 from puna.model.config import PRESETS, ModelConfig
 from puna.twins import make_callable
 
@@ -101,7 +101,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
     for folder in filter(None, (recipe.start, recipe.model)):
         path = Path(folder) / "config.json"
         if path.is_file():
-            return ModelConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+            return ModelConfig.from_json(read_json(path), str(path))
     if recipe.model not in PRESETS:
         raise PunaError(f"{recipe.model} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json")
     return PRESETS[recipe.model]

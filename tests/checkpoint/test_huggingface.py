@@ -171,7 +171,7 @@ def test_a_file_that_is_cut_off_is_named(folder, kept_bytes):
 
 
 def test_an_empty_folder_says_what_belongs_there(tmp_path):
-    with pytest.raises(PunaError, match=r"config\.json does not exist"):
+    with pytest.raises(PunaError, match=r"has no config\.json; a model is a folder in Hugging Face layout"):
         load_model(tmp_path)
     shutil.copy(saved_config(tmp_path), tmp_path)
     with pytest.raises(PunaError, match=r"holds no weights: there is neither model\.safetensors nor"):
@@ -295,6 +295,13 @@ def test_a_name_that_is_no_folder_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PunaError, match="is a file; a model is a folder"):
         resolve(tmp_path / "file")
+
+
+def test_more_layers_than_there_are_tensors_are_refused_at_once(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 10**12}))
+    with pytest.raises(PunaError, match="too few for the 1000000000000 layers"):
+        load_model(folder)
 
 
 def test_a_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):

@@ -22,6 +22,9 @@ def _puna(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["frobnicate"], 2, "No such command"),
         (["train"], 2, "Missing argument"),
+        (["prepare", "code", ".", "-o", "x", "--tokenizer", "y", "--sequence-length", "1"], 2, "sequence-length"),
+        (["train", "tiny-pretrain", "steps=9"], 2, "schedule.warmup_steps=30 is more than steps=9; use 9 or less"),
+        (["train", "tiny-pretrain", "optimizer.peak_lr=.inf"], 2, "input should be a finite number"),
         (["train", "nope"], 2, "there is no recipe nope: neither a file nor one of"),
         (["train", "tiny-pretrain", "optimizer.peek_lr=1"], 2, "did you mean peak_lr?"),
         (["train", "tiny-pretrain", "data.train=nowhere"], 1, "nowhere does not exist; make it with `puna prepare`"),
@@ -40,6 +43,14 @@ def test_an_error_is_a_message_and_an_exit_code(
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert done.stdout == ""
+
+
+def test_a_command_alone_shows_its_help_without_a_complaint() -> None:
+    for words in ([], ["prepare"]):
+        done = _puna(*words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("Usage: ")
+        assert "(see --help)" not in done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -61,7 +72,13 @@ def test_the_version_is_the_packages() -> None:
             1,
             r"the disk is full (/data/x); free some space",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "Permission denied (/data/x)"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+            1,
+            "Permission denied (/data/x); choose another",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.py/x"), 1, "(a.py/x); a part of that path is a file"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/data/x"), 1, "the disk is full (/data/x)"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

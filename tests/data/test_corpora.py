@@ -268,6 +268,18 @@ def test_a_wrong_field_is_told_at_once_with_those_there_are(tmp_path, field, wan
         documents_of("jsonl", tmp_path / "a.jsonl", field=field)
 
 
+def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n")
+    assert list(reasons_of("jsonl", tmp_path / "lines.jsonl").values()) == ["not JSON"]
+    assert list(reasons_of("chat", tmp_path / "lines.jsonl", template="vicuna").values()) == [
+        "unknown layout",
+        "not JSON",
+    ]
+    (tmp_path / "array.json").write_text("[" * 100_000)
+    with pytest.raises(PunaError, match="record 1 is not valid JSON"):
+        everything("chat", tmp_path / "array.json", template="vicuna")
+
+
 def test_half_a_surrogate_pair_is_left_out(tmp_path):
     write(tmp_path, {"a.jsonl": '{"text": "ok"}\n{"text": "\\ud800"}\n'})
     assert reasons_of("jsonl", tmp_path / "a.jsonl") == {"a.jsonl:2": "half a surrogate pair"}

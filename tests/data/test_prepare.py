@@ -53,6 +53,12 @@ def make(small_tokenizer):
     return make
 
 
+def test_a_share_that_leaves_nothing_to_learn_from_is_said(make, library, tmp_path):
+    with pytest.raises(PunaError, match=r"every document would be held out, .* take a smaller --held-out"):
+        make("code", [library], tmp_path / "out", held_out=1.0)
+    assert not (tmp_path / "out").exists()
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 

@@ -69,7 +69,7 @@ def test_a_run_that_ended_before_its_first_answer_leaves_no_claim_on_its_folder(
 ) -> None:
     options: dict[str, Any] = {"data": data, "max_tokens": 2, "device": "cpu", "output": tmp_path / "run"}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PunaError, match=r"empty.config\.json does not exist"):
+    with pytest.raises(PunaError, match=r"empty has no config\.json"):
         evaluate("humaneval", str(tmp_path / "empty"), **options)
     assert evaluate("humaneval", str(write_tiny_model(tmp_path / "model")), **options)["samples"] == 4
 

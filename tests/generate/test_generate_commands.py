@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -326,6 +328,33 @@ def test_what_does_not_go_is_refused_before_a_model_is_looked_for(capsys) -> Non
         assert reason in capsys.readouterr().err
     assert run(["infill", "nowhere/model", "--prefix", "x", "--order", "mps"]) == 2
     assert '"psm" or "spm", not \'mps\'' in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_looked_for(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path, "is a folder; name a file"), (tmp_path / "file/x", "is a file; name a folder")):
+        assert run(["generate", "nowhere/model", "x", "-o", str(output)]) == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_a_device_takes_results_and_stays(tiny_model_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reading = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    assert run(["generate", str(tiny_model_folder), "x", "--max-tokens", "2", "-o", str(tmp_path / "pipe")]) == 0
+    assert json.loads(reading.communicate(timeout=10)[0])["prompt"] == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_processes_that_cannot_share_the_model_are_not_started(tiny_model_folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("puna.parallel.start.start_processes", lambda *_: pytest.fail("they were started"))
+    assert run(["generate", str(tiny_model_folder), "x", "--nproc", "99"]) == 2
+    assert "--nproc=99 must divide the 2 key/value heads; use one of [1, 2]" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_in_a_file_is_named_by_its_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n{"prompt": ""}\n')
+    assert run(["generate", "nowhere/model", "--file", str(tmp_path / "prompts.jsonl")]) == 1
+    assert "prompts.jsonl:2 has an empty prompt; mend it, or leave it out with --keep-going" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])

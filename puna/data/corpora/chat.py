@@ -76,7 +76,7 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
     records = _elements(data.decode("utf-8")) if is_array else _lines(data)
     for number, record in enumerate(records, start=first):
         id = f"{span.id}:{number}"
-        if isinstance(record, ValueError):
+        if isinstance(record, ValueError | RecursionError):
             yield LeftOut(id, span.source, "not JSON", str(record))
         elif record is not _BLANK:
             messages = messages_of(record, options["template"])
@@ -132,7 +132,7 @@ def _lines(data: bytes) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield error
 
 
@@ -189,7 +189,7 @@ def _whole_elements(text: str, is_last: bool) -> tuple[int, int, str]:
             return stop, count, ""
         try:
             _, end = decode(text, place)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return stop, count, str(error)
         if end == len(text) and not is_last:
             return stop, count, "the array does not end"  # a number, say, may go on in the next block

@@ -40,7 +40,7 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
         id = f"{span.id}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or nested too deeply
             yield LeftOut(id, span.source, "not JSON", str(error))
             continue
         text = _text_of(record, options["field"])
@@ -65,7 +65,7 @@ def _check_field(path: Path, data: bytes, field: str | None) -> None:
     """Looks at the first line, so that a wrong field is found at once and not line by line."""
     try:
         first = json.loads(data.lstrip().partition(b"\n")[0])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PunaError(f"{path}: the first line is not JSON ({error}); this kind wants one object a line") from None
     if not isinstance(first, dict):
         raise PunaError(f"{path}: the first line is not a JSON object; this kind wants one object a line")

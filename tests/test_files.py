@@ -1,0 +1,72 @@
+"""Files that are whole or not there, wherever their name leads."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from puna.errors import PunaError
+from puna.files import ASIDE, check_file, check_writable, file_aside, folder_aside, read_json, write_json
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    with file_aside(pipe, "w") as file:
+        file.write("whole")
+    reader.join(timeout=10)
+    assert read == ["whole"]
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_and_leads_to_the_new_content(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/there").write_text("old")
+    (tmp_path / "here").symlink_to("far/there")
+    with file_aside(tmp_path / "here", "w") as file:
+        file.write("new")
+    assert (tmp_path / "here").is_symlink()
+    assert (tmp_path / "far/there").read_text() == "new"
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PunaError, match="is a folder; name a file"):
+        write_json(tmp_path, {})
+    with pytest.raises(PunaError, match="is a folder; name a file"):
+        check_file(tmp_path)
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    aside = folder_aside(tmp_path / "made")
+    aside.__enter__()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/theirs").touch()
+    with pytest.raises(PunaError, match="made exists already; choose another place"):
+        aside.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "theirs"]
+
+
+def test_a_link_that_leads_nowhere_is_no_free_place_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(PunaError, match="link exists already"), folder_aside(tmp_path / "link"):
+        pass
+    assert not list(tmp_path.glob(f"*{ASIDE}"))
+
+
+def test_a_place_that_cannot_be_written_to_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new/newer")
+    with pytest.raises(PunaError, match="file is a file; name a folder"):
+        check_writable(tmp_path / "file/inside")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PunaError, match=f"{tmp_path} cannot be written to; choose another place"):
+        check_writable(tmp_path / "new")
+
+
+def test_json_that_is_nested_too_deeply_is_said(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(PunaError, match=r"deep\.json is not valid JSON"):
+        read_json(tmp_path / "deep.json")

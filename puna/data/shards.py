@@ -88,12 +88,19 @@ class ShardWriter:
         columns = [
             pa.array(self._ids, pa.string()),
             pa.array(self._sources, pa.string()),
-            pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(self._tokens), pa.int32())),
+            _lists(pa.int32(), offsets, np.concatenate(self._tokens)),
         ]
         if self._is_target:
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(self._is_target), pa.bool_())))
+            bits = np.packbits(np.concatenate(self._is_target), bitorder="little")
+            columns.append(_lists(pa.bool_(), offsets, bits))
         self._arrow.write_batch(pa.record_batch(columns, schema=self.schema))
         self._empty_batch()
+
+
+def _lists(type: Any, offsets: np.ndarray, values: np.ndarray) -> Any:
+    """Arrow's lists of the bytes as they are; `pa.array` would load NumPy's masked arrays first."""
+    flat = pa.Array.from_buffers(type, int(offsets[-1]), [None, pa.py_buffer(values)])
+    return pa.Array.from_buffers(pa.list_(type), len(offsets) - 1, [None, pa.py_buffer(offsets)], children=[flat])
 
 
 @contextlib.contextmanager

@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 
 from puna.data import corpora
 from puna.data.documents import Document, LeftOut, Span
+from puna.data.drafts import DraftTokenizer
 from puna.data.infilling import cut_for_infilling, is_held_out
 from puna.data.shards import WORK_FOLDER, ShardWriter, shard_entry, write_shard
 from puna.files import write_json
-from puna.prompts import ChatTemplate, Message, UnusableDialog, chat_template, infill_document
-from puna.tokenizer import BulkEncoder, Tokenizer, load_tokenizer
+from puna.prompts import ChatTemplate, Encoded, Message, UnusableDialog, chat_template, infill_document
+from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: The parts that documents go to, and the folder of each within the prepared folder.
 PARTS = {"train": "", "held_out": "held_out"}
 
 #: Bytes of documents that are encoded at once: enough to be fast, small in memory.
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 21
 
 #: Part, tokens, and which of them are targets; None: all.
 _Encoded = tuple[str, NDArray[np.int32], NDArray[np.bool_] | None]
@@ -80,9 +81,9 @@ class PrepareUnit:
         return _loaded, (self.kind, self.options, self.output / "tokenizer" / self.tokenizer.path.name, self.output)
 
     @cached_property
-    def bulk(self) -> "_BulkTokenizer":
-        """The tokenizer for plain text."""
-        return _BulkTokenizer(self.tokenizer)
+    def draft_tokenizer(self) -> DraftTokenizer:
+        """The tokenizer that layouts ask."""
+        return DraftTokenizer(self.tokenizer)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -131,51 +132,49 @@ class PrepareUnit:
             yield document
 
     def _all_encoded(self, unit: Unit) -> Iterator[tuple[Document | LeftOut, _Encoded | LeftOut]]:
-        """Every document with its tokens, or with why it is left out.
-
-        Documents are laid out twice, some megabytes at a time: first to hear which texts there are to encode, so that
-        they are encoded all at once.
-        """
+        """Every document with its tokens, or with why it is left out; the texts of a batch are encoded at once."""
         for batch in _batches(self._documents(unit)):
-            with self.bulk.listening():
-                for document in batch:
-                    if isinstance(document, Document):
-                        self._encoded(document)
-            for document in batch:
-                yield document, document if isinstance(document, LeftOut) else self._encoded(document)
-            self.bulk.forget()
+            drafts = [document if isinstance(document, LeftOut) else self._drafted(document) for document in batch]
+            filled = self.draft_tokenizer.fill([draft for draft in drafts if isinstance(draft, Encoded)])
+            for document, draft in zip(batch, drafts, strict=True):
+                yield document, self._filled(document, *next(filled)) if isinstance(draft, Encoded) else draft
 
-    def _encoded(self, document: Document) -> _Encoded | LeftOut:
-        """The part that a document goes to, its tokens, and which of them are targets."""
-        part = "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
+    def _drafted(self, document: Document) -> Encoded | _Encoded | LeftOut:
+        """A document laid out, its texts not yet encoded; or its tokens if it has come with them."""
         if document.messages is not None:
-            return self._encoded_dialog(part, document)
+            return self._drafted_dialog(document)
         if document.tokens is not None:
-            return self._checked_tokens(part, document)
+            return self._checked_tokens(document)
         assert document.text is not None
-        cut = None
-        if part == "train" and self.options.get("fim_rate"):
+        tokenizer, cut = cast(Tokenizer, self.draft_tokenizer), None
+        if self.options.get("fim_rate") and self._part(document) == "train":
             rates = {name: self.options[name] for name in ("seed", "fim_rate", "spm_rate")}
             cut = cut_for_infilling(document.text, id=document.id, **rates)
         if cut is None:
-            return part, self.bulk.encode_document(document.text), None
-        as_tokenizer = cast(Tokenizer, self.bulk)
-        tokens = infill_document(as_tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order)
-        return part, np.array(tokens, np.int32), None
+            return Encoded(tokenizer.encode(document.text, bos=True, eos=True))
+        return Encoded(infill_document(tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order))
 
-    def _encoded_dialog(self, part: str, document: Document) -> _Encoded | LeftOut:
+    def _drafted_dialog(self, document: Document) -> Encoded | LeftOut:
         assert self.template is not None
-        assert document.messages is not None
         try:
-            encoded = self.template.encode(cast(Tokenizer, self.bulk), cast(list[Message], document.messages))
+            messages = cast(list[Message], document.messages)
+            return self.template.encode(cast(Tokenizer, self.draft_tokenizer), messages)
         except UnusableDialog as error:
             detail = str(error).partition(f"{error.reason} (")[2].removesuffix(")")
             return LeftOut(document.id, document.source, error.reason, detail)
-        if not any(encoded.is_target):
-            return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
-        return part, np.array(encoded.tokens, np.int32), np.array(encoded.is_target, np.bool_)
 
-    def _checked_tokens(self, part: str, document: Document) -> _Encoded | LeftOut:
+    def _filled(
+        self, document: Document | LeftOut, tokens: NDArray[np.int32], is_target: NDArray[np.bool_] | None
+    ) -> _Encoded | LeftOut:
+        if is_target is not None and not is_target.any():
+            return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
+        return self._part(document), tokens, is_target
+
+    def _part(self, document: Document | LeftOut) -> str:
+        """Where a document goes."""
+        return "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
+
+    def _checked_tokens(self, document: Document) -> _Encoded | LeftOut:
         tokens, is_target = document.tokens, document.is_target
         assert tokens is not None
         assert is_target is not None
@@ -183,7 +182,7 @@ class PrepareUnit:
         if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= size:
             detail = f"ids from {tokens.min()} to {tokens.max()}, the tokenizer has {size:,}"
             return LeftOut(document.id, document.source, "not of this vocabulary", detail)
-        return part, tokens, is_target
+        return self._part(document), tokens, is_target
 
     def _shard(self, part: str, unit: Unit) -> Path:
         return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
@@ -220,72 +219,28 @@ def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Docume
         yield from read(span, span.load(), options)
 
 
-class _BulkTokenizer:
-    """What layouts ask of a tokenizer, answered from what has been encoded ahead.
-
-    While it is listening it gives no ids, and remembers which texts it was asked for.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._encoder = tokenizer, BulkEncoder(tokenizer)
-        self._heard: dict[bool, dict[str, NDArray[np.int32] | None]] = {True: {}, False: {}}
-        self._is_listening = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False, leading_space: bool = True) -> list[int]:
-        ids = self._ids(text, leading_space).tolist()
-        return [self._tokenizer.bos_id] * bos + ids + [self._tokenizer.eos_id] * eos
-
-    def encode_document(self, text: str) -> NDArray[np.int32]:
-        """BOS, the text, EOS."""
-        ids = self._ids(text, leading_space=True)
-        if self._is_listening:
-            return ids
-        tokens = np.empty(len(ids) + 2, np.int32)
-        tokens[0], tokens[1:-1], tokens[-1] = self._tokenizer.bos_id, ids, self._tokenizer.eos_id
-        return tokens
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Once the block has ended, all texts that were asked for in it are encoded."""
-        self._is_listening = True
-        yield
-        self._is_listening = False
-        for leading_space, heard in self._heard.items():
-            heard.update(zip(heard, self._encoder.encode_all(list(heard), leading_space=leading_space), strict=True))
-
-    def forget(self) -> None:
-        """Gives up what has been encoded ahead."""
-        for heard in self._heard.values():
-            heard.clear()
-
-    def _ids(self, text: str, leading_space: bool) -> NDArray[np.int32]:
-        if self._is_listening:
-            self._heard[leading_space][text] = None
-            return _NO_IDS
-        ids = self._heard[leading_space].get(text)
-        return self._encoder.encode(text, leading_space=leading_space) if ids is None else ids
-
-
-_NO_IDS = np.zeros(0, np.int32)
-
-
 def _batches(documents: Iterator[Document | LeftOut]) -> Iterator[list[Document | LeftOut]]:
     """Documents in lists of about `BATCH_BYTES`."""
     held, size = list[Document | LeftOut](), 0
     for document in documents:
         held.append(document)
-        size += _size_bytes(document) if isinstance(document, Document) else 0
+        size += _length(document) if isinstance(document, Document) else 0
         if size >= BATCH_BYTES:
             yield held
             held, size = [], 0
     yield held
 
 
+def _length(document: Document) -> int:
+    """About as many as its bytes."""
+    return len(document.tokens) if document.tokens is not None else sum(map(len, _texts(document)))
+
+
 def _size_bytes(document: Document) -> int:
     if document.tokens is not None:
         return document.tokens.nbytes
-    texts = [document.text or ""] if document.messages is None else [m["content"] for m in document.messages]
-    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    return sum(len(text) if text.isascii() else len(text.encode()) for text in _texts(document))
+
+
+def _texts(document: Document) -> list[str]:
+    return [document.text or ""] if document.messages is None else [m["content"] for m in document.messages]

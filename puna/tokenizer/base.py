@@ -109,6 +109,11 @@ class Tokenizer(ABC):
         """What `piece` gives for each id."""
         return tuple(self._pieces)
 
+    @property
+    def spellings(self) -> Sequence[bytes]:
+        """The bytes that each id spells; none for a control id."""
+        return tuple(self._spellings)
+
     @abstractmethod
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         """The ids of each text, none of them a control id."""

@@ -11,10 +11,8 @@ together by NumPy, Arrow finds the distinct parts and lays their ids out again, 
 Which cuts a vocabulary allows is checked, never assumed; where it allows none, `BulkEncoder` is `Tokenizer.encode`.
 """
 
-import re
-from array import array
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,22 +23,13 @@ from puna.tokenizer.base import SPACE_MARK, Tokenizer
 if TYPE_CHECKING:  # most who load a tokenizer do without Arrow
     import pyarrow as pa
 
-#: A piece that forbids all cuts: it holds a space or the end of a line inside. Pieces are searched as one text, with
-#: NULs between them, which is quicker; so a NUL in a piece forbids all cuts too.
-_SPANS_WORDS = re.compile(f"[^{SPACE_MARK}\0]{SPACE_MARK}|\n[^\n\0]")
-
-#: A piece that forbids cuts between letters and what is none: it holds both, in ASCII, side by side.
-_SPANS_LETTERS = re.compile(r"[A-Za-z][\x01-@\[-`{-\x7f]|[\x01-@\[-`{-\x7f][A-Za-z]")
-
 #: Everything is forgotten once about this much is remembered.
 MEMORY_BYTES = 60_000_000
 
-#: What Python needs for one remembered part beside its bytes and ids.
-_ENTRY_BYTES = 200
+#: What Python needs for one remembered part beside its text and ids.
+_ENTRY_BYTES = 130
 
 _SPACE, _NEWLINE = b" \n"
-
-_ID_BYTES = array("i").itemsize
 
 
 class BulkEncoder:
@@ -52,12 +41,10 @@ class BulkEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        unmerged = {*tokenizer.control, *tokenizer.byte_ids.values(), tokenizer.unk_id}
-        pieces = [piece for i, piece in enumerate(tokenizer.pieces) if i not in unmerged]
-        listed = "\0".join(pieces)
-        is_listed = listed.count("\0") < len(pieces)
-        self.remembers = tokenizer.merges_plain_text and is_listed and not _SPANS_WORDS.search(listed)
-        self._cuts_letters = not _SPANS_LETTERS.search(listed)
+        self._cuts_letters = _cuts_no_piece(tokenizer, letters=True)
+        self.remembers = tokenizer.merges_plain_text and (
+            self._cuts_letters or _cuts_no_piece(tokenizer, letters=False)
+        )
         self._memory = _Memory(tokenizer)
 
     def encode(self, text: str, *, leading_space: bool = True) -> NDArray[np.int32]:
@@ -86,17 +73,36 @@ class BulkEncoder:
 
     def _encode_bytes(self, texts: list[bytes]) -> list[NDArray[np.int32]]:
         import pyarrow as pa
+        from pyarrow._compute import (
+            call_function,  # pyarrow.compute itself takes 40 ms to load, for help on all functions
+        )
 
         data = b"".join(texts)
         starts = np.array([0, *accumulate(map(len, texts))])
         cuts = np.append(_cuts(np.frombuffer(data, np.uint8), starts[:-1], self._cuts_letters), len(data))
         offsets = pa.py_buffer(cuts.astype(np.int32))
-        parts = pa.Array.from_buffers(pa.binary(), len(cuts) - 1, [None, offsets, pa.py_buffer(data)])
-        distinct = parts.dictionary_encode()
-        laid_out = self._memory.ids(distinct.dictionary.to_pylist()).take(distinct.indices)
+        parts = pa.Array.from_buffers(pa.utf8(), len(cuts) - 1, [None, offsets, pa.py_buffer(data)])
+        distinct = call_function("dictionary_encode", [parts])
+        rows, table = self._memory.look_up(distinct.dictionary.to_pylist())
+        laid_out = call_function("take", [table, _arrow(rows[distinct.indices.to_numpy()])])
         ids = laid_out.values.to_numpy()
         places = laid_out.offsets.to_numpy()[np.searchsorted(cuts, starts)].tolist()
         return [ids[start:stop] for start, stop in pairwise(places)]
+
+
+def _arrow(values: NDArray[np.int32]) -> "pa.Int32Array":
+    """The same numbers; `pa.array` would load NumPy's masked arrays to see whether it has one."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+def _cuts_no_piece(tokenizer: Tokenizer, *, letters: bool) -> bool:
+    """Whether the pieces of a vocabulary, laid end to end, are cut only where one begins."""
+    unmerged = {*tokenizer.control, *tokenizer.byte_ids.values(), tokenizer.unk_id}
+    spelled = [spelling for i, spelling in enumerate(tokenizer.spellings) if spelling and i not in unmerged]
+    starts = np.array([0, *accumulate(map(len, spelled))])[:-1]
+    return len(_cuts(np.frombuffer(b"".join(spelled), np.uint8), starts, letters)) == len(starts)
 
 
 def _cuts(data: NDArray[np.uint8], starts: NDArray[np.int64], letters: bool) -> NDArray[np.int64]:
@@ -114,29 +120,37 @@ def _cuts(data: NDArray[np.uint8], starts: NDArray[np.int64], letters: bool) -> 
 
 
 class _Memory:
-    """Part of a text -> its ids as int32 bytes, filled when asked."""
+    """Part of a text -> its ids, filled when asked."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode_batch = tokenizer.encode_batch
-        self._known: dict[bytes, bytes] = {}
+        self._rows: dict[str, int] = {}
+        self._offsets, self._ids = np.zeros(1, np.int32), np.zeros(0, np.int32)
         self._size_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._rows)
 
-    def ids(self, parts: list[bytes]) -> "pa.ListArray":
-        """The ids of each part."""
+    def look_up(self, parts: list[str]) -> "tuple[NDArray[np.int32], pa.ListArray]":
+        """The row of each part in a table, and the table, whose rows are ids."""
         import pyarrow as pa
 
         if self._size_bytes > MEMORY_BYTES:
-            self._known.clear()
+            self._rows.clear()
+            self._offsets, self._ids = self._offsets[:1], self._ids[:0]
             self._size_bytes = 0
-        # All new parts in one call; set.difference asks a dict itself, but would copy a subclass of it.
-        if new := list(set(parts).difference(self._known)):
-            ids = self._encode_batch([part.decode() for part in new], leading_space=False)
-            spelled = [array("i", row).tobytes() for row in ids]
-            self._known.update(zip(new, spelled, strict=True))
-            self._size_bytes += sum(map(len, new)) + sum(map(len, spelled)) + _ENTRY_BYTES * len(new)
-        known = list(map(self._known.__getitem__, parts))
-        offsets = np.array([0, *accumulate(map(len, known))]) // _ID_BYTES
-        return pa.ListArray.from_arrays(offsets.astype(np.int32), np.frombuffer(b"".join(known), np.int32))
+        rows = np.fromiter(map(self._rows.get, parts, repeat(-1)), np.int32, len(parts))
+        if len(unknown := np.flatnonzero(rows < 0)):
+            rows[unknown] = self._learn([parts[i] for i in unknown.tolist()])
+        return rows, pa.ListArray.from_arrays(_arrow(self._offsets), _arrow(self._ids))
+
+    def _learn(self, parts: list[str]) -> range:
+        """Adds a row for each part."""
+        ids = self._encode_batch(parts, leading_space=False)
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        self._offsets = np.concatenate([self._offsets, self._offsets[-1] + np.cumsum(lengths, dtype=np.int32)])
+        self._ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(ids), np.int32)])
+        rows = range(len(self._rows), len(self._rows) + len(parts))
+        self._rows.update(zip(parts, rows, strict=True))
+        self._size_bytes += sum(map(len, parts)) + self._ids.itemsize * int(lengths.sum()) + _ENTRY_BYTES * len(parts)
+        return rows

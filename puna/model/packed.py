@@ -3,7 +3,7 @@
     weight (out, in), row by row   ->   tiles of 64 outputs x 16 inputs, one behind the other
 
 A product of few rows only reads weights, and reads tiles at the memory's full rate, where it crosses whole rows at half
-of that. One order serves any number of rows: few are multiplied by the kernel (`puna.model.kernel`), where the machine
+of that. One order serves any number of rows: few are multiplied by the kernel (`puna.model.layer_kernel`), where the machine
 has it, and many by oneDNN, whose order it is. Neither gradients nor the weights come back out of it.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from puna.devices import has_fast_bf16
 from puna.model.attention import Documents
 from puna.model.cache import LayerCache
-from puna.model.kernel import INPUTS, MOST_ROWS, TILE, Kernel, kernel
+from puna.model.layer_kernel import INPUTS, MOST_ROWS, TILE, Kernel, kernel
 from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm
 
 

@@ -13,7 +13,7 @@ from puna.devices import multiplies_fp8
 from puna.generate.engine.paged_attention import attend_paged, attend_paged_reference
 from puna.generate.engine.storage import GREATEST, Storage, round_heads
 from puna.model.attention import attend_reference
-from puna.model.kernel import kernel
+from puna.model.layer_kernel import kernel
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
 

@@ -3,7 +3,7 @@
 A block table says where a sequence lies. With blocks of 4 tokens, a sequence of 6 with the table `[7, 2, …]` has
 tokens 0 to 3 in block 7, and 4 and 5 in the first half of block 2; the rest of block 2 and of the table counts for
 nothing. `attend_paged` is one operation by name, so that a compiled model holds it as it is; on a CUDA device it is the
-kernel of `paged_attention_kernel`, on a CPU in bf16 that of `puna.model.kernel`, elsewhere the plain formula,
+kernel of `paged_attention_kernel`, on a CPU in bf16 that of `puna.model.layer_kernel`, elsewhere the plain formula,
 `attend_paged_reference`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.storage import Storage
-from puna.model import kernel as cpu
+from puna.model import layer_kernel as cpu
 
 
 def attend_paged(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model.config import preset
-from puna.model.kernel import MOST_ROWS, TILE, kernel
+from puna.model.layer_kernel import MOST_ROWS, TILE, kernel
 from puna.model.llama import Linear, RMSNorm, rotary_tables, rotate
 from puna.model.packed import PackedLinear, _gains, in_tile
 

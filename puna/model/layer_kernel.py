@@ -1,4 +1,4 @@
-"""Builds and calls `kernel.c`: what a layer in bf16 computes on a CPU with AVX-512 BF16, without gradients.
+"""Builds and calls `layer_kernel.c`: what a layer in bf16 computes on a CPU with AVX-512 BF16, without gradients.
 
 oneDNN's products of few rows read weights at two thirds of the memory's rate and spend microseconds around each call;
 torch's small operations cost as much again. `puna.model.llama` says the same in plain words and is the reference.
@@ -14,7 +14,7 @@ from torch import Tensor
 from puna.devices import cpu_bf16_units
 from puna.native import build
 
-SOURCE = Path(__file__).with_name("kernel.c")
+SOURCE = Path(__file__).with_name("layer_kernel.c")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mprefer-vector-width=512", "-ffp-contract=off")
 
 #: Outputs of a tile, and what its inputs are padded to a multiple of.

@@ -72,14 +72,17 @@ static inline __attribute__((always_inline)) void add_products(const uint16_t *w
         for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(sums + r * TILE + v * LANES, sum[r][v]);
 }
 
-/* x (rows, width) to out (rows, n_out); width is even, rows are at most MOST_ROWS. */
-void product(const uint16_t *weight, const uint16_t *x, uint16_t *out, long rows, long width, long n_out,
-             int threads) {
+/* x (rows, width) to out (rows, n_out); width is even, rows are at most MOST_ROWS, bias (n_out) may be missing. */
+void product(const uint16_t *weight, const uint16_t *bias, const uint16_t *x, uint16_t *out, long rows, long width,
+             long n_out, int threads) {
     long padded = (width + INPUTS - 1) / INPUTS * INPUTS;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long begin = 0; begin < n_out; begin += TILE) {
+        long n = n_out - begin < TILE ? n_out - begin : TILE;
         float sums[MOST_ROWS * TILE];
         memset(sums, 0, rows * TILE * sizeof *sums);
+        for (long row = 0; bias && row < rows; row++)
+            for (long o = 0; o < n; o++) sums[row * TILE + o] = widened(bias[begin + o]);
         long step = rows > TOGETHER ? 2 * PAIRS : width; /* a part of the tile that stays near for all rows */
         for (long i = 0; i < width; i += step) {
             const uint16_t *part = weight + begin * padded + i * TILE;
@@ -97,7 +100,6 @@ void product(const uint16_t *weight, const uint16_t *x, uint16_t *out, long rows
                 }
             }
         }
-        long n = n_out - begin < TILE ? n_out - begin : TILE;
         for (long row = 0; row < rows; row++)
             for (long o = 0; o < n; o++) out[row * n_out + begin + o] = rounded(sums[row * TILE + o]);
     }

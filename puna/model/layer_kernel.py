@@ -31,24 +31,25 @@ class Kernel:
         pointer, number, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
         self._product, self._rms_norm = library.product, library.rms_norm
         self._rotate, self._swiglu, self._attend_paged = library.rotate, library.swiglu, library.attend_paged
-        self._product.argtypes = [*[pointer] * 3, *[number] * 3, integer]
+        self._product.argtypes = [*[pointer] * 4, *[number] * 3, integer]
         self._rms_norm.argtypes = [*[pointer] * 3, *[number] * 2, ctypes.c_float, integer]
         self._rotate.argtypes = [*[pointer] * 3, *[number] * 3, integer]
         self._swiglu.argtypes = [*[pointer] * 2, number, integer]
         self._attend_paged.argtypes = [*[pointer] * 6, *[number] * 6, integer]
 
-    def product(self, x: Tensor, weight_address: int, n_out: int) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, weight_address: int, n_out: int) -> Tensor:
         """(..., in), of MOST_ROWS rows at most and `in` even, to (..., out).
 
         Args:
             x: the rows.
+            bias: (out,), if any.
             weight_address: of the packed weight, in tiles.
             n_out: its outputs.
         """
         width = x.shape[-1]
         out = x.new_empty(*x.shape[:-1], n_out)
-        rows = x.numel() // width
-        self._product(weight_address, x.data_ptr(), out.data_ptr(), rows, width, n_out, torch.get_num_threads())
+        places = weight_address, None if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr()
+        self._product(*places, x.numel() // width, width, n_out, torch.get_num_threads())
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,8 +3,8 @@
     weight (out, in), row by row   ->   tiles of 64 outputs x 16 inputs, one behind the other
 
 A product of few rows only reads weights, and reads tiles at the memory's full rate, where it crosses whole rows at half
-of that. One order serves any number of rows: few are multiplied by the kernel (`puna.model.layer_kernel`), where the machine
-has it, and many by oneDNN, whose order it is. Neither gradients nor the weights come back out of it.
+of that. One order serves any number of rows: few are multiplied by a kernel (`puna.model.layer_kernel`), where the
+machine has it, and many by oneDNN, whose order it is. Neither gradients nor the weights come back out of it.
 """
 
 import ctypes
@@ -37,15 +37,14 @@ class PackedLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._few_rows: Callable[[Tensor], Tensor] | None = None
+        self._few_rows: Callable[[Tensor, Tensor | None], Tensor] | None = None
         if (address := _address_of_tiles(self.weight, linear.weight)) is not None and (found := kernel()) is not None:
             self._few_rows = partial(found.product, weight_address=address, n_out=len(linear.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in bf16."""
         if self._few_rows is not None and x.numel() <= MOST_ROWS * x.shape[-1]:
-            out = self._few_rows(x.contiguous())
-            return out if self.bias is None else out.add_(self.bias)
+            return self._few_rows(x.contiguous(), self.bias)
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return packed
 

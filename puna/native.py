@@ -26,7 +26,9 @@ def build(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     if (program := compiler()) is None:
         return None
     flags = (*FLAGS, *flags)
-    name = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    files = [source, *sorted(Path(__file__).parent.rglob("*.h"))]
+    made_of = b"".join(file.read_bytes() for file in files) + " ".join(flags).encode()
+    name = hashlib.sha256(made_of).hexdigest()[:16]
     try:
         library = _cache() / f"{source.stem}-{name}.so"
         if not library.exists():

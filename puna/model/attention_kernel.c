@@ -12,47 +12,21 @@
 // pass finds the weights again from the logarithm of its norm. One task is a key/value head of documents that share no
 // key with others, so nobody adds to another's sums. H is a multiple of 64; (T, heads, H) tensors are dense.
 
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "bf16.h"
+
 #define QUERIES 64
 #define KEYS 96
-#define LANES 16
-#define LOG2E 1.44269504088896f
 
-typedef uint16_t bf16;
 typedef struct { long queries_start, queries_stop, keys_start, keys_stop; } Span;
-
-static inline __m512 widened(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
-}
 
 static inline float dot(const bf16 *x, const bf16 *y, long n) {
     __m512 sum = _mm512_setzero_ps();
     for (long i = 0; i < n; i += LANES) sum = _mm512_fmadd_ps(widened(x + i), widened(y + i), sum);
     return _mm512_reduce_add_ps(sum);
-}
-
-static inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-// Two vectors whose lanes become neighbours: x in the lower half of 32 bits, y in the upper.
-static inline __m512i paired(__m256i x, __m256i y) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
-}
-
-static inline __m512 exp2_of(__m512 x) {  // to 2e-7; Taylor's coefficients of 2^f, |f| <= 1/2
-    x = _mm512_max_ps(x, _mm512_set1_ps(-200));
-    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(1.5403530e-4f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
 }
 
 // sums (rows, 64) [+]= a (rows, 2 pairs) * b (2 pairs, 64), whose rows 2i and 2i + 1 are paired; rows is a constant.

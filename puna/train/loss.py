@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.parallel.collectives import gather_dim
+from puna.train.loss_kernel import kernel_for
 
 #: Target of a position that asks for nothing.
 IGNORE = -100
@@ -67,6 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, head: Tensor, targets: Tensor, rows: int, group: dist.ProcessGroup | None
     ) -> Tensor:
+        kernel = kernel_for(hidden, head)
         needs_grad = hidden.requires_grad or head.requires_grad
         weight = head.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
@@ -80,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             wanted = wanted.clamp(0, len(head) - 1)
             logits = torch.mm(x, weight.t(), out=room[: len(x)])
             of_target = logits.gather(1, wanted).float().masked_fill_(~is_here, 0)
-            log_norm = _softmax_(logits)
+            log_norm = _softmax_(logits) if kernel is None else kernel.softmax_(logits)
             if group is not None:
                 log_norm = _joined_(logits, of_target, log_norm, group)
             total += (log_norm - of_target).sum()
@@ -92,6 +94,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
                 if grad_head is None:
                     grad_head = (slope.t() @ x).to(head.dtype)
+                elif kernel is not None:
+                    kernel.add_product_(grad_head, slope, x)
                 elif grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
                 else:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.train import loss as loss_module
+from puna.train import loss_kernel
 from puna.train.loss import IGNORE, reference_cross_entropy, summed_cross_entropy
 
 
@@ -69,3 +70,44 @@ def test_the_sum_does_not_depend_on_the_cut_into_micro_batches() -> None:
     whole = summed_cross_entropy(hidden, head, targets)
     parts = sum(summed_cross_entropy(hidden[i : i + 1], head, targets[i : i + 1]) for i in range(3))
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.skipif(loss_kernel.kernel() is None, reason="no AVX-512 BF16, or no C compiler")
+@pytest.mark.parametrize(("n", "vocab", "width"), [(1, 16, 64), (7, 208, 128), (1300, 112, 64)])
+def test_the_kernel_is_the_plain_way(n: int, vocab: int, width: int) -> None:
+    torch.manual_seed(n)
+    kernel = loss_kernel.kernel()
+    assert kernel is not None
+    logits, x = 5 * torch.randn(n, vocab).bfloat16(), torch.randn(n, width).bfloat16()
+    found, expected = logits.clone(), logits.clone()
+    torch.testing.assert_close(kernel.softmax_(found), loss_module._softmax_(expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+    total = torch.randn(vocab, width)
+    exact = total.double() + found.double().t() @ x.double()
+    kernel.add_product_(total, found, x)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(loss_kernel.kernel() is None, reason="no AVX-512 BF16, or no C compiler")
+def test_a_head_that_the_kernel_takes_gets_the_gradient_of_the_formula() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 70, 64).bfloat16().requires_grad_(), torch.randn(96, 64, requires_grad=True)
+    targets = torch.randint(0, 96, (2, 70))
+    targets[0, :9] = IGNORE
+    assert loss_kernel.kernel_for(hidden, head) is not None
+    loss = summed_cross_entropy(hidden, head, targets, chunk_logits=96 * 64)
+    exact = hidden.detach().float().requires_grad_(), head.detach().bfloat16().float().requires_grad_()
+    expected = reference_cross_entropy(*exact, targets)
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+    pairs = zip(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(expected, exact), strict=True)
+    assert max(((found - true).norm() / true.norm()).item() for found, true in pairs) < 0.01
+
+
+@pytest.mark.skipif(loss_kernel.kernel() is None, reason="no AVX-512 BF16, or no C compiler")
+def test_a_logit_that_is_not_a_number_makes_its_row_none() -> None:
+    logits = torch.randn(3, 32).bfloat16()
+    logits[1, 7] = torch.nan
+    kernel = loss_kernel.kernel()
+    assert kernel is not None
+    assert kernel.softmax_(logits).isnan().flatten().tolist() == [False, True, False]
+    assert logits[1].isnan().all()

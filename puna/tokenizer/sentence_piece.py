@@ -14,6 +14,7 @@ One character would still be lost, U+2581, which SentencePiece reads as a space:
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         model = read_model(path)
         pieces = [piece.piece for piece in model.pieces]
+        types = [piece.type for piece in model.pieces]
         # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
         # file by itself would have it, by half a marker.
         for i in [i for i, piece in enumerate(pieces) if piece in _MARKERS]:
-            model.pieces[i].type = CONTROL
-        types = [piece.type for piece in model.pieces]
+            model.pieces[i].type = types[i] = CONTROL
         bos_id, eos_id, unk_id = _special_ids(model, pieces, path)
         added, byte_ids = _added_pieces(path, len(pieces)), _byte_ids(pieces, types)
         super().__init__(
@@ -64,9 +65,13 @@ class SentencePieceTokenizer(Tokenizer):
             merges_plain_text=bool(byte_ids) and USER_DEFINED not in types and _merges_alone(model),
             adds_space_after_control=_settings(path).get("legacy") is not False,
         )
-        self._spaced = _processor(model)
+        self._model = model.SerializeToString()
         model.normalizer_spec.add_dummy_prefix = False
-        self._plain = _processor(model)
+        self._plain = _processor(model.SerializeToString())
+
+    @cached_property
+    def _spaced(self) -> sentencepiece.SentencePieceProcessor:
+        return _processor(self._model)
 
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         processor = self._spaced if leading_space else self._plain
@@ -106,8 +111,8 @@ def _added_pieces(path: Path, size: int) -> list[str]:
     return [ids.get(i, "") for i in range(size, max(ids, default=-1) + 1)]
 
 
-def _processor(model: Any) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def _special_ids(model: Any, pieces: Sequence[str], path: Path) -> tuple[int, int, int | None]:

@@ -152,76 +152,105 @@ typedef struct {
     long size, heads, width;
 } Pool;
 
-static inline __mmask32 first_of_32(long n) { return n < 32 ? ((__mmask32)1 << n) - 1 : ~(__mmask32)0; }
-
-static inline float dot(const uint16_t *a, const uint16_t *b, long width) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long i = 0; i < width; i += 32) {
-        __mmask32 mask = first_of_32(width - i);
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i),
-                               (__m512bh)_mm512_maskz_loadu_epi16(mask, b + i));
+/* q (width) times each of 16 keys. Four times, sums of two vectors become one vector of both's. */
+static inline __m512 scores_of_16(const uint16_t *q, const uint16_t **keys, long width) {
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; t++) sum[t] = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 2 * LANES) {
+        __m512bh part = (__m512bh)_mm512_loadu_si512(q + i);
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; t++)
+            sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)_mm512_loadu_si512(keys[t] + i), part);
     }
-    return _mm512_reduce_add_ps(sum);
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++)
+        sum[t] = _mm512_add_ps(_mm512_unpacklo_ps(sum[2 * t], sum[2 * t + 1]),
+                               _mm512_unpackhi_ps(sum[2 * t], sum[2 * t + 1]));
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+        __m512d a = _mm512_castps_pd(sum[2 * t]), b = _mm512_castps_pd(sum[2 * t + 1]);
+        sum[t] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int n = 2; n; n /= 2)
+        for (int t = 0; t < n; t++)
+            sum[t] = _mm512_add_ps(_mm512_shuffle_f32x4(sum[2 * t], sum[2 * t + 1], 0x88),
+                                   _mm512_shuffle_f32x4(sum[2 * t], sum[2 * t + 1], 0xDD));
+    return sum[0];
 }
 
-/* out (width) += weights (count) x rows (count, width); each 64 of the width stay in registers. */
-static inline void add_rows(float *out, const float *weights, const uint16_t **rows, long count, long width) {
-    for (long begin = 0; begin < width; begin += TILE) {
-        __m512 sum[VECTORS];
-        __mmask16 mask[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            long left = width - begin - v * LANES;
-            mask[v] = left < 0 ? 0 : left < LANES ? (1 << left) - 1 : 0xFFFF;
-            sum[v] = _mm512_maskz_loadu_ps(mask[v], out + begin + v * LANES);
+/* Lays values (count, width) by two tokens, so that products sum over both: pair of tokens, channel, token. */
+static inline void pair_tokens(const uint16_t **values, long count, long width, uint16_t *pairs) {
+    for (long t = 0; t < count; t += 2)
+        for (long i = 0; i < width; i += LANES) {
+            __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values[t] + i)));
+            __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values[t + 1] + i)));
+            _mm512_storeu_si512(pairs + t * width + 2 * i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
         }
-        for (long t = 0; t < count; t++)
-            for (int v = 0; v < VECTORS; v++) {
-                __m256i row = _mm256_maskz_loadu_epi16(mask[v], rows[t] + begin + v * LANES);
-                __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(row), 16));
-                sum[v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[t]), value, sum[v]);
-            }
-        for (int v = 0; v < VECTORS; v++) _mm512_mask_storeu_ps(out + begin + v * LANES, mask[v], sum[v]);
-    }
 }
 
-/* The queries q (groups, width) that share a head of the pool meet it in parts, each as many tokens as stay near. */
+/* out (n vectors) = out * factor + weights (count) x pairs, for some of the channels. */
+static inline __attribute__((always_inline)) void add_values(float *out, float factor, const uint16_t *weights,
+                                                             const uint16_t *pairs, long count, long width,
+                                                             const int n) {
+    __m512 sum[VECTORS];
+    for (int v = 0; v < n; v++) sum[v] = _mm512_mul_ps(_mm512_loadu_ps(out + v * LANES), _mm512_set1_ps(factor));
+    for (long t = 0; t < count; t += 2)
+        for (int v = 0; v < n; v++)
+            sum[v] = _mm512_dpbf16_ps(sum[v], (__m512bh)_mm512_loadu_si512(pairs + t * width + 2 * v * LANES),
+                                      both(weights + t));
+    for (int v = 0; v < n; v++) _mm512_storeu_ps(out + v * LANES, sum[v]);
+}
+
+/* The queries q (groups, width) that share a head of the pool meet it in parts of so many tokens as stay near. */
 static void attend_head(const uint16_t *q, Pool pool, long head, const int32_t *table, long length, long groups,
                         uint16_t *out) {
-    float greatest[groups], total[groups], sums[groups * pool.width], weights[NEAR];
+    long width = pool.width;
+    float greatest[groups], total[groups], sums[groups * width], scores[NEAR], scale = 1 / sqrtf(width);
+    uint16_t weights[NEAR], pairs[NEAR * width];
     const uint16_t *keys[NEAR], *values[NEAR];
     memset(sums, 0, sizeof sums);
     for (long g = 0; g < groups; g++) greatest[g] = -INFINITY, total[g] = 0;
     for (long begin = 0; begin < length; begin += NEAR) {
-        long count = length - begin < NEAR ? length - begin : NEAR;
-        for (long t = 0; t < count; t++) {
-            long slot = (long)table[(begin + t) / pool.size] * pool.size + (begin + t) % pool.size;
-            keys[t] = pool.keys + (slot * pool.heads + head) * pool.width;
-            values[t] = pool.values + (slot * pool.heads + head) * pool.width;
+        long count = length - begin < NEAR ? length - begin : NEAR, padded = (count + 15) / 16 * 16;
+        for (long t = 0; t < padded; t++) { /* behind the end the first token stands in, with no weight */
+            long place = t < count ? begin + t : begin;
+            long slot = (long)table[place / pool.size] * pool.size + place % pool.size;
+            keys[t] = pool.keys + (slot * pool.heads + head) * width;
+            values[t] = pool.values + (slot * pool.heads + head) * width;
         }
+        pair_tokens(values, padded, width, pairs);
         for (long g = 0; g < groups; g++) {
+            for (long t = 0; t < padded; t += 16)
+                _mm512_storeu_ps(scores + t, scores_of_16(q + g * width, keys + t, width));
             float most = greatest[g], sum = 0;
-            for (long t = 0; t < count; t++) {
-                weights[t] = dot(q + g * pool.width, keys[t], pool.width) / sqrtf(pool.width);
-                most = weights[t] > most ? weights[t] : most;
-            }
+#pragma omp simd reduction(max : most)
+            for (long t = 0; t < count; t++) most = scores[t] * scale > most ? scores[t] * scale : most;
+            for (long t = count; t < padded; t++) scores[t] = -INFINITY;
 #pragma omp simd reduction(+ : sum)
-            for (long t = 0; t < count; t++) {
-                weights[t] = exponential(weights[t] - most);
-                sum += weights[t];
+            for (long t = 0; t < padded; t++) {
+                float weight = scores[t] == -INFINITY ? 0 : exponential(scores[t] * scale - most);
+                sum += weight;
+                weights[t] = rounded(weight);
             }
             float before = begin ? exponential(greatest[g] - most) : 0;
-            for (long i = 0; i < pool.width; i++) sums[g * pool.width + i] *= before;
-            add_rows(sums + g * pool.width, weights, values, count, pool.width);
+            for (long i = 0; i < width; i += TILE) {
+                float *of_group = sums + g * width + i;
+                if (width - i >= TILE)
+                    add_values(of_group, before, weights, pairs + 2 * i, padded, width, VECTORS);
+                else
+                    add_values(of_group, before, weights, pairs + 2 * i, padded, width, VECTORS / 2);
+            }
             total[g] = total[g] * before + sum;
             greatest[g] = most;
         }
     }
     for (long g = 0; g < groups; g++)
-        for (long i = 0; i < pool.width; i++)
-            out[g * pool.width + i] = rounded(length ? sums[g * pool.width + i] / total[g] : 0);
+        for (long i = 0; i < width; i++) out[g * width + i] = rounded(length ? sums[g * width + i] / total[g] : 0);
 }
 
-/* q (n, heads, width), one query of each sequence, to all that tables (n, most_blocks) and lengths (n) say it has. */
+/* q (n, heads, width), one query of each sequence, to all that tables (n, most_blocks) and lengths (n) say it has;
+   width is a multiple of 32. */
 void attend_paged(const uint16_t *q, const uint16_t *keys, const uint16_t *values, const int32_t *tables,
                   const int32_t *lengths, uint16_t *out, long n, long heads, long width, long kv_heads, long size,
                   long most_blocks, int threads) {

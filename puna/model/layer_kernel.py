@@ -72,7 +72,7 @@ class Kernel:
         return gate
 
     def attend_paged(self, q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor) -> Tensor:
-        """As `puna.generate.engine.paged_attention.attend_paged`."""
+        """As `puna.generate.engine.paged_attention.attend_paged`; H is a multiple of 32."""
         out = torch.empty_like(q)
         places = (x.data_ptr() for x in (q, keys, values, block_tables, lengths, out))
         sizes = *q.shape, keys.shape[2], keys.shape[1], block_tables.shape[1]

@@ -338,7 +338,7 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     if "cache_dtype" in options:
         expected = Engine(model, cache_tokens=400, **options).generate(prompts, samplings)
     monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
-    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda device, dtype: True)
+    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda keys: True)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5, **options)
     assert engine.generate(prompts, samplings) == expected

@@ -92,8 +92,7 @@ class Step:
         """For chunks in the scheduler's order, single tokens first."""
         size, device = cache.block_tokens, cache.device
         slots = [slot for chunk in chunks for slot in chunk.slots(size)]
-        has_kernel = is_fast(device, cache.keys.numbers.dtype)
-        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if has_kernel else 0
+        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if is_fast(cache.keys.numbers) else 0
         tables = None
         if n_decoding:
             width = max(len(chunk.running.blocks) for chunk in chunks[:n_decoding])

@@ -42,14 +42,14 @@ def attend_paged(
     Returns:
         (n, N, H); zeros where the length is 0.
     """
-    if q.dtype == keys.dtype and (kernel := _cpu_kernel(q.device, q.dtype)) is not None:
+    if q.dtype == keys.dtype and (kernel := _cpu_kernel(keys)) is not None:
         return kernel.attend_paged(q, keys, values, block_tables, lengths)
     return torch.ops.puna.attend_paged(q, keys, values, block_tables, lengths, key_scales, value_scales)
 
 
-def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel attends to keys and values of a dtype on a device."""
-    return takes_cuda_kernels(device.type) or _cpu_kernel(device, dtype) is not None
+def is_fast(keys: Tensor) -> bool:
+    """Whether a kernel attends to such keys."""
+    return takes_cuda_kernels(keys.device.type) or _cpu_kernel(keys) is not None
 
 
 def attend_paged_reference(
@@ -76,8 +76,9 @@ def attend_paged_reference(
     return torch.einsum("nkgs,nskh->nkgh", weights, v).reshape(n, heads, width).to(q.dtype)
 
 
-def _cpu_kernel(device: torch.device, dtype: torch.dtype) -> "cpu.Kernel | None":
-    return cpu.kernel() if device.type == "cpu" and dtype == torch.bfloat16 else None
+def _cpu_kernel(keys: Tensor) -> cpu.Kernel | None:
+    is_known = keys.device.type == "cpu" and keys.dtype == torch.bfloat16 and keys.shape[-1] % 32 == 0
+    return cpu.kernel() if is_known else None
 
 
 def _attend(

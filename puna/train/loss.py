@@ -93,14 +93,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope = logits.index_put_((torch.arange(len(x), device=x.device), wanted[:, 0]), value[:, 0])
                 torch.mm(slope, weight, out=grad_hidden[start : start + rows])
                 if grad_head is None:
-                    grad_head = (slope.t() @ x).to(head.dtype)
+                    grad_head = (slope.t() @ x).to(head.dtype if kernel is None else torch.float32)
                 elif kernel is not None:
                     kernel.add_product_(grad_head, slope, x)
                 elif grad_head.dtype == slope.dtype:
                     grad_head.addmm_(slope.t(), x)
                 else:
                     grad_head += slope.t() @ x
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         return total
 
     @staticmethod

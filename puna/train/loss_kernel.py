@@ -45,9 +45,9 @@ class LossKernel:
 
 def kernel_for(hidden: Tensor, head: Tensor) -> LossKernel | None:
     """The kernel, where it takes what the head multiplies and the head; None: torch's operations do it."""
-    is_mixed = hidden.dtype == torch.bfloat16 and head.dtype == torch.float32 and head.device.type == "cpu"
+    is_bf16 = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
     fits = len(head) % LANES == 0 and head.shape[1] % COLUMNS == 0
-    return kernel() if is_mixed and fits else None
+    return kernel() if is_bf16 and fits else None
 
 
 @functools.cache

@@ -89,9 +89,10 @@ def test_the_kernel_is_the_plain_way(n: int, vocab: int, width: int) -> None:
 
 
 @pytest.mark.skipif(loss_kernel.kernel() is None, reason="no AVX-512 BF16, or no C compiler")
-def test_a_head_that_the_kernel_takes_gets_the_gradient_of_the_formula() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_the_kernel_takes_gets_the_gradient_of_the_formula(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    hidden, head = torch.randn(2, 70, 64).bfloat16().requires_grad_(), torch.randn(96, 64, requires_grad=True)
+    hidden, head = torch.randn(2, 70, 64).bfloat16().requires_grad_(), torch.randn(96, 64).to(dtype).requires_grad_()
     targets = torch.randint(0, 96, (2, 70))
     targets[0, :9] = IGNORE
     assert loss_kernel.kernel_for(hidden, head) is not None

@@ -1,6 +1,7 @@
 """`python -m puna` and the `puna` command."""
 
 import os
+import signal
 import sys
 
 # GNU OpenMP's threads wait for each other spinning, 300,000 times before they sleep: where another program wants one of
@@ -8,8 +9,8 @@ import sys
 # would make a tenth longer. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-# NumPy's OpenBLAS starts a thread for each core when it is loaded, and these spin too: half as much work again as to load
-# NumPy. puna multiplies with torch alone.
+# NumPy's OpenBLAS starts a thread for each core when it is loaded, and these spin too: half as much work again as loading
+# NumPy takes. puna multiplies with torch alone.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -17,7 +18,18 @@ def main() -> None:
     """Runs the command line and exits with its code."""
     from puna.cli import run
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, one is not
+            signal.signal(number, _leave)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as we are
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave(number: int, _: object) -> None:
+    """Ends the process in good order: what is half written is removed, processes of ours are ended."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

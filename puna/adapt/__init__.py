@@ -71,9 +71,9 @@ def adapt(
         "humaneval": None if humaneval is None else str(humaneval),
         "overrides": dict(overrides or {}),
     }
-    stages.check(humaneval, device)
     if stages.begun_recipe(at) is None:
         check_recipe(at, epochs, device, overrides or {})
+    stages.check(at, humaneval, device)
     story = Story(at.root, settings, stages=7)
     story.stage("Turn the code into tokens, and keep some files for scoring", stages.prepare, at, held_out)
     recipe = stages.begun_recipe(at) or choose_recipe(at, epochs, device, overrides or {})  # it fits, or none scores

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import puna
+from puna.checkpoint import load_config
+from puna.checkpoint.huggingface import open_weights
 from puna.config import Recipe, load_recipe
 from puna.devices import pick_device
 from puna.errors import PunaError
@@ -36,13 +38,18 @@ class Places:
         self.results, self.report = root / "results.json", root / "report.html"
 
 
-def check(humaneval: str | Path | None, device: str | None) -> None:
-    """Asks at once what a stage would ask after hours: is the device there, and HumanEval's file what it should be?
+def check(at: Places, humaneval: str | Path | None, device: str | None) -> None:
+    """Asks at once what a stage would ask after hours: are code, device, tokenizer, weights and HumanEval there?
 
     Raises:
         PunaError: it is not.
     """
+    if not at.code.exists():
+        raise PunaError(f"{at.code} does not exist; name a folder of code")
     pick_device(device)
+    load_config(at.model)
+    puna.load_tokenizer(at.model)
+    open_weights(at.model)
     data = _humaneval_file(humaneval)
     if data is not None:
         HumanEval().tasks(data)

@@ -62,6 +62,8 @@ def convert(
     if not Path(source).exists() and not is_hub_id(source):
         raise PunaError(f"there is no file or folder {source}; name a checkpoint's folder, or its file")
     place = Path(source) if Path(source).is_file() else resolve(source)
+    if (place / "checkpoints").is_dir():
+        raise PunaError(f"{place} is a training run; write its weights with `puna export {place} -o DIR` first")
     reader = next((name for name, module in known.items() if module.recognises(place)), None)
     if reader is None:
         raise PunaError(f"{place} is in no format that is known ({', '.join(known)}){_content(place)}")

@@ -119,7 +119,13 @@ class _Spoken:
 def _lines() -> Iterator[str]:
     """What the user says, until Ctrl-D or, with nothing being answered, Ctrl-C."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise PunaError(f"line {number} is not UTF-8 text; convert it first, e.g. with iconv") from None
+            if text.strip():
+                yield text
         return
     import readline  # noqa: F401 - gives `input` its line editing and history
 

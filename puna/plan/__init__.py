@@ -4,6 +4,7 @@ No weights are loaded and no torch: memory is counted from shapes (`memory`), ti
 (`speed`), and layouts are tried one by one (`search`). The package is called like its function: `puna.plan(recipe)`.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def plan(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if devices < 1 or devices_per_node < 1:
         raise UsageError(f"devices={devices} and devices_per_node={devices_per_node} must be 1 or more")
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise UsageError(f"memory_gib={memory_gib} must be above 0")
     name, profile = _profile(device, memory_gib)
     if bandwidth is not None:
         profile = replace(profile, node_link_rate=bandwidth)

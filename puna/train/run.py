@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from puna import devices
-from puna.checkpoint import load_config, resolve
+from puna.checkpoint import is_hub_id, load_config, resolve
 from puna.checkpoint.huggingface import fit, open_weights
 from puna.checkpoint.runs import Checkpoints
 from puna.config import Recipe, load_recipe
@@ -301,6 +301,8 @@ def weights_folder(recipe: Recipe) -> Path | None:
     """The folder that a recipe's weights come from; None: random weights."""
     if recipe.start is not None:
         return resolve(recipe.start)
+    if recipe.model not in PRESETS and not is_hub_id(recipe.model) and not Path(recipe.model).exists():
+        raise PunaError(f"model={recipe.model} is neither a folder nor one of {', '.join(PRESETS)}")
     return None if recipe.model in PRESETS else resolve(recipe.model)
 
 

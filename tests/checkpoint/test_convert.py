@@ -97,6 +97,12 @@ def test_the_context_length_follows_from_theta(tmp_path, theta, context):
     assert (config.rope_theta, config.max_position_embeddings) == (theta, context)
 
 
+def test_a_training_run_is_exported_first(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(PunaError, match=r"run is a training run; write its weights with `puna export \S+run -o DIR`"):
+        convert(tmp_path / "run", tmp_path / "hf")
+
+
 def test_a_source_that_is_not_there_may_be_a_file_or_a_folder(tmp_path):
     with pytest.raises(PunaError, match=r"there is no file or folder \S+missing\.ckpt; name a checkpoint's folder, or"):
         convert(tmp_path / "missing.ckpt", tmp_path / "hf")

@@ -418,7 +418,7 @@ def test_damaged_strategy_files_are_named(fixtures, tmp_path):
         ("mp=3", PunaError, "cannot be cut into 3 equal parts"),
         ("tp=2", UsageError, "'tp=2' is not one of dp=N, mp=N, pp=N"),
         ("mp=0", UsageError, "mp must be 1 or more"),
-        ("gone", PunaError, "gone does not exist"),
+        ("gone", UsageError, "'gone' is neither numbers, as dp=1,mp=8,pp=2, nor files"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(tmp_path, layout, error, message):

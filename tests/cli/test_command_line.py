@@ -1,6 +1,8 @@
 """The command line as a whole: help, exit codes, and errors of one or two lines without a traceback."""
 
 import errno
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,37 @@ def test_a_command_alone_shows_its_help_without_a_complaint() -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("Usage: ")
         assert "(see --help)" not in done.stderr
+
+
+def test_a_process_that_is_told_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
+    work = """
+import sys, time
+from puna import __main__, cli
+from puna.files import folder_aside
+
+def run(_):
+    with folder_aside(sys.argv[1]) as aside:
+        print(aside, flush=True)
+        time.sleep(60)
+
+cli.run = run
+__main__.main()
+"""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        words = [sys.executable, "-c", work, str(tmp_path / "made")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert Path(process.stdout.readline().strip()).is_dir()
+            process.send_signal(number)
+        assert process.returncode == 128 + number
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_streams_are_no_error() -> None:
+    words = shlex.join([sys.executable, "-m", "puna", "generate", "nowhere", "-"])
+    done = subprocess.run(["sh", "-c", f"{words} <&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("Traceback")) == (1, 0)
+    done = subprocess.run(["sh", "-c", f"{words} 2>&- >&-"], check=False)
+    assert done.returncode == 1
 
 
 def test_debug_shows_the_traceback() -> None:

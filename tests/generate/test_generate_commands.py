@@ -490,6 +490,12 @@ def overheard(monkeypatch: pytest.MonkeyPatch):
     return dialogs
 
 
+def test_chat_names_a_line_that_is_not_text(tiny_model_folder: Path, capsys, typed, overheard) -> None:
+    typed(b"hello\ncaf\xe9\n")
+    assert run(["chat", str(tiny_model_folder)]) == 1
+    assert capsys.readouterr().err.endswith("puna: line 2 is not UTF-8 text; convert it first, e.g. with iconv\n")
+
+
 def test_chat_answers_line_by_line_and_remembers(tiny_model_folder: Path, capsys, typed, overheard) -> None:
     typed("hello\n\nand then?\n")
     assert run(["chat", str(tiny_model_folder), "--system", "Be brief."]) == 0

@@ -182,6 +182,24 @@ def test_what_would_fail_after_hours_fails_at_once(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_lacks_something_is_refused_before_anything_is_prepared(
+    code: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    def refused(code: Path, model: Path, message: str) -> None:
+        with pytest.raises(PunaError, match=message):
+            puna.adapt(code, model, tmp_path / "out", device="cpu")
+        assert not (tmp_path / "out").exists()
+
+    refused(tmp_path / "nowhere", tiny_model_folder, r"nowhere does not exist; name a folder of code")
+    for pattern, message in (("tokenizer*", "holds neither tokenizer.model nor"), ("*.safetensors", "no weights")):
+        model = shutil.copytree(tiny_model_folder, tmp_path / "model", dirs_exist_ok=True)
+        for file in model.glob(pattern):
+            file.unlink()
+        refused(code, model, message)
+    puna.quantize(tiny_model_folder, tmp_path / "int8", scheme="int8")
+    refused(code, tmp_path / "int8", "the weights are quantised")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -69,6 +69,9 @@ def test_longer_rows_never_take_less_and_more_shards_never_more() -> None:
 
 
 def test_wrong_usage_and_what_does_not_fit_have_exit_codes_of_their_own() -> None:
+    for memory_gib in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"memory_gib={memory_gib} must be above 0"):
+            puna.plan("codellama-34b-finetune-16", memory_gib=memory_gib)
     with pytest.raises(UsageError, match="there is no device 'abacus'"):
         puna.plan("codellama-7b-pretrain", device="abacus")
     command = [sys.executable, "-m", "puna", "plan", "codellama-70b-pretrain", "--memory-gib", "8", "--json"]

@@ -243,7 +243,7 @@ def test_what_became_of_the_weights_is_said(
     ("change", "message"),
     [
         ({"sequence_length": 4096, "batch_tokens": 4096}, "sequence_length=4096 is beyond the model's context of 2048"),
-        ({"model": "tiny-65"}, "tiny-65"),
+        ({"model": "tiny-65"}, "model=tiny-65 is neither a folder nor one of .*tiny-64"),
         ({"device": "abacus"}, "abacus"),
         ({"data": {"train": "nowhere"}}, "nowhere"),
     ],

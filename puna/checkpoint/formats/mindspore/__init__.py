@@ -182,6 +182,8 @@ def _strategy_place(folder: Path, stated: str | Path | None) -> Path:
 def _strategy(layout: str, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Strategy:
     """The layouts of every stage: those of strategy files, or MindFormers' own for these numbers."""
     if "=" not in layout:
+        if not Path(layout).exists():
+            raise UsageError(f"layout {layout!r} is neither numbers, as dp=1,mp=8,pp=2, nor files of strategies")
         strategy = read_strategies(Path(layout))
         spoken_of = {name for layouts in strategy.values() for name in layouts}
         if lost := [name for name in tensors if name not in spoken_of]:

@@ -9,8 +9,8 @@ import sys
 # would make a tenth longer. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-# NumPy's OpenBLAS starts a thread for each core when it is loaded, and these spin too: half as much work again as loading
-# NumPy takes. puna multiplies with torch alone.
+# NumPy's OpenBLAS starts a thread for each core when it is loaded, and these spin too: half as much work again as to
+# load NumPy. puna multiplies with torch alone.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

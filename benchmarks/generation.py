@@ -16,12 +16,16 @@ medians count. The share of the memory's rate is weights read for a token, over 
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # both as under the command line, and before torch is loaded
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch

@@ -85,7 +85,7 @@ def product(x: Tensor, blocks: Tensor, n_out: int) -> Tensor:
     if x.numel() <= KERNEL_ROWS * width:
         return ours.product(x, blocks, n_out)
     parts = [x @ ours.transposed_weight(part, width) for part in blocks.split(TILES_AT_ONCE)]
-    return torch.cat(parts, dim=-1)[..., :n_out]
+    return torch.cat(parts, dim=-1)[..., :n_out].contiguous()
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def test_a_product_is_that_of_the_dequantised_weight(rows, scheme, group):
     assert layer.is_in_blocks
     x = torch.randn(rows, 384).bfloat16()
     out = layer(x)
-    assert (out.shape, out.dtype) == ((rows, 48), torch.bfloat16)
+    assert (out.shape, out.dtype, out.is_contiguous()) == ((rows, 48), torch.bfloat16, True)
     assert relative_error(out, x.double() @ weight.double().t()) < 4e-3
 
 

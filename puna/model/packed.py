@@ -11,6 +11,7 @@ import ctypes
 import platform
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,25 @@ class PackedLinear(Linear):
         return packed
 
 
+class FusedNorm(RMSNorm):
+    """A norm in one pass; `RMSNorm` over the same weight is its reference.
+
+    Args:
+        norm: whose weight, in bf16, is taken over.
+        kernel: computes it.
+    """
+
+    def __init__(self, norm: RMSNorm, kernel: Kernel) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.eps, self._kernel = norm.weight, norm.eps, kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        return self._kernel.rms_norm(x.contiguous(), self.weight, self.eps)
+
+
 class FusedLayer(DecoderLayer):
     """A decoder layer in few operations; `DecoderLayer` over the same modules is its reference.
 
@@ -75,28 +95,29 @@ class FusedLayer(DecoderLayer):
         if x.dtype != torch.bfloat16:
             return super().forward(x, rotation, positions, documents, cache)
         attention, mlp = self.self_attn, self.mlp
-        normed = self._normed(x, self.input_layernorm)
+        normed = self.input_layernorm(x)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (proj(normed).unflatten(-1, (-1, attention.head_dim)) for proj in projections)
         q, k = self._kernel.rotate_(q, *rotation), self._kernel.rotate_(k, *rotation)
         out = attention.attend(q, k, v, documents) if cache is None else cache.attend(q, k, v, positions)
         x = x + attention.o_proj(out.flatten(-2))
-        normed = self._normed(x, self.post_attention_layernorm)
+        normed = self.post_attention_layernorm(x)
         return x + mlp.down_proj(self._kernel.swiglu_(mlp.gate_proj(normed), mlp.up_proj(normed)))
-
-    def _normed(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return self._kernel.rms_norm(x, norm.weight, norm.eps)
 
 
 def pack_layers(model: Llama) -> None:
-    """Packs the linear layers of a model that packing speeds up, one after the other; the others stay as they are."""
+    """Packs the linear layers of a model that packing speeds up, one after the other, and fuses what lies between."""
+    _replace(model, Linear, lambda linear: PackedLinear(linear) if _gains(linear.weight) else linear)
+    if _gains(model.model.norm.weight) and (found := kernel()) is not None:
+        _replace(model, RMSNorm, lambda norm: FusedNorm(norm, found))
+        _replace(model, DecoderLayer, lambda layer: FusedLayer(layer, found))
+
+
+def _replace(model: Llama, kind: type[nn.Module], other: Callable[[Any], nn.Module]) -> None:
     for owner in list(model.modules()):
-        for name, layer in list(owner.named_children()):
-            if type(layer) is Linear and _gains(layer.weight):
-                setattr(owner, name, PackedLinear(layer))
-    if _gains(model.model.norm.weight) and (fused := kernel()) is not None:
-        for index, layer in enumerate(model.model.layers):
-            model.model.layers[index] = FusedLayer(layer, fused)  # type: ignore[arg-type]
+        for name, module in list(owner.named_children()):
+            if type(module) is kind:
+                setattr(owner, name, other(module))
 
 
 def _gains(weight: Tensor) -> bool:

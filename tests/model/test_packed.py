@@ -12,8 +12,9 @@ from puna.errors import PunaError
 from puna.generate import Sampling
 from puna.generate.engine import Engine
 from puna.model import packed
+from puna.model.layer_kernel import kernel
 from puna.model.llama import Linear
-from puna.model.packed import PackedLinear, pack_layers
+from puna.model.packed import FusedLayer, FusedNorm, PackedLinear, pack_layers
 from puna.testing import tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,9 @@ def test_only_layers_in_bf16_are_packed() -> None:
         layers = [module for module in model.modules() if isinstance(module, Linear)]
         assert len(layers) == 7 * model.config.num_hidden_layers + 1
         assert all((type(layer) is PackedLinear) == expected for layer in layers)
+        fused = [module for module in model.modules() if isinstance(module, FusedNorm | FusedLayer)]
+        is_fused = expected and kernel() is not None
+        assert len(fused) == (3 * model.config.num_hidden_layers + 1 if is_fused else 0)
 
 
 @pytest.mark.parametrize("tied", [False, True])

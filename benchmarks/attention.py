@@ -1,22 +1,24 @@
-"""Attention of one layer, forward and backward: products in blocks beside torch's kernel, on a CPU.
+"""Attention of one layer, forward and backward: our kernel and products in blocks beside torch's kernel, on a CPU.
 
     python benchmarks/attention.py [--precision bf16|fp32] [--heads 8] [--kv-heads 8] [--width 64] [--rounds 7]
 
-Both run on the same 4,096 tokens in turn, cut into documents of one length; the medians count. It says from which
-length on `puna.model.attention.IN_BLOCKS_FROM` should send a document through blocks. On a CPU without bf16 units the
-bf16 products alone take minutes; there only fp32 says something.
+All run on the same 4,096 tokens in turn, cut into documents of one length; the medians count. It says from which length
+on `puna.model.attention.IN_BLOCKS_FROM` should send a document through blocks, where there is no kernel for it. On a
+CPU without bf16 units the bf16 products alone take minutes; there only fp32 says something.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from record import record
 from torch import Tensor
 
+from puna.model import attention_kernel
 from puna.model.attention_in_blocks import Span, attend_in_blocks
 
 TOKENS = 4096
@@ -39,6 +41,8 @@ def main() -> None:
         qkv = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
         slope = torch.randn(shapes[0]).to(dtype)
         contenders = {"blocks": _in_blocks, "scaled_dot_product_attention": _sdpa_per_document}
+        if attention_kernel.serves(*qkv):
+            contenders["kernel"] = _by_kernel
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(args.rounds + 1):
             for name, attend in contenders.items():
@@ -58,8 +62,13 @@ def _forward_backward(attend: Callable[..., Tensor], qkv: list[Tensor], slope: T
     return time.perf_counter() - started
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return attend_in_blocks(q, k, v, Span.of_documents(lengths))
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    with mock.patch.object(attention_kernel, "kernel", return_value=None):
+        return attend_in_blocks(q, k, v, Span.of_documents(lengths))
 
 
 def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ or a full disk leave what was there before.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
@@ -110,6 +111,22 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def lock(file: IO[Any], name: Path | str) -> None:
+    """Takes an open file for this process alone, until it is closed.
+
+    Args:
+        file: the file.
+        name: what the work is on, for the message.
+
+    Raises:
+        PunaError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PunaError(f"another process is writing {name}; wait for it, or choose another place") from None
 
 
 def check_writable(folder: Path | str) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from puna.cli import app, words_of
 from puna.errors import PunaError, UsageError
-from puna.files import check_file, file_aside, is_device, read_json
+from puna.files import check_file, file_aside, is_device, lock, read_json
 from puna.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -299,11 +299,15 @@ class Results:
     def __enter__(self) -> Self:
         if self._output is not None and not is_device(self._output):
             path = self._output.with_name(self._output.name + ".partial")
-            self._take_up(read_text(path).splitlines() if path.exists() else [])
-            with file_aside(path, "w") as lines:
-                lines.write(self._asked + "\n")
-                lines.writelines(_line([number, result]) for number, result in self._found.items())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as before:
+                lock(before, self._output)
+                self._take_up(read_text(path).splitlines())
+                with file_aside(path, "w") as lines:
+                    lines.write(self._asked + "\n")
+                    lines.writelines(_line([number, result]) for number, result in self._found.items())
             self._partial = open(path, "a", encoding="utf-8")  # closed in __exit__
+            lock(self._partial, self._output)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from puna.errors import PunaError, UsageError
-from puna.files import file_aside
+from puna.files import file_aside, lock
 
 #: Names the folder where official data files are looked for.
 FOLDER_VARIABLE = "PUNA_DATA"
@@ -145,15 +145,22 @@ class Log:
 
     Attributes:
         lines: those that were there at the start.
+
+    Raises:
+        PunaError: another process is writing it, or it is damaged.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.lines = _whole_lines(path) if path is not None and path.exists() else []
+        self.lines: list[dict[str, Any]] = []
         self._file = None
         if path is not None:
-            with file_aside(path, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            with open(path, "a", encoding="utf-8") as before:
+                lock(before, path)
+                self.lines = _whole_lines(path)
+                with file_aside(path, "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in self.lines)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            lock(self._file, path)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes a line at once."""
@@ -170,8 +177,7 @@ class Log:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PunaError(f"{path} is damaged ({error}); remove it to make it again") from None

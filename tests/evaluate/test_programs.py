@@ -13,6 +13,7 @@ from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
 from puna.evaluate.paper import paper_name, table
+from puna.evaluate.samples import Log
 from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
 
 
@@ -54,6 +55,18 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_answers_and_verdic
     done = Answers()
     assert evaluate("humaneval", complete=done, output=tmp_path / "killed", **options)["pass@1"] == whole["pass@1"]
     assert done.asked == []
+
+
+def test_two_runs_do_not_write_one_log_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    with Log(tmp_path / "log") as log:
+        with pytest.raises(PunaError, match=r"another process is writing \S+log; wait for it"):
+            Log(tmp_path / "log")
+        log.append({"a": 1})
+    with Log(tmp_path / "log") as log:
+        assert log.lines == [{"a": 1}]
+    (tmp_path / "log").write_bytes(b"\xff\n")
+    with pytest.raises(PunaError, match="log is damaged"):
+        Log(tmp_path / "log")
 
 
 def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_path: Path) -> None:

@@ -337,6 +337,15 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_looked_for(tmp_pa
         assert reason in capsys.readouterr().err
 
 
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    with Results(tmp_path / "out", "asked", 1) as results:
+        with pytest.raises(PunaError, match=r"another process is writing .*out; wait for it"):
+            Results(tmp_path / "out", "asked", 1).__enter__()
+        results.put(0, {"prompt": "x"})
+    assert (tmp_path / "out").read_text() == '{"prompt": "x"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_device_takes_results_and_stays(tiny_model_folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reading = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)

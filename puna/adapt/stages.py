@@ -1,6 +1,7 @@
 """The stages of `puna adapt`: what each does, and what it says; see `puna.story`."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def prepare(at: Places, held_out: float) -> Outcome:
     info = puna.prepare("code", at.code, at.data, near_duplicates=True, **options)
     kept = info.get("held_out", {}).get("documents", 0)
     if not kept or not info["documents"]:
+        shutil.rmtree(at.data)  # of no use, and in the way of the next attempt
         raise PunaError(
             f"of the {info['documents'] + kept} files of {at.code}, {kept} are kept for scoring and "
             f"{info['documents']} are left to learn from; give more code, or another --held-out"

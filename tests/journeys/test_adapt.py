@@ -120,7 +120,7 @@ def test_too_little_code_is_refused(tiny_model_folder: Path, tmp_path: Path) -> 
     with pytest.raises(PunaError, match=r"of the 1 files of .*code, \d are kept for scoring .* give more code"):
         puna.adapt(tmp_path / "code", tiny_model_folder, tmp_path / "out", device="cpu")
     with pytest.raises(PunaError, match="give more code, or another --held-out"):  # which is taken
-        puna.adapt(tmp_path / "code", tiny_model_folder, tmp_path / "out", device="cpu", held_out=0.5)
+        puna.adapt(tmp_path / "code", tiny_model_folder, tmp_path / "out", device="cpu", held_out=0.05)
 
 
 @pytest.fixture

@@ -197,12 +197,12 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("C compiler", "note", found, _install(INSTALL_COMPILER))
         return
     try:
-        import puna.model.kernel
+        import puna.model.layer_kernel
         import puna.quantized.kernel
     except (ImportError, OSError):  # torch does not load, which is said elsewhere
         yield Finding("C compiler", "ok", program)
         return
-    kernels = {"bf16": puna.model.kernel.kernel(), "int8": puna.quantized.kernel.kernel()}
+    kernels = {"bf16": puna.model.layer_kernel.kernel(), "int8": puna.quantized.kernel.kernel()}
     kernels["int4"] = kernels["int8"]
     made = ", ".join(name for name, kernel in kernels.items() if kernel is not None)
     uses = f"makes kernels for models in {made}" if made else "makes no kernel for this processor, so torch multiplies"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import puna.evaluate.sandbox
-import puna.model.kernel
+import puna.model.layer_kernel
 import puna.quantized.kernel
 from puna import devices
 from puna.cli import doctor, run
@@ -194,7 +194,7 @@ def test_a_missing_c_compiler_is_noted_with_what_it_is_for(programs):
 )
 def test_a_c_compiler_is_shown_with_the_kernels_that_it_makes_here(programs, monkeypatch, of_bf16, of_codes, found):
     programs.add("gcc")
-    monkeypatch.setattr(puna.model.kernel, "kernel", lambda: of_bf16)
+    monkeypatch.setattr(puna.model.layer_kernel, "kernel", lambda: of_bf16)
     monkeypatch.setattr(puna.quantized.kernel, "kernel", lambda: of_codes)
     assert list(doctor._kernels()) == [doctor.Finding("C compiler", "ok", found)]
 

@@ -164,6 +164,8 @@ class Programs(ABC):
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
         if template is not None and not self.has_questions:
             raise UsageError(f"{self.name} asks for what is missing in a program, not in chat; leave --template out")
+        if cache_dtype is not None and (server is not None or samples is not None):
+            raise UsageError("a cache in 8 bits is for a model that answers here; leave --cache-dtype out")
         check_order(order)
         if template is not None and server is None:
             chat_template(template)

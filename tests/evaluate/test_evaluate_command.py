@@ -88,6 +88,7 @@ def test_a_wrong_request_is_answered_in_a_line(
         (["multipl_e", "MODEL", "--data", "BASH"], "need bash, which is not installed; on Debian and Ubuntu: apt-get"),
         (["humaneval", "MODEL", "--data", "TASKS", "--template", "none"], "none is neither a chat template (alpaca"),
         (["humaneval", "MODEL", "--data", "TASKS", "--order", "mps"], '"psm" or "spm", not \'mps\''),
+        (["humaneval", "--samples", "s", "--data", "TASKS", "--cache-dtype", "int8"], "leave --cache-dtype out"),
         (["humaneval", "MODEL", "--data", "TASKS", "--protocol", "x"], "there is no protocol 'x'"),
         (["humaneval", "MODEL", "--data", "TASKS", "--output", "TASKS"], "is a file; name a folder"),
         (["completion", "MODEL", "--corpus", "nowhere"], "nowhere does not exist"),

@@ -5,6 +5,7 @@ that torchrun started, the first speaks for all; only what went wrong is said by
 """
 
 import os
+import stat
 import sys
 import time
 from types import TracebackType
@@ -24,6 +25,14 @@ def complain(message: str) -> None:
     """Prints what went wrong, on stderr; a rank that is not the first says which it is."""
     where = "" if _is_speaker() else f"[rank {os.environ['RANK']}] "
     print(f"{where}{message}", file=sys.stderr, flush=True)
+
+
+def leave_terminal() -> None:
+    """Whatever is said from now on goes nowhere, for the terminal is gone; files and pipes stay."""
+    with open(os.devnull, "wb") as nowhere:
+        for number in (1, 2):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(nowhere.fileno(), number)
 
 
 def _is_speaker() -> bool:

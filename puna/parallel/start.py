@@ -1,7 +1,7 @@
 """Starting the processes of one machine, as torchrun does, without its restarts: `puna train RECIPE --nproc 4`.
 
-Each process is the same command with its rank in the environment. Ctrl-C and SIGTERM reach all of them; when one fails,
-the others are stopped, and its exit code is the command's.
+Each process is the same command with its rank in the environment. Ctrl-C, SIGTERM and the end of the terminal reach all
+of them; when one fails, the others are stopped, and its exit code is the command's.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 
 from puna.devices import cpu_cores
 from puna.errors import UsageError
-from puna.progress import complain
+from puna.progress import complain, leave_terminal
 
 #: How long the others may take to leave once one has failed.
 GRACE_SECONDS = 20.0
@@ -51,6 +51,13 @@ def start_processes(command: list[str], n_processes: int) -> int:
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to all of them
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(processes, number)),
     }
+
+    def hang_up(number: int, frame: object) -> None:
+        leave_terminal()
+        _send(processes, number)
+
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
         for rank in range(n_processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -43,7 +43,7 @@ from puna.parallel.collectives import all_max, of_first_rank
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
 from puna.parallel.model import DistributedModel
-from puna.progress import Progress, say
+from puna.progress import Progress, leave_terminal, say
 from puna.train.gradients import gradients_of
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
@@ -409,17 +409,30 @@ def _only_run_in(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """While open, SIGINT and SIGTERM are noted instead of obeyed; gives a function that says which came (0: none)."""
+    """While open, the signals that end a process are noted instead of obeyed.
+
+    Yields:
+        A function that says which came, 0 if none did. Where SIGHUP is ignored, as under nohup, it stays so.
+    """
     came: list[int] = []
+    at_once: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_IGN,  # a terminal that is closed sends it, and its shell does so again
+    }
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        del at_once[signal.SIGHUP]
 
     def note(number: int, frame: object) -> None:
         came.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
         say("stopping after this step; once more to stop at once")
         for each in previous:
-            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+            signal.signal(each, at_once[each])
 
     try:
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, note) for number in at_once}
     except ValueError:  # not the main thread: whoever runs it there also stops it
         previous = {}
     try:

@@ -1,10 +1,15 @@
 """A run is a folder: it learns, continues to the last bit, and refuses what would spoil it."""
 
+import fcntl
 import json
 import math
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +136,33 @@ def test_sigterm_saves_before_leaving_and_the_run_continues(recipe: Make, tmp_pa
     newest = newest_checkpoint(run_dir)
     assert newest is not None
     assert newest.name.endswith(f"{steps:08d}")
+
+
+@pytest.mark.parametrize("options", [[], ["--nproc", "2"]], ids=["alone", "two processes"])
+def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Path, options: list[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(steps=4000)))
+    run_dir = Path(recipe()["run_dir"])
+    command = [sys.executable, "-m", "puna", "train", str(path), *options]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:
+        os.close(theirs)
+        while len(read_metrics(run_dir)) < 3:
+            assert process.poll() is None
+            if select.select([ours], [], [], 0.02)[0]:
+                os.read(ours, 1 << 16)
+        os.close(ours)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None
+    assert newest.name.endswith(f"{len(read_metrics(run_dir)):08d}")
 
 
 @pytest.mark.parametrize("change", [{"micro_batch_rows": 1}, {"micro_batch_rows": 4}])

@@ -82,7 +82,9 @@ def runs(path: str, kind: str, threads: str) -> None:
         settings.ftype, settings.nthread = TYPES[kind], int(threads)
         if llama_cpp.llama_model_quantize(path.encode(), file.encode(), ctypes.byref(settings)):
             raise SystemExit(f"llama.cpp does not make {kind} of {path}")
-    model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+    loading = llama_cpp.llama_model_default_params()
+    loading.use_mmap = False  # memory of its own may lie in large pages, as ours does
+    model = llama_cpp.llama_model_load_from_file(file.encode(), loading)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, 512, 512
     settings.n_threads = settings.n_threads_batch = int(threads)

@@ -83,6 +83,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
     """Contender -> seconds, and processor seconds of all its processes, of each step but the first; losses of all."""
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait for their turn sleep, as under the command line
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for all, likewise
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ends: list[Connection] = []

@@ -4,16 +4,20 @@
 
 Both train the same model (8 layers x 512, rows of 1,024, random tokens, same start) in one process, in turn, step by
 step: what slows the machine down slows both. Each runs eager and compiled; the better median counts. Losses must agree.
-Freed memory is kept for both, as `puna train` does for itself.
+Freed memory is kept for both and lies in large pages, as `puna train` does for itself.
 On a CPU without bf16 units (AVX2), bf16 products are some hundred times slower than fp32 ones, so `auto` measures fp32
 there and says so in the result.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # both as under the command line, and before torch is loaded
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from record import record

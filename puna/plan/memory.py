@@ -31,7 +31,7 @@ ROWS = {
 
 #: puna.train.loss: logits computed at a time, and those that go through softmax at a time.
 CHUNK_LOGITS = 1 << 25
-SOFTMAX_PIECE = {True: 1 << 19, False: 1 << 26}  # on a CPU, elsewhere
+SOFTMAX_PIECE = {True: 1 << 19, False: 1 << 26}  # on a CPU without a kernel for it, elsewhere
 
 #: puna.train.optimizer: numbers updated at a time, and fp32 temporaries of each: fp32 state, bf16, codes.
 UPDATE_PIECE = {True: 1 << 16, False: 1 << 24}

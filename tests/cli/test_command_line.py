@@ -57,7 +57,7 @@ def test_a_command_alone_shows_its_help_without_a_complaint() -> None:
 
 def test_a_process_that_is_told_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
     work = """
-import sys, time
+import signal, sys, time
 from puna import __main__, cli
 from puna.files import folder_aside
 
@@ -66,6 +66,7 @@ def run(_):
         print(aside, flush=True)
         time.sleep(60)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if these tests run under nohup
 cli.run = run
 __main__.main()
 """

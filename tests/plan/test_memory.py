@@ -27,6 +27,7 @@ from puna.plan.case import Case
 from puna.plan.measure import peak_bytes
 from puna.plan.memory import Memory, memory
 from puna.plan.search import weights_of
+from puna.train import loss
 from puna.train.gradients import gradients_of
 from puna.train.optimizer import AdamW, local_part
 from puna.train.step import train_step
@@ -92,7 +93,8 @@ def test_a_rank_of_a_layout_takes_what_is_planned(name: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_one_device_takes_what_is_planned(name: str) -> None:
+def test_one_device_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "kernel_for", lambda *_: None)  # planned is torch's way; a CPU's kernel takes 4 MiB less
     recipe = _recipe(SETTINGS[name])
     layout = Layout.of(recipe, CONFIG, 1)
     assert _planned(recipe, layout).total == pytest.approx(_measured(recipe, layout), rel=0.05)

@@ -138,6 +138,11 @@ def test_sigterm_saves_before_leaving_and_the_run_continues(recipe: Make, tmp_pa
     assert newest.name.endswith(f"{steps:08d}")
 
 
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if these tests run under nohup
+
+
 @pytest.mark.parametrize("options", [[], ["--nproc", "2"]], ids=["alone", "two processes"])
 def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Path, options: list[str]) -> None:
     path = tmp_path / "recipe.yaml"
@@ -151,7 +156,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Pa
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_own_terminal,
     ) as process:
         os.close(theirs)
         while len(read_metrics(run_dir)) < 3:

@@ -5,6 +5,7 @@ take turns, and who waits does nothing. A turn is a prompt of 64 tokens and the 
 """
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from puna.model.packed import pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 
 SCHEMES = ("int8", "int4")
+
+#: So that memory of llama.cpp's own lies in large pages, too, where glibc gives it.
+LARGE_PAGES = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PEER = Path(__file__).with_name("in_llama_cpp.py")
 STEPS = 12
 PROMPT = 512
@@ -63,7 +67,9 @@ def beside_llama_cpp(plain: Llama, python: str, turns: int = 5) -> list[dict[str
                 rows.append({"work": "weights", "contender": f"llama.cpp, {kind}", "error": failed})
                 continue
             arguments = [python, str(PEER), "runs", str(file), kind, str(torch.get_num_threads())]
-            peers.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            peers.append(
+                subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=LARGE_PAGES, text=True)
+            )
             contenders[f"llama.cpp, {kind}"] = _theirs(peers[-1])
         try:
             rows = _taken_in_turn(contenders, turns) + rows

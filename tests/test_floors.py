@@ -12,7 +12,7 @@ PACKAGE = Path(puna.__file__).parent
 #: Rooms by floor, from the ground up. A room may import what lies below it, and itself.
 FLOORS: list[set[str]] = [
     {"errors", "twins"},
-    {"files", "progress"},
+    {"files", "garbage", "progress"},
     {"tokenizer", "prompts", "config", "devices", "native", "story"},
     {"data", "model"},
     {"quantized"},

@@ -11,11 +11,8 @@ and, where `read` or `write` takes options of its own, their names in READ_OPTIO
 Tensors pass between them under Hugging Face's names and in its layout; a name that one side does not know is an error.
 """
 
-import contextlib
-import gc
 import importlib
 import pkgutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,24 +23,10 @@ from puna.checkpoint import formats
 from puna.checkpoint.huggingface import fit, is_hub_id, resolve
 from puna.checkpoint.tensors import counted, dtype_of
 from puna.errors import PunaError, UsageError
+from puna.garbage import seldom_collected
 
 
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Objects that refer to each other in circles are not looked for, which would walk through all of torch's.
-
-    That takes as long as tens of megabytes of weights; converting makes no such objects.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_collector()
+@seldom_collected()
 def convert(
     source: Path | str,
     output: Path | str,

@@ -33,6 +33,7 @@ from puna.data.workers import Workers
 from puna.devices import cpu_cores
 from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, file_aside, read_json, write_json
+from puna.garbage import seldom_collected
 from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
 from puna.tokenizer import Tokenizer, load_tokenizer
@@ -96,6 +97,7 @@ def prepare(
     return info
 
 
+@seldom_collected()
 def _work(job: "_Job", count: int, *, worth_starting: int) -> None:
     """Looks at the sources and makes the shards that are not there yet; little is done in this process alone."""
     with Workers(PrepareUnit(job.kind, job.options, job.tokenizer, job.output), count) as pool:

@@ -21,6 +21,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import puna
 from puna.errors import PunaError
+from puna.garbage import seldom_collected
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -132,6 +133,7 @@ class Workers(Generic[Item, Result]):
         )
 
 
+@seldom_collected()
 def _serve() -> None:
     """What a worker process does: takes the work, then items until there are no more."""
     items, results = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)

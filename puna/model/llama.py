@@ -129,7 +129,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attend = attend
+        self.attend, self.rotate = attend, rotate
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -147,7 +147,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = self.rotate(q, *rotation), self.rotate(k, *rotation)
         out = self.attend(q, k, v, documents) if cache is None else cache.attend(q, k, v, positions)
         return self.o_proj(out.flatten(-2))
 
@@ -157,13 +157,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.gated = gated
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
@@ -251,6 +252,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, number by number."""
+    return F.silu(gate) * up
 
 
 def compile_layers(model: Llama) -> None:

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.devices import has_fast_bf16
-from puna.model.attention import Documents
-from puna.model.cache import LayerCache
 from puna.model.layer_kernel import INPUTS, MOST_ROWS, TILE, Kernel, kernel
-from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm
+from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm, gated, rotate
 
 
 class PackedLinear(Linear):
@@ -69,48 +67,24 @@ class FusedNorm(RMSNorm):
         return self._kernel.rms_norm(x.contiguous(), self.weight, self.eps)
 
 
-class FusedLayer(DecoderLayer):
-    """A decoder layer in few operations; `DecoderLayer` over the same modules is its reference.
-
-    Args:
-        layer: whose modules are taken over.
-        kernel: computes what lies between products.
-    """
-
-    def __init__(self, layer: DecoderLayer, kernel: Kernel) -> None:
-        nn.Module.__init__(self)
-        for name, module in layer.named_children():
-            setattr(self, name, module)
-        self._kernel = kernel
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        positions: Tensor,
-        documents: Documents | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        if x.dtype != torch.bfloat16:
-            return super().forward(x, rotation, positions, documents, cache)
-        attention, mlp = self.self_attn, self.mlp
-        normed = self.input_layernorm(x)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (proj(normed).unflatten(-1, (-1, attention.head_dim)) for proj in projections)
-        q, k = self._kernel.rotate_(q, *rotation), self._kernel.rotate_(k, *rotation)
-        out = attention.attend(q, k, v, documents) if cache is None else cache.attend(q, k, v, positions)
-        x = x + attention.o_proj(out.flatten(-2))
-        normed = self.post_attention_layernorm(x)
-        return x + mlp.down_proj(self._kernel.swiglu_(mlp.gate_proj(normed), mlp.up_proj(normed)))
-
-
 def pack_layers(model: Llama) -> None:
     """Packs the linear layers of a model that packing speeds up, one after the other, and fuses what lies between."""
     _replace(model, Linear, lambda linear: PackedLinear(linear) if _gains(linear.weight) else linear)
     if _gains(model.model.norm.weight) and (found := kernel()) is not None:
         _replace(model, RMSNorm, lambda norm: FusedNorm(norm, found))
-        _replace(model, DecoderLayer, lambda layer: FusedLayer(layer, found))
+        for layer in model.modules():
+            if isinstance(layer, DecoderLayer):
+                layer.self_attn.rotate, layer.mlp.gated = partial(_rotate, found), partial(_gated, found)
+
+
+def _rotate(kernel: Kernel, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`; what is rotated was made for it, and its memory is used."""
+    return kernel.rotate_(x, cos, sin) if x.dtype == torch.bfloat16 else rotate(x, cos, sin)
+
+
+def _gated(kernel: Kernel, gate: Tensor, up: Tensor) -> Tensor:
+    """As `gated`, likewise in the place of `gate`."""
+    return kernel.swiglu_(gate, up) if gate.dtype == torch.bfloat16 else gated(gate, up)
 
 
 def _replace(model: Llama, kind: type[nn.Module], other: Callable[[Any], nn.Module]) -> None:

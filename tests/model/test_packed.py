@@ -13,8 +13,8 @@ from puna.generate import Sampling
 from puna.generate.engine import Engine
 from puna.model import packed
 from puna.model.layer_kernel import kernel
-from puna.model.llama import Linear
-from puna.model.packed import FusedLayer, FusedNorm, PackedLinear, pack_layers
+from puna.model.llama import Linear, gated, rotate
+from puna.model.packed import FusedNorm, PackedLinear, pack_layers
 from puna.testing import tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,9 @@ def test_only_layers_in_bf16_are_packed() -> None:
         layers = [module for module in model.modules() if isinstance(module, Linear)]
         assert len(layers) == 7 * model.config.num_hidden_layers + 1
         assert all((type(layer) is PackedLinear) == expected for layer in layers)
-        fused = [module for module in model.modules() if isinstance(module, FusedNorm | FusedLayer)]
+        fused = [module for module in model.modules() if isinstance(module, FusedNorm)]
+        fused += [layer for layer in model.model.layers if layer.mlp.gated is not gated]
+        assert all((layer.self_attn.rotate is rotate) == (layer.mlp.gated is gated) for layer in model.model.layers)
         is_fused = expected and kernel() is not None
         assert len(fused) == (3 * model.config.num_hidden_layers + 1 if is_fused else 0)
 

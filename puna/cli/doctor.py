@@ -188,12 +188,12 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    """What generates on the processor: C files that are built at first use, and so here."""
+    """What computes on the processor: C files that are built at first use, and so here."""
     from puna.native import compiler
 
     program = compiler()
     if program is None:
-        found = "none; with one, models generate faster on processors with AVX-512"
+        found = "none; with one, models generate faster on processors with AVX-512, and train faster in bf16"
         yield Finding("C compiler", "note", found, _install(INSTALL_COMPILER))
         return
     try:

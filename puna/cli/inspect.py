@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from puna.data.shards import Dataset
     from puna.tokenizer import Tokenizer
 
+#: Tokens of a row that is shown where no one says how many.
+SEQUENCE_LENGTH = 1024
+
 
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")],
     row: Annotated[int, typer.Option("--row", "-r", help="Number of the row; -1 is the last.")] = 0,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = SEQUENCE_LENGTH,
     fill: Annotated[
         str | None, typer.Option(help="end-to-end or whole-documents; default: as DIR was prepared for.")
     ] = None,
@@ -46,6 +49,11 @@ def inspect(
     from puna.tokenizer import load_tokenizer
 
     dataset = Dataset.open(folder)
+    total = int(dataset.starts[-1])
+    if sequence_length > (most := max(total, SEQUENCE_LENGTH)):
+        raise UsageError(
+            f"--sequence-length {sequence_length} is longer than the {total} tokens of {folder}; use {most} or less"
+        )
     rows = open_rows(dataset, sequence_length, fill)
     try:
         row = range(len(rows))[row]

@@ -193,6 +193,12 @@ def _strategy(layout: str, tensors: Mapping[str, StoredTensor], config: ModelCon
         }
     sizes = _sizes(layout)
     stages, layers = sizes["pp"], config.num_hidden_layers
+    row_counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    if (ranks := sizes["dp"] * sizes["mp"]) > (rows := max(row_counts.values())):
+        raise UsageError(
+            f"layout {layout!r} has dp x mp = {ranks:,} ranks a stage, and no tensor has more than {rows:,} rows; use "
+            f"{rows} ranks or less"
+        )
     if layers % stages:
         raise UsageError(f"pp={stages} must divide the {layers} layers of the model")
     names: dict[int, list[str]] = {stage: [] for stage in range(stages)}
@@ -200,7 +206,6 @@ def _strategy(layout: str, tensors: Mapping[str, StoredTensor], config: ModelCon
         number = pattern_of(name)[0]
         last = stages - 1 if not name.startswith("model.tok_embeddings") else 0
         names[int(number) * stages // layers if number else last].append(name)
-    row_counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
     dp, mp, optimizer = sizes["dp"], sizes["mp"], bool(sizes["optimizer"])
     return {stage: llama_layouts(own, row_counts, dp=dp, mp=mp, optimizer=optimizer) for stage, own in names.items()}
 

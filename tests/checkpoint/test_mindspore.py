@@ -418,7 +418,7 @@ def test_damaged_strategy_files_are_named(fixtures, tmp_path):
         ("mp=3", PunaError, "cannot be cut into 3 equal parts"),
         ("tp=2", UsageError, "'tp=2' is not one of dp=N, mp=N, pp=N"),
         ("mp=0", UsageError, "mp must be 1 or more"),
-        ("dp=99999999,mp=2", UsageError, "199,999,998 ranks a stage, .* more than 512 rows .* use 512 ranks or less"),
+        ("dp=99999999,mp=2", UsageError, "199,999,998 ranks a stage, .* more than 512 rows; use 512 ranks or less"),
         ("gone", UsageError, "'gone' is neither numbers, as dp=1,mp=8,pp=2, nor files"),
     ],
 )

@@ -5,7 +5,9 @@ or a full disk leave what was there before.
 """
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import mmap
@@ -21,6 +23,9 @@ from puna.errors import PunaError
 
 #: Suffix of files and folders that are still being written; whatever bears it may be deleted.
 ASIDE = ".aside"
+
+#: What a file system says that has no locks, as some of those that a cluster shares.
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
@@ -85,6 +90,8 @@ def map_file(path: Path) -> mmap.mmap:
 def folder_aside(path: Path | str) -> Iterator[Path]:
     """Gives an empty folder beside `path` that takes its place once the block has ended without an error.
 
+    It is locked while this process lives, and what killed processes of this machine left beside the same place goes.
+
     Raises:
         PunaError: `path` exists already; nothing is overwritten.
     """
@@ -93,10 +100,16 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
     if os.path.lexists(path):
         raise exists
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    of_this_machine = f"{path.name}.{os.uname().nodename}-"
+    for left in path.parent.glob(f"{glob.escape(of_this_machine)}*{ASIDE}"):
+        _remove_if_dead(left)
+    aside = path.with_name(f"{of_this_machine}{os.getpid()}{ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
+    held = os.open(aside, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # NFS locks no folders
+            try_lock(held)
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
@@ -111,10 +124,40 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _remove_if_dead(aside: Path) -> None:
+    """Removes a folder that no process holds. Where that cannot be known, it stays."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            if try_lock(descriptor):
+                shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def try_lock(file: IO[Any] | int) -> bool | None:
+    """Takes an open file or folder for this process alone, until it is closed or the process ends.
+
+    Returns:
+        False: another process has it. None: its file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return None
+    return True
 
 
 def lock(file: IO[Any], name: Path | str) -> None:
-    """Takes an open file for this process alone, until it is closed.
+    """As `try_lock`; a file system without locks keeps no one away.
 
     Args:
         file: the file.
@@ -123,10 +166,8 @@ def lock(file: IO[Any], name: Path | str) -> None:
     Raises:
         PunaError: another process has it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PunaError(f"another process is writing {name}; wait for it, or choose another place") from None
+    if try_lock(file) is False:
+        raise PunaError(f"another process is writing {name}; wait for it, or choose another place")
 
 
 def check_writable(folder: Path | str) -> None:

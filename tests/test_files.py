@@ -1,13 +1,28 @@
 """Files that are whole or not there, wherever their name leads."""
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from puna.errors import PunaError
-from puna.files import ASIDE, check_file, check_writable, file_aside, folder_aside, read_json, write_json
+from puna.files import (
+    ASIDE,
+    check_file,
+    check_writable,
+    file_aside,
+    folder_aside,
+    lock,
+    read_json,
+    try_lock,
+    write_json,
+)
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
@@ -47,6 +62,48 @@ def test_a_folder_that_another_process_made_meanwhile_is_left_alone(tmp_path: Pa
     with pytest.raises(PunaError, match="made exists already; choose another place"):
         aside.__exit__(None, None, None)
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "theirs"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    code = "import sys, time; from puna.files import folder_aside\nwith folder_aside(sys.argv[1]) as aside:\n"
+    code += " (aside / 'half').touch(); print(aside, flush=True); time.sleep(100)"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE, text=True)
+        for name in ("made", "made", "made.2")
+    ]
+    dead, living, other = (Path(writer.stdout.readline().strip()) for writer in writers if writer.stdout)
+    for writer in (writers[0], writers[2]):
+        writer.kill()
+        writer.wait()
+    with folder_aside(tmp_path / "made"):
+        assert (living / "half").exists()
+        assert other.exists()
+        assert not dead.exists()
+    writers[1].kill()
+    writers[1].communicate()
+    for writer in writers:
+        assert writer.stdout
+        writer.stdout.close()
+
+
+def test_a_file_system_without_locks_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int) -> Callable[..., None]:
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    with open(tmp_path / "lock", "w") as file:
+        monkeypatch.setattr(fcntl, "flock", fails(errno.ENOSYS))
+        assert try_lock(file) is None
+        lock(file, "it")
+        monkeypatch.setattr(fcntl, "flock", fails(errno.EAGAIN))
+        assert try_lock(file) is False
+        with pytest.raises(PunaError, match="another process is writing it"):
+            lock(file, "it")
+        monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            try_lock(file)
 
 
 def test_a_link_that_leads_nowhere_is_no_free_place_for_a_folder(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ What the shards hold depends on the sources and options alone: not on the number
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
 from puna.data.workers import Workers
 from puna.devices import cpu_cores
 from puna.errors import PunaError, UsageError
-from puna.files import ASIDE, file_aside, read_json, write_json
+from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
@@ -231,10 +230,8 @@ def _claim(job: _Job) -> None:
 def _alone(job: _Job) -> Iterator[None]:
     """Keeps other processes from preparing the same folder meanwhile; ends with this process, however that ends."""
     with open(job.work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PunaError(f"{job.output} is being prepared by another process; wait for it, or stop it") from None
+        if try_lock(lock) is False:
+            raise PunaError(f"{job.output} is being prepared by another process; wait for it, or stop it")
         yield
 
 

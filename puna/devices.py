@@ -105,8 +105,8 @@ PROFILES: dict[str, Profile] = {
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 
-#: Numbers of glibc's settings: the free end of its heap that it gives back, and the size that it asks the system for.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+#: Numbers of glibc's settings: the free end of its heap that it gives back, and how many pieces may lie outside of it.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 #: How long the CPU's rate is measured.
 MEASURE_SECONDS = 0.25
@@ -235,15 +235,16 @@ def has_fast_bf16(device: "torch.device") -> bool:
 def keep_freed_memory() -> None:
     """Lets the C library keep up to a gibibyte of what is freed, for this process to take again, where it is glibc.
 
-    It gives a free end of its heap back to the system at once, and a training step on a CPU frees and takes a few
-    hundred MB many times: zeroing fresh pages took a tenth of the step, and takes a third of that now.
+    It gives a free end of its heap back to the system at once, and whatever is larger than 32 MB. A training step on a
+    CPU frees and takes a few hundred MB many times: fresh pages took a twentieth of the step of one process, and a third
+    where two share the weights, whose buffers hold all gradients of a unit.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
     mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    mallopt(M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own choice ends; it stops choosing once it is told anything
+    mallopt(M_MMAP_MAX, 0)  # what lies outside of the heap, as all above 32 MB does by default, is given back when freed
 
 
 def cpu_bf16_units() -> list[str]:

@@ -124,13 +124,13 @@ def test_memory_of_the_cpu_is_the_peak_of_the_process():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_freed_memory_is_kept_once_it_is_asked_for():
-    # 40 pieces of 8 MB are freed and taken again: what was given back to the system faults once more for each page.
+    # 8 pieces of 40 MB are freed and taken again: what was given back to the system faults once more for each page.
     code = (
         "import resource, sys, ctypes; from puna.devices import keep_freed_memory\n"
         "sys.argv[1] == 'keep' and keep_freed_memory()\n"
         "def take():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    pieces = [bytearray(8_000_000) for _ in range(40)]\n"
+        "    pieces = [bytearray(40_000_000) for _ in range(8)]\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "take(); print(take())"
     )

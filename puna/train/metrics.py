@@ -5,7 +5,7 @@ A run that continues cuts the file back to its checkpoint, so the file reads as 
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from puna.errors import PunaError
 from puna.files import file_aside
@@ -23,21 +23,27 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, *, step: int, tensorboard: bool = False) -> None:
-        path = run_dir / FILE
+        self._path = run_dir / FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        with file_aside(path, "w") as file:
+        with file_aside(self._path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._file = self._opened()
         self._board = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, numbers: dict[str, Any]) -> None:
         """Writes one step's numbers; `numbers["step"]` says which."""
+        if self._path.parent.is_dir() and not self._path.exists():  # the folder was removed, and made again
+            self._file.close()
+            self._file = self._opened()
         self._file.write(json.dumps(numbers) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in numbers.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, numbers["step"])
+
+    def _opened(self) -> TextIO:
+        return open(self._path, "a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self

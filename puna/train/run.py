@@ -10,7 +10,6 @@ stopped: everything that happens at a step is a function of the recipe, the step
 """
 
 import contextlib
-import fcntl
 import re
 import shutil
 import signal
@@ -39,11 +38,12 @@ from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
-from puna.parallel.collectives import all_max, of_first_rank
+from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
 from puna.parallel.model import DistributedModel
 from puna.progress import Progress, leave_terminal, say
+from puna.train.claim import Claim, only_run_in
 from puna.train.gradients import gradients_of
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
@@ -78,21 +78,23 @@ def run(recipe: Recipe) -> dict[str, Any]:
         recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
         config, run_dir = model_config(recipe), Path(recipe.run_dir)
         layout = Layout.of(recipe, config, world_size())
-        with _only_run_in(run_dir):
+        with only_run_in(run_dir) as claim:
             _check_continues(recipe, run_dir)
-            run_ = _Run(recipe, config, run_dir, Ranks.of(layout, device), device)
+            run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
             try:
                 return run_.go()
             finally:
-                run_.checkpoints.wait()  # a save in the background needs the process group
+                with contextlib.suppress(Exception):  # `go` has said it, or what stopped it before
+                    run_.checkpoints.wait()  # a save in the background needs the process group
 
 
 class _Run:
     """One process's share of a run: model, optimizer, data and place."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, run_dir: Path, ranks: Ranks, device: torch.device) -> None:
-        self.recipe, self.config, self.run_dir, self.ranks, self.device = recipe, config, run_dir, ranks, device
-        tokenizer = _check_data(recipe, self.config)
+    def __init__(self, recipe: Recipe, config: ModelConfig, claim: Claim, ranks: Ranks, device: torch.device) -> None:
+        self.recipe, self.config, self.claim, self.ranks, self.device = recipe, config, claim, ranks, device
+        self.run_dir = run_dir = Path(recipe.run_dir)
+        self.tokenizer = _check_data(recipe, self.config)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
         valid = recipe.data.valid
@@ -118,11 +120,7 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.model.fill(self._first_weights())
-        if checkpoint is None and is_first_rank():
-            with file_aside(run_dir / "recipe.yaml", "w") as file:
-                file.write(recipe.to_yaml())
-            if tokenizer.is_dir() and not (run_dir / "tokenizer").exists():
-                shutil.copytree(tokenizer, run_dir / "tokenizer")
+            self._write_down()
         self.peak_flops = devices.peak_flops(device, self.model.dtype)
 
     def go(self) -> dict[str, Any]:
@@ -249,7 +247,20 @@ class _Run:
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.weights, "optimizer": self.optimizer.state}
 
+    def _write_down(self) -> None:
+        """What a run's folder holds from the start: its recipe, and the tokenizer of its data."""
+        if not is_first_rank():
+            return
+        with file_aside(self.run_dir / "recipe.yaml", "w") as file:
+            file.write(self.recipe.to_yaml())
+        if self.tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():
+            shutil.copytree(self.tokenizer, self.run_dir / "tokenizer")
+
     def _save(self) -> None:
+        if self.claim.renew():
+            self._write_down()
+            with contextlib.suppress(Exception):  # a save under way lost its files too
+                self.checkpoints.wait()
         meta = {
             "step": self.step,
             "tokens": self.tokens,
@@ -389,22 +400,6 @@ def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in fields.items():
         flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
     return flat
-
-
-@contextlib.contextmanager
-def _only_run_in(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process from training in the same folder."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a") as lock:
-        is_free = True
-        if is_first_rank():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_free = False
-        if not of_first_rank(is_free):
-            raise PunaError(f"another process is training in {run_dir}; choose another run_dir")
-        yield
 
 
 @contextlib.contextmanager

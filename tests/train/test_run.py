@@ -1,11 +1,13 @@
 """A run is a folder: it learns, continues to the last bit, and refuses what would spoil it."""
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
 from puna.train import run as run_module
+from puna.train.claim import only_run_in
 from puna.train.metrics import read_metrics
 from puna.train.step import StepResult
 
@@ -320,10 +323,52 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_removed_while_it_is_trained_in_is_made_again(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    puna.train(recipe(run_dir=str(whole), steps=6))
+    take_step = run_module.train_step
+
+    def removing(*arguments: Any, update: int, **options: Any) -> StepResult:
+        if update == 4:
+            shutil.rmtree(run_dir, onerror=lambda *_: shutil.rmtree(run_dir, ignore_errors=True))  # a save goes on
+        return take_step(*arguments, update=update, **options)
+
+    monkeypatch.setattr(run_module, "train_step", removing)
+    puna.train(recipe(steps=6, checkpoint={"every": 1, "keep": 9}))
+    err = capsys.readouterr().err
+    assert f"someone removed files of {run_dir} while it was trained in; checkpoints that are left: 0" in err
+    assert err.count("someone removed") == 1
+    _assert_same_weights(_weights(run_dir), _weights(whole))
+    assert (run_dir / "recipe.yaml").is_file()
+    assert [line["step"] for line in read_metrics(run_dir)] == [5, 6]
+    assert puna.train(recipe(steps=6))["step"] == 6
+
+
+def test_a_folder_where_another_run_has_begun_meanwhile_is_left_to_it(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, take_step = tmp_path / "run", run_module.train_step
+
+    def replacing(*arguments: Any, update: int, **options: Any) -> StepResult:
+        if update == 4:
+            while not (run_dir / "checkpoints/step-00000003").is_dir():
+                time.sleep(0.01)
+            run_dir.rename(tmp_path / "away")
+            others.enter_context(only_run_in(run_dir))
+        return take_step(*arguments, update=update, **options)
+
+    monkeypatch.setattr(run_module, "train_step", replacing)
+    with contextlib.ExitStack() as others, pytest.raises(PunaError, match="another process is training"):
+        puna.train(recipe(steps=6, checkpoint={"every": 3}))
+    assert newest_checkpoint(run_dir) is None
+
+
 def test_two_processes_cannot_train_in_one_folder(recipe: Make) -> None:
     content = recipe()
     with (
-        run_module._only_run_in(Path(content["run_dir"])),
+        only_run_in(Path(content["run_dir"])),
         pytest.raises(PunaError, match="another process is training"),
     ):
         puna.train(content)

@@ -1,0 +1,80 @@
+"""A run's claim to its folder: no second process trains there, and a folder that is removed meanwhile is missed.
+
+The first rank holds the lock of `run_dir/.lock`. Where that file is no longer what lies in the folder, someone removed
+it while training went on, by mistake or because a disk is swept: what the run has in memory is then all there is of it.
+So the folder is made again and training goes on, unless another run has begun there.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from puna.checkpoint.runs import checkpoints
+from puna.errors import PunaError
+from puna.files import try_lock
+from puna.parallel.collectives import of_first_rank
+from puna.parallel.mesh import is_first_rank
+from puna.progress import say
+
+
+@contextlib.contextmanager
+def only_run_in(run_dir: Path) -> Iterator["Claim"]:
+    """Keeps a second process from training in the same folder; all ranks call it.
+
+    Raises:
+        PunaError: another one does.
+    """
+    claim = Claim(run_dir)
+    try:
+        claim.take()
+        yield claim
+    finally:
+        claim.let_go()
+
+
+class Claim:
+    """What keeps others out of a run's folder; every rank has one, and calls the same methods."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._path = run_dir, run_dir / ".lock"
+        self._held: IO[str] | None = None
+
+    def take(self) -> None:
+        """Makes the folder and locks it, or raises a PunaError where another run has it."""
+        if not of_first_rank(is_first_rank() and self._is_taken()):
+            raise PunaError(f"another process is training in {self._run_dir}; choose another run_dir")
+
+    def renew(self) -> bool:
+        """Before a save: takes the folder again where it was removed, and says so; whether it was."""
+        is_lost = of_first_rank(is_first_rank() and self._is_lost())
+        if is_lost:
+            self.take()
+            left = len(checkpoints(self._run_dir))
+            say(
+                f"someone removed files of {self._run_dir} while it was trained in; checkpoints that are left: {left}. "
+                f"Training goes on, and saves there"
+            )
+        return is_lost
+
+    def let_go(self) -> None:
+        """Leaves the folder to others."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _is_taken(self) -> bool:
+        self.let_go()
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._held = open(self._path, "a")  # noqa: SIM115 - closed in let_go
+        is_ours = try_lock(self._held)
+        if is_ours is None:
+            say(f"the file system of {self._run_dir} has no locks: see to it that no second process trains there")
+        return is_ours is not False
+
+    def _is_lost(self) -> bool:
+        try:
+            return self._held is None or not os.path.samestat(os.stat(self._path), os.fstat(self._held.fileno()))
+        except OSError:  # nothing is there, or a server has forgotten what was
+            return True

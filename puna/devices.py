@@ -235,16 +235,16 @@ def has_fast_bf16(device: "torch.device") -> bool:
 def keep_freed_memory() -> None:
     """Lets the C library keep up to a gibibyte of what is freed, for this process to take again, where it is glibc.
 
-    It gives a free end of its heap back to the system at once, and whatever is larger than 32 MB. A training step on a
-    CPU frees and takes a few hundred MB many times: fresh pages took a twentieth of the step of one process, and a third
-    where two share the weights, whose buffers hold all gradients of a unit.
+    It gives back whatever is larger than 32 MB, and a free end of its heap, at once. A training step on a CPU frees and
+    takes a few hundred MB many times: fresh pages took a twentieth of the step of one process, and a third where two
+    share the weights, whose buffers hold all gradients of a unit.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
     mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    mallopt(M_MMAP_MAX, 0)  # what lies outside of the heap, as all above 32 MB does by default, is given back when freed
+    mallopt(M_MMAP_MAX, 0)  # what lies outside of the heap, as pieces above 32 MB do, is given back once it is freed
 
 
 def cpu_bf16_units() -> list[str]:

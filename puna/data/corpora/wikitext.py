@@ -44,13 +44,6 @@ _SPACED = {
     " ? ": "? ",
     " , ": ", ",
 }
-_PADDED = [
-    (re.compile(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
-    (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
-    (re.compile(r"{\s*([^}]*?)\s*}"), r"{\1}"),
-    (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
-    (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
-]
 _REMAINING = {
     "= = = =": "====",
     "= = =": "===",
@@ -67,11 +60,21 @@ def clean(text: str) -> str:
     """A whole file made readable; the rules apply in this order. `puna.data.cleaning` does the same quickly."""
     for spaced, written in _SPACED.items():
         text = text.replace(spaced, written)
-    for padded, written in _PADDED:
-        text = padded.sub(written, text)
+    for opening, closing in _PAIRS.items():
+        text = _without_padding(text, opening, closing)
     for spaced, written in _REMAINING.items():
         text = text.replace(spaced, written)
     return text
+
+
+def _without_padding(text: str, opening: str, closing: str) -> str:
+    """A text without blanks inside a pair of marks: `( a (b )` becomes `(a (b)`.
+
+    Behind the last closing mark nothing is a pair, and looking for its end from every opening one would take for ever.
+    """
+    stop = text.rfind(closing) + 1
+    pair = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
+    return pair.sub(lambda found: opening + found[1].strip() + closing, text[:stop]) + text[stop:]
 
 
 def clean_piece(data: bytes, opened: str, closing: str) -> bytes:

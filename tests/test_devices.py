@@ -13,6 +13,7 @@ import torch
 
 from puna import devices
 from puna.errors import UsageError
+from puna.parallel.mesh import rank_device
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,17 @@ def test_the_accelerator_is_picked_where_there_is_one(two_cards):
     assert devices.pick_device("cuda:0") == torch.device("cuda", 0)
     assert devices.pick_device("cpu") == CPU
     assert devices.device_names() == ["cpu", "cuda:0", "cuda:1"]
+
+
+def test_a_device_by_its_number_becomes_the_current_one(two_cards, monkeypatch):
+    current: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert rank_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert rank_device(torch.device("cuda", 1)) == torch.device("cuda", 0)
+    assert rank_device(CPU) == CPU
+    assert current == [1, 0]
 
 
 def test_the_cpu_is_picked_where_there_is_nothing_else(monkeypatch):

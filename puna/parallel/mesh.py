@@ -88,8 +88,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def rank_device(device: torch.device) -> torch.device:
-    """The device of this rank where several ranks of a machine have one each; makes it the current one."""
-    if device.type == "cpu" or "LOCAL_RANK" not in os.environ:
+    """The device of this rank where several ranks of a machine have one each; makes it the current one.
+
+    Kernels of Triton, and waiting for the device, go to the current one, wherever the tensors are.
+    """
+    if device.type == "cpu":
+        return device
+    if "LOCAL_RANK" not in os.environ:
+        torch.accelerator.set_device_index(device.index)
         return device
     index = int(os.environ["LOCAL_RANK"])
     started, there = int(os.environ.get("LOCAL_WORLD_SIZE", index + 1)), torch.accelerator.device_count()

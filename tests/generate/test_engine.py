@@ -1,7 +1,8 @@
 """The engine against the plain loop: the same tokens, whatever else runs, waits, gives way or is known already."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -359,6 +360,22 @@ def test_in_bf16_packed_layers_choose_what_is_likeliest_in_fp32_or_nearly_so() -
         assert (lost == 0).float().mean() > 0.8
         assert lost.max() < 0.2 * logits.std()
     assert_all_free(engine)
+
+
+def test_a_step_makes_the_models_device_the_current_one(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, seen = Engine(model, max_rows=1, cache_tokens=64)._runner, []
+
+    @contextlib.contextmanager
+    def device_index(index: int | None) -> Iterator[None]:
+        seen.append(index)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(runner, "_device", torch.device("cuda", 1))
+    monkeypatch.setattr(runner, "_compute", lambda chunks: seen.append("computes"))
+    runner.compute([])
+    assert seen == [1, "computes", "left"]
 
 
 @pytest.mark.gpu

@@ -61,6 +61,10 @@ class Runner:
         Args:
             chunks: single tokens first.
         """
+        with torch.accelerator.device_index(self._device.index):  # Triton and graphs go by it; each thread has its own
+            return self._compute(chunks)
+
+    def _compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
         if self._graphs is not None and self._graphs.takes(chunks):
             logits = Logits.of(self._graphs.logits(chunks), self._choices)
             return [logits.part(row, 1) for row in range(len(chunks))]

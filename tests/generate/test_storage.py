@@ -114,9 +114,9 @@ def compare_kernel(device: str, kept_in: torch.dtype) -> None:
         are_numbers = expected.scales.isfinite()
         assert are_numbers.sum() > 10
         assert torch.equal(found.numbers.cpu().view(INT8)[are_numbers], expected.numbers.view(INT8)[are_numbers])
-        torch.testing.assert_close(
-            found.read(torch.float32).cpu(), expected.read(torch.float32), rtol=0, atol=0, equal_nan=True
-        )
+        ours, plain = (storage.read(torch.float32).cpu() for storage in (found, expected))
+        assert torch.equal(ours.isfinite(), plain.isfinite())  # an infinity divided by itself is any code at all
+        assert torch.equal(ours[ours.isfinite()], plain[plain.isfinite()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *GREATEST])

@@ -1,4 +1,4 @@
-r"""What a benchmark asks of a model, and what answers: a model's plain loop, seeded sample by sample.
+r"""What a benchmark asks of a model, and what answers: a model's engine, seeded sample by sample.
 
 Ask("def f(x):\n")                                  to be continued
 Ask("def f(x):\n", suffix="    return y\n")         to be filled in between

@@ -18,6 +18,9 @@ FAMILIES: dict[str, tuple[bool, bool]] = {
     "qwen2": (True, False),
 }
 
+#: Family -> the sliding window of its attention where `config.json` does not speak of it.
+DEFAULT_WINDOWS = {"mistral": 4096}
+
 #: Rotary scalings that `rotary_frequencies` knows, and the numbers that each needs.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -182,9 +185,12 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
 
 
 def _refuse_sliding_window(fields: dict[str, Any], context: int, where: str) -> None:
-    window = fields.get("sliding_window")
+    window = fields.get("sliding_window", DEFAULT_WINDOWS.get(fields["model_type"]))
     if window is not None and window < context and fields.get("use_sliding_window", True):
-        raise PunaError(f"{where}: sliding_window {window} is shorter than the context ({context}); not supported")
+        raise PunaError(
+            f"{where}: sliding_window {window} is shorter than the context ({context}); not supported, unless it is "
+            f"null there because the model was trained without"
+        )
 
 
 _7B = ModelConfig(32016, 4096, 11008, 32, 32, 32, rope_theta=1e6, max_position_embeddings=16384)

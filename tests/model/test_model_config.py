@@ -95,6 +95,10 @@ def test_a_config_survives_its_json(name: str) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding_window 128 is shorter than the context \\(256\\)"),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 8192},  # its family's window, where none is named
+            "sliding_window 4096 is shorter than the context \\(8192\\)",
+        ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, qwen2"),
         ({"model_type": None}, "model_type None is not one of"),
         ({"hidden_size": None, "vocab_size": None}, "here.json lacks vocab_size, hidden_size"),
@@ -121,6 +125,8 @@ def test_both_spellings_of_rope_are_read() -> None:
 
 def test_a_window_as_long_as_the_context_is_no_window() -> None:
     assert ModelConfig.from_json({**FIELDS, "model_type": "mistral", "sliding_window": 256}).model_type == "mistral"
+    without = {**FIELDS, "model_type": "mistral", "sliding_window": None, "max_position_embeddings": 8192}
+    assert ModelConfig.from_json(without).max_position_embeddings == 8192
     qwen = {**FIELDS, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
     config = ModelConfig.from_json(qwen)
     assert (config.attention_bias, config.attention_output_bias) == (True, False)

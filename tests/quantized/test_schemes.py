@@ -150,6 +150,14 @@ def test_the_reference_multiplies_the_weight_that_was_quantised():
     assert errors["int4"] < 0.15
 
 
+@pytest.mark.parametrize(("shape", "is_native"), [((32, 48), True), ((32, 40), False), ((24, 48), False)])
+def test_fp8_is_multiplied_by_a_device_where_its_units_take_the_shape(monkeypatch, shape, is_native):
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: True)
+    layer = layer_of(fp8.Linear, random_weight(*shape))
+    layer.pack()
+    assert layer._is_native == is_native
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, int8.PACKED_ROWS + 1])
 def test_int8_does_without_units_for_it(monkeypatch, rows, dtype):

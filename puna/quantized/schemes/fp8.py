@@ -17,6 +17,9 @@ from puna.quantized.linear import Form, QuantizedLinear
 FP8 = torch.float8_e4m3fn
 GREATEST = torch.finfo(FP8).max
 
+#: Of inputs and of outputs, which a device's products of fp8 numbers take.
+MULTIPLE = 16
+
 
 class Linear(QuantizedLinear):
     """Multiplies fp8 numbers, and with the scales of both factors afterwards."""
@@ -44,7 +47,8 @@ class Linear(QuantizedLinear):
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
         """Asks once what the device can do; nothing is moved."""
-        self._is_native = multiplies_fp8(self.weight.device)
+        fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
+        self._is_native = fits and multiplies_fp8(self.weight.device)
 
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""

@@ -95,6 +95,8 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PUNA_DEBUG"):
             raise
         return _explained(error)
+    except SystemExit as left:  # other processes did the work, and have said how it went
+        return int(left.code or 0)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer itself makes this of Ctrl-C, without a word

@@ -183,7 +183,7 @@ def leave_to_processes(context: typer.Context, nproc: int | None) -> None:
         from puna.parallel.start import start_processes
 
         _check_share(context.params["model"], nproc)
-        raise typer.Exit(start_processes(words_of(context, without="nproc"), nproc))
+        sys.exit(start_processes(words_of(context, without="nproc"), nproc))
 
 
 def _check_share(model: str, nproc: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ def train(
 
         load_recipe(recipe, overrides)  # refused before anything starts
         words = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
-        raise typer.Exit(start_processes(words, nproc))
+        sys.exit(start_processes(words, nproc))
     from puna.train import train as train_recipe
 
     result = train_recipe(recipe, overrides)

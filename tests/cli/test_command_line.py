@@ -13,6 +13,7 @@ import typer
 
 import puna
 from puna import cli
+from puna.parallel import start
 
 
 def _puna(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +78,15 @@ __main__.main()
             process.send_signal(number)
         assert process.returncode == 128 + number
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["train", "tiny-pretrain", "data.train=d", "run_dir=r"], ["generate", "m", "x"]])
+def test_what_other_processes_have_said_is_not_said_again(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "start_processes", lambda *_: 130)
+    assert cli.run([*words, "--nproc", "2"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_closed_streams_are_no_error() -> None:

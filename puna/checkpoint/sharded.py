@@ -40,7 +40,7 @@ from torch.futures import Future
 from torch.serialization import skip_data
 
 from puna.checkpoint.meetings import Meetings
-from puna.checkpoint.tensors import StoredTensor, start_of_values
+from puna.checkpoint.tensors import Extent, StoredTensor, start_of_values
 
 #: The form of what is no tensor.
 PLAIN = "a plain value"
@@ -154,16 +154,18 @@ def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
     """
     metadata = FileSystemReader(path).read_metadata()
     files = _Files(path)
-    return {
-        name.removeprefix(f"{key}."): StoredTensor(
-            tuple(entry.size),
-            entry.properties.dtype,
-            str(path),
-            partial(_assemble, files, metadata.storage_data, name, entry),
-        )
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(f"{key}.") and isinstance(entry, TensorStorageMetadata)
-    }
+    tensors = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if name.startswith(f"{key}.") and isinstance(entry, TensorStorageMetadata):
+            chunks = sorted(entry.chunks, key=lambda chunk: tuple(chunk.offsets))
+            pieces = [(chunk, metadata.storage_data[MetadataIndex(name, chunk.offsets)]) for chunk in chunks]
+            read = partial(_assemble, files, pieces, entry)
+            extents = None
+            if all(chunk.sizes[1:] == entry.size[1:] for chunk in chunks):
+                extents = partial(_extents, files, pieces)
+            stored = StoredTensor(tuple(entry.size), entry.properties.dtype, str(path), read, extents=extents)
+            tensors[name.removeprefix(f"{key}.")] = stored
+    return tensors
 
 
 def stored_forms(path: Path) -> dict[str, str]:
@@ -220,42 +222,58 @@ class _Files:
     def tensor(self, info: Any, part: tuple[slice, ...] = ()) -> Tensor:
         """What `torch.save` put at a place of a file, or a part of it, its values mapped."""
         path = self._folder / info.relative_path
-        with open(path, "rb") as file:
+        form, begin = self._found(info)
+        if info.relative_path not in self._mapped:
+            size = path.stat().st_size
+            self._mapped[info.relative_path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        mapped = self._mapped[info.relative_path]
+        values = mapped[begin : begin + form.untyped_storage().nbytes()]
+        tensor = torch.empty(0, dtype=form.dtype).set_(values, form.storage_offset(), form.shape, form.stride())
+        tensor = tensor[part]
+        _read_ahead(path, tensor.data_ptr() - mapped.data_ptr(), tensor)
+        return tensor
+
+    def extent(self, info: Any) -> Extent:
+        """Where the values lie that `torch.save` put at a place of a file."""
+        form, begin = self._found(info)
+        assert form.is_contiguous()  # for it was a copy of its own when it was saved
+        return Extent(str(self._folder / info.relative_path), begin, form.nbytes)
+
+    def _found(self, info: Any) -> tuple[Tensor, int]:
+        """Shape, strides and dtype of what lies at a place, without its values, and where in the file they begin."""
+        with open(self._folder / info.relative_path, "rb") as file:
             archive = self._reader._slice_file(file, info)
             with skip_data():
-                form = torch.load(archive, weights_only=True)  # all but the values
+                form = torch.load(archive, weights_only=True)
             archive.seek(0)
-            begin = info.offset + start_of_values(archive)
-            if info.relative_path not in self._mapped:
-                size = path.stat().st_size
-                self._mapped[info.relative_path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-            mapped = self._mapped[info.relative_path]
-            values = mapped[begin : begin + form.untyped_storage().nbytes()]
-            tensor = torch.empty(0, dtype=form.dtype).set_(values, form.storage_offset(), form.shape, form.stride())
-            tensor = tensor[part]
-            _read_ahead(file.fileno(), tensor.data_ptr() - mapped.data_ptr(), tensor)
-        return tensor
+            return form, info.offset + start_of_values(archive)
 
 
 def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
 
 
-def _read_ahead(file: int, begin: int, tensor: Tensor) -> None:
+def _read_ahead(path: Path, begin: int, tensor: Tensor) -> None:
     """Lets the system fetch the values of a mapped tensor in one go, rather than page by page as they are touched."""
     if tensor.numel() and hasattr(os, "posix_fadvise"):
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        os.posix_fadvise(file, begin, (last + 1) * tensor.itemsize, os.POSIX_FADV_WILLNEED)
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), begin, (last + 1) * tensor.itemsize, os.POSIX_FADV_WILLNEED)
 
 
-def _assemble(files: _Files, places: dict[Any, Any], name: str, entry: Any) -> Tensor:
+def _assemble(files: _Files, pieces: list[tuple[Any, Any]], entry: Any) -> Tensor:
     """A whole tensor: mapped where one rank wrote it, else copied together in the memory of this one tensor."""
-    if len(entry.chunks) == 1:
-        return files.tensor(places[MetadataIndex(name, entry.chunks[0].offsets)])
+    if len(pieces) == 1:
+        return files.tensor(pieces[0][1])
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-    for chunk in entry.chunks:
-        whole[_slices(chunk.offsets, chunk.sizes)] = files.tensor(places[MetadataIndex(name, chunk.offsets)])
+    for chunk, info in pieces:
+        whole[_slices(chunk.offsets, chunk.sizes)] = files.tensor(info)
     return whole
+
+
+def _extents(files: _Files, pieces: list[tuple[Any, Any]]) -> list[Extent]:
+    """Where the values of pieces of whole rows lie, in the tensor's order."""
+    return [files.extent(info) for _, info in pieces]
 
 
 @contextlib.contextmanager

@@ -5,13 +5,17 @@ size passes through in the memory of its largest tensor. Readers of every format
 of safetensors files takes them.
 
     open_safetensors(file) -> {name: StoredTensor} -> write_safetensors(file, {name: StoredTensor})
+
+Where a tensor's values lie in a file as they are to be written, the system copies them from file to file.
 """
 
 import contextlib
+import errno
 import json
+import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +25,7 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from puna.errors import PunaError, UsageError
-from puna.files import file_aside
+from puna.files import begin_sync, file_aside
 from puna.progress import Progress
 
 #: Our names for the dtypes of weights.
@@ -30,6 +34,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Memory that a tensor takes on its way, where it is read in pieces: little enough to stay near the processor and to be
 #: the allocator's own, not new memory of the system's for every piece.
 PIECE_BYTES = 1 << 19
+
+#: Bytes that the system is asked to copy at once: little enough to be fetched while those before are written.
+COPIED_BYTES = 1 << 23
+
+#: What the system says where it does not copy from one of two files to the other; then they are read and written.
+_NOT_COPIED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EXDEV}
 
 #: Names of dtypes in the header of a safetensors file.
 SAFETENSORS_DTYPES = {
@@ -48,6 +58,21 @@ SAFETENSORS_DTYPES = {
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Bytes that lie one behind the other in a file.
+
+    Attributes:
+        path: the file.
+        start: where they begin, in bytes.
+        size: how many they are.
+    """
+
+    path: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor that is read when asked.
 
@@ -57,6 +82,7 @@ class StoredTensor:
         where: the file that holds it, for messages.
         read: gives the tensor; it may lie in mapped memory, so copy what must outlive or change it.
         read_rows: gives the rows from `start` to `stop` of dim 0, where reading them takes less than reading all.
+        extents: says where its values lie in files, in their order, little-endian; None: nowhere as they are.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +90,7 @@ class StoredTensor:
     where: str
     read: Callable[[], Tensor]
     read_rows: Callable[[int, int], Tensor] | None = None
+    extents: Callable[[], Iterable[Extent]] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -145,6 +172,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     try:
         file = safe_open(path, framework="pt")
+        header, start = _header(path)
         tensors = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             piece = file.get_slice(name)
@@ -153,7 +181,9 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 raise PunaError(f"{path}: {name} is stored as {piece.get_dtype()}, which puna does not read")
             read = partial(file.get_tensor, name)  # a view of the mapped file
             rows = partial(_rows, read)
-            tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, str(path), read, rows)
+            first, end = header[name]["data_offsets"]
+            extents = partial(tuple, [Extent(str(path), start + first, end - first)])
+            tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, str(path), read, rows, extents)
         return tensors
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
@@ -171,14 +201,19 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
     Raises:
         OSError: the file cannot be read.
     """
+    try:
+        return _header(path)[0].get("__metadata__") or {}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where the values begin."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
-            return {}
-        try:
-            return json.loads(file.read(size)).get("__metadata__") or {}
-        except (ValueError, AttributeError):
-            return {}
+            raise ValueError("the header is longer than the file")
+        return json.loads(file.read(size)), 8 + size
 
 
 def open_pickled(path: Path) -> dict[str, StoredTensor]:
@@ -231,7 +266,7 @@ def start_of_values(archive: str | IO[bytes], number: int = 0) -> int:
 
 @contextlib.contextmanager
 def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
-    """The same tensors, whose reading moves a progress bar."""
+    """The same tensors, whose reading or copying moves a progress bar."""
     total = sum(tensor.size_bytes for tensor in tensors.values())
     with Progress(title, total / 1e6, "MB") as progress:
 
@@ -239,7 +274,16 @@ def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[st
             progress.advance(values.nbytes / 1e6)
             return values
 
-        yield {name: tensor.each(count, tensor.dtype) for name, tensor in tensors.items()}
+        def counted_extents(extents: Callable[[], Iterable[Extent]]) -> Iterator[Extent]:
+            for extent in extents():
+                yield extent
+                progress.advance(extent.size / 1e6)
+
+        def watched(tensor: StoredTensor) -> StoredTensor:
+            extents = None if tensor.extents is None else partial(counted_extents, tensor.extents)
+            return replace(tensor.each(count, tensor.dtype), extents=extents)
+
+        yield {name: watched(tensor) for name, tensor in tensors.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -271,14 +315,53 @@ def _alignment(tensor: StoredTensor) -> int:
 
 
 def _write_values(file: IO[bytes], name: str, tensor: StoredTensor) -> None:
-    rows = 0
-    for values in tensor.pieces():
-        rows += values.shape[0] if tensor.shape else 1
-        if (values.shape[1:], values.dtype) != (tensor.shape[1:], tensor.dtype):
-            raise ValueError(f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}")
-        file.write(bytes_of(values))
-    if rows != (tensor.shape[0] if tensor.shape else 1):
-        raise ValueError(f"{name} was to have {tensor.shape[0]} rows, came with {rows}")
+    start = file.tell()
+    if tensor.extents is None or not _copy(file, tensor.extents()):
+        for values in tensor.pieces():
+            if (values.shape[1:], values.dtype) != (tensor.shape[1:], tensor.dtype):
+                raise ValueError(
+                    f"{name} was to be {tensor.shape} {tensor.dtype}, came as {values.shape} {values.dtype}"
+                )
+            file.write(bytes_of(values))
+    if (size := file.tell() - start) != tensor.size_bytes:
+        raise ValueError(f"{name} was to have {tensor.size_bytes:,} bytes, came with {size:,}")
+    if size > PIECE_BYTES:
+        begin_sync(file, start)
+
+
+def _copy(file: IO[bytes], extents: Iterable[Extent]) -> bool:
+    """Has the system copy bytes of other files to where a file is; False, and nothing is done, if it cannot.
+
+    Raises:
+        PunaError: one of the files ends before its bytes do.
+    """
+    file.flush()
+    target, began = file.fileno(), file.tell()
+    with contextlib.ExitStack() as opened:
+        sources: dict[str, int] = {}
+        for extent in extents:
+            if extent.path not in sources:
+                sources[extent.path] = opened.enter_context(open(extent.path, "rb")).fileno()
+            try:
+                _send(sources[extent.path], target, extent)
+            except OSError as error:
+                if error.errno not in _NOT_COPIED:
+                    raise
+                file.seek(began)
+                return False
+    file.seek(os.lseek(target, 0, os.SEEK_CUR))  # else the file would not know where it is
+    return True
+
+
+def _send(source: int, target: int, extent: Extent) -> None:
+    place, stop = extent.start, extent.start + extent.size
+    while place < stop:
+        if hasattr(os, "posix_fadvise"):  # let the next bytes be fetched meanwhile
+            os.posix_fadvise(source, place, min(2 * COPIED_BYTES, stop - place), os.POSIX_FADV_WILLNEED)
+        sent = os.sendfile(target, source, place, min(COPIED_BYTES, stop - place))
+        if not sent:
+            raise PunaError(f"{extent.path} is cut off; fetch or make it again")
+        place += sent
 
 
 def bytes_of(values: Tensor) -> memoryview:

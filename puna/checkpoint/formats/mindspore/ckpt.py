@@ -14,7 +14,7 @@ import math
 import mmap
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from puna.checkpoint.formats.mindspore import wire
-from puna.checkpoint.tensors import StoredTensor, bytes_of
+from puna.checkpoint.tensors import Extent, StoredTensor, bytes_of
 from puna.errors import PunaError
 from puna.files import file_aside, map_file
 
@@ -191,14 +191,17 @@ def _opened(path: Path, data: mmap.mmap, tag: str, parameter: _Parameter) -> Sto
             f"{path}: {tag} of shape {shape} and type {parameter.type} has {size:,} bytes; the file is damaged"
         )
     content = _Content(data, parameter.parts)
+    extents = [Extent(str(path), start, stop - start) for start, stop in parameter.parts]
     if not shape or not size:
-        return StoredTensor(shape, dtype, str(path), lambda: content.read(0, size).view(dtype).view(shape))
+        return StoredTensor(
+            shape, dtype, str(path), lambda: content.read(0, size).view(dtype).view(shape), extents=lambda: extents
+        )
     row_bytes = size // shape[0]
 
     def rows(start: int, stop: int) -> Tensor:
         return content.read(start * row_bytes, stop * row_bytes).view(dtype).view(-1, *shape[1:])
 
-    return StoredTensor.by_rows(shape, dtype, str(path), rows)
+    return replace(StoredTensor.by_rows(shape, dtype, str(path), rows), extents=lambda: extents)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""Values that lie in files are copied from file to file by the system, and read and written where it cannot."""
+
+import errno
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
+from puna.checkpoint.tensors import Extent, StoredTensor, open_safetensors, write_pickled, write_safetensors
+from puna.errors import PunaError
+
+TENSORS = {
+    "matrix": torch.randn(300, 70, generator=torch.Generator().manual_seed(0)),
+    "odd": torch.arange(7, dtype=torch.uint8),
+    "half": torch.randn(33, dtype=torch.float32).half(),
+    "number": torch.tensor(5),
+    "nothing": torch.empty(0, 4),
+}
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Sizes of what the system was asked to copy."""
+    sizes = []
+    real = os.sendfile
+
+    def sendfile(target, source, start, size):
+        sizes.append(size)
+        return real(target, source, start, size)
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    return sizes
+
+
+@pytest.fixture
+def source(tmp_path):
+    save_file(TENSORS, tmp_path / "source.safetensors")
+    return open_safetensors(tmp_path / "source.safetensors")
+
+
+@pytest.mark.parametrize("piece", [1 << 23, 1000])
+def test_stored_bytes_are_copied_by_the_system(source, tmp_path, sent, monkeypatch, piece):
+    monkeypatch.setattr("puna.checkpoint.tensors.COPIED_BYTES", piece)
+    write_safetensors(tmp_path / "copy", source)
+    assert_written(load_file(tmp_path / "copy"))
+    assert sum(sent) == sum(values.nbytes for values in TENSORS.values())
+    assert max(sent) <= piece
+
+
+def test_between_tensors_in_memory_and_between_other_bytes(source, tmp_path, sent):
+    mixed = {**source, "matrix": StoredTensor.of(TENSORS["matrix"]), "half": source["half"].to(torch.float32)}
+    write_safetensors(tmp_path / "copy", mixed)
+    written = load_file(tmp_path / "copy")
+    assert torch.equal(written.pop("half"), TENSORS["half"].float())
+    assert_written(written, but="half")
+    write_pickled(tmp_path / "copy.bin", source)
+    assert_written(torch.load(tmp_path / "copy.bin"))
+    assert len(sent) == 2 + 4
+
+
+def test_values_of_a_ckpt_lie_in_several_messages(source, tmp_path, sent, monkeypatch):
+    monkeypatch.setattr("puna.checkpoint.formats.mindspore.ckpt.MESSAGE_BYTES", 5000)
+    write_ckpt(tmp_path / "x.ckpt", source)
+    write_safetensors(tmp_path / "copy", open_ckpt(tmp_path / "x.ckpt"))
+    assert_written(load_file(tmp_path / "copy"))
+    assert sent.count(5000) == 16
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.EXDEV])
+@pytest.mark.parametrize("first_sent", [0, 1])
+def test_where_the_system_does_not_copy_values_are_read(source, tmp_path, monkeypatch, refused, first_sent):
+    real, calls = os.sendfile, []
+
+    def sendfile(target, source, start, size):
+        calls.append(size)
+        if len(calls) <= first_sent:
+            return real(target, source, start, min(size, 11))
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    write_safetensors(tmp_path / "copy", source)
+    assert calls
+    assert_written(load_file(tmp_path / "copy"))
+
+
+def test_a_full_disk_is_an_error(source, tmp_path, monkeypatch):
+    def sendfile(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "copy", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_a_file_that_was_cut_meanwhile_is_named(source, tmp_path):
+    os.truncate(tmp_path / "source.safetensors", 5000)
+    with pytest.raises(PunaError, match=r"source\.safetensors is cut off"):
+        write_safetensors(tmp_path / "copy", source)
+
+
+def test_fewer_bytes_than_promised_are_refused(source, tmp_path):
+    place = Extent(str(tmp_path / "source.safetensors"), 0, 8)
+    with pytest.raises(ValueError, match="odd was to have 7 bytes, came with 8"):
+        write_safetensors(tmp_path / "copy", {"odd": replace(source["odd"], extents=lambda: [place])})
+
+
+def assert_written(written, but=None):
+    expected = {name: values for name, values in TENSORS.items() if name != but}
+    assert written.keys() == expected.keys()
+    for name, values in expected.items():
+        assert written[name].dtype == values.dtype
+        assert torch.equal(written[name], values), name

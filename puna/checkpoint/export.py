@@ -1,19 +1,20 @@
 """A training checkpoint becomes a folder in Hugging Face layout, tensor by tensor, without a device.
 
-Only the weights are checked and read: optimizer states stay on the disk. What is written is what the run holds, to the
-last bit, unless another dtype is asked for; and it is the same whether one process saved the run or many ranks did, in
-whatever layout. One process does it. A tensor that one rank wrote is passed on from the mapped file, one that several
-wrote is put together first.
+Only the weights are read, and checked at the same time: optimizer states stay on the disk. What is written is what the
+run holds, to the last bit, unless another dtype is asked for; and it is the same whether one process saved the run or
+many ranks did, in whatever layout. One process does it. Where ranks wrote whole rows of a tensor, the system copies
+them from file to file; what was cut otherwise is put together first.
 """
 
 from pathlib import Path
 
 import torch
 
-from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model
-from puna.checkpoint.runs import MODEL, checkpoints, damage, newest_checkpoint, read_meta
+from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model_files
+from puna.checkpoint.runs import MODEL, Damaged, checked_meanwhile, checkpoints, newest_sound, read_meta
 from puna.checkpoint.tensors import counted, dtype_of
 from puna.errors import PunaError
+from puna.files import folder_aside
 from puna.model.config import ModelConfig
 
 
@@ -34,32 +35,38 @@ def export(
     Raises:
         PunaError: the run has no such checkpoint, it is damaged, or `output` exists.
     """
-    from puna.checkpoint.sharded import open_sharded  # loads torch.distributed.checkpoint, a second or two
-
     run_dir, output, dtype = Path(run_dir), Path(output), dtype_of(dtype)
     if output.exists():
         raise PunaError(f"{output} exists already; choose another place or remove it first")
-    checkpoint = _choose(run_dir, step)
-    config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
-    tensors = fit(config, open_sharded(checkpoint / MODEL, MODEL))
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    with counted("exporting", tensors) as tensors:
-        write_model(output, config, tensors, tokenizer=load_tokenizer_of(run_dir / "tokenizer"))
+
+    def attempt(checkpoint: Path) -> None:
+        with folder_aside(output) as aside, checked_meanwhile(checkpoint, MODEL):
+            from puna.checkpoint.sharded import open_sharded  # loads torch.distributed.checkpoint, a second or two
+
+            config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
+            tensors = fit(config, open_sharded(checkpoint / MODEL, MODEL))
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            with counted("exporting", tensors) as tensors:
+                write_model_files(aside, config, tensors, load_tokenizer_of(run_dir / "tokenizer"))
+
+    steps = _steps(run_dir, step)
+    if step is None:
+        newest_sound(run_dir, steps, attempt)
+        return output
+    try:
+        attempt(steps[step])
+    except Damaged as damaged:
+        raise PunaError(f"{damaged}; export another step") from None
     return output
 
 
-def _choose(run_dir: Path, step: int | None) -> Path:
+def _steps(run_dir: Path, step: int | None) -> dict[int, Path]:
+    """The run's checkpoints, the one asked for among them."""
     if not run_dir.is_dir():
         raise PunaError(f"there is no run folder {run_dir}")
     paths = checkpoints(run_dir)
     if not paths:
         raise PunaError(f"{run_dir} has no checkpoints; name a folder that `puna train` made")
-    if step is None:
-        newest = newest_checkpoint(run_dir, part=MODEL)
-        assert newest is not None  # there are some, and it raises if none is sound
-        return newest
-    if step not in paths:
+    if step is not None and step not in paths:
         raise PunaError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, paths))}")
-    if (reason := damage(paths[step], MODEL)) is not None:
-        raise PunaError(f"{paths[step]} is damaged ({reason}); export another step")
-    return paths[step]
+    return paths

@@ -336,20 +336,32 @@ def write_model(
     Raises:
         PunaError: the folder exists, or the tensors are not those of the model.
     """
-    tensors = fit(config, tensors, quantization)
     with folder_aside(folder) as aside:
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        fields = config.to_json()
-        if quantization is not None:
-            fields["quantization_config"] = quantization.to_json()
-        if len(dtypes) == 1:
-            fields["torch_dtype"] = dtype_name(dtypes.pop())
-        write_json(aside / "config.json", fields)
-        write_json(aside / "generation_config.json", _generation_config(config, tokenizer))
-        if tokenizer is not None:
-            tokenizer.save(aside)
-            write_tokenizer_json(tokenizer, aside)
-        _write_weights(aside, tensors, max_shard_bytes)
+        write_model_files(aside, config, tensors, tokenizer, quantization, max_shard_bytes)
+
+
+def write_model_files(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None = None,
+    quantization: Quantization | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """As `write_model`, into an empty folder that is there already."""
+    tensors = fit(config, tensors, quantization)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    fields = config.to_json()
+    if quantization is not None:
+        fields["quantization_config"] = quantization.to_json()
+    if len(dtypes) == 1:
+        fields["torch_dtype"] = dtype_name(dtypes.pop())
+    write_json(folder / "config.json", fields)
+    write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        write_tokenizer_json(tokenizer, folder)
+    _write_weights(folder, tensors, max_shard_bytes)
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:

@@ -16,15 +16,17 @@ Which ranks hold what is not remembered: a checkpoint is whole tensors in pieces
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,12 @@ MANIFEST = "run.json"
 
 #: The top-level key of a state that is kept apart, so that export reads it alone; the others go together.
 MODEL, REST = "model", "rest"
+
+T = TypeVar("T")
+
+
+class Damaged(PunaError):
+    """A checkpoint's files are not as they were written; the message names it and the first of them."""
 
 
 class Checkpoints:
@@ -105,7 +113,7 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None] = progress.say) -> Path | None:
         """As `newest_checkpoint`, with the files shared out among the ranks; all get the same answer, rank 0 `say`s."""
         self.wait()
-        return _newest(self.run_dir, say if self._meetings.is_first else lambda _: None, None, self._meetings)
+        return _newest(self.run_dir, say if self._meetings.is_first else lambda _: None, self._meetings)
 
     def load(self, path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
         """Fills `state` in place from a checkpoint of any layout, to the last bit.
@@ -184,23 +192,70 @@ def checkpoints(run_dir: Path | str) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def newest_checkpoint(
-    run_dir: Path | str, say: Callable[[str], None] = progress.say, *, part: str | None = None
-) -> Path | None:
+def newest_checkpoint(run_dir: Path | str, say: Callable[[str], None] = progress.say) -> Path | None:
     """The newest sound checkpoint of a run; None if it has none at all.
 
     Args:
         run_dir: the run's folder.
         say: is told of every damaged checkpoint that is passed over.
-        part: look only at the files of "model" or "rest"; None: at all.
 
     Raises:
         PunaError: there are checkpoints and all are damaged.
     """
-    return _newest(run_dir, say, part, Meetings())
+    return _newest(run_dir, say, Meetings())
 
 
-def damage(path: Path, part: str | None = None) -> str | None:
+def newest_sound(
+    run_dir: Path | str, steps: Iterable[int], attempt: Callable[[Path], T], say: Callable[[str], None] = progress.say
+) -> T | None:
+    """What `attempt` gives for the newest of a run's checkpoints for which it does not raise `Damaged`.
+
+    Args:
+        run_dir: the run's folder.
+        steps: of the checkpoints, oldest first.
+        attempt: is given a checkpoint's folder.
+        say: is told of every damaged checkpoint that is passed over.
+
+    Raises:
+        PunaError: there are checkpoints and all are damaged.
+    """
+    steps = list(steps)
+    for step in reversed(steps):
+        try:
+            return attempt(_path(run_dir, step))
+        except Damaged as damaged:
+            say(f"{damaged}; taking the checkpoint before it")
+    if steps:
+        raise PunaError(f"every checkpoint in {_folder(run_dir)} is damaged; remove the folder to start the run afresh")
+    return None
+
+
+@contextlib.contextmanager
+def checked_meanwhile(path: Path, part: str) -> Iterator[None]:
+    """Lets a block read a part of a checkpoint while its files are checked: they come from the disk once.
+
+    Raises:
+        Damaged: they are not as written, whatever the block has made of them.
+    """
+    _raise_if(path, damage(path, f"{part}/.metadata"))  # little, and all that is read is found by it
+    found: Future[str | None] = Future()
+
+    def check() -> None:
+        try:
+            found.set_result(damage(path, part))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=check, daemon=True).start()  # which an interrupted block need not wait for
+    try:
+        yield
+    except Exception:
+        _raise_if(path, found.result())  # that is why
+        raise
+    _raise_if(path, found.result())
+
+
+def damage(path: Path, part: str = "") -> str | None:
     """What is wrong with the files of a checkpoint or of a part, in a few words; None if they are as written."""
     return _damage(path, part, Meetings())
 
@@ -215,29 +270,29 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     return read_json(Path(path) / MANIFEST)["meta"]
 
 
-def _newest(run_dir: Path | str, say: Callable[[str], None], part: str | None, meetings: Meetings) -> Path | None:
-    steps = meetings.first(lambda: list(checkpoints(run_dir)))
-    for step in reversed(steps):
-        path = _path(run_dir, step)
-        reason = _damage(path, part, meetings)
-        if reason is None:
-            return path
-        say(f"{path} is damaged ({reason}); taking the checkpoint before it")
-    if steps:
-        raise PunaError(f"every checkpoint in {_folder(run_dir)} is damaged; remove the folder to start the run afresh")
-    return None
+def _newest(run_dir: Path | str, say: Callable[[str], None], meetings: Meetings) -> Path | None:
+    def sound(path: Path) -> Path:
+        _raise_if(path, _damage(path, "", meetings))
+        return path
+
+    return newest_sound(run_dir, meetings.first(lambda: list(checkpoints(run_dir))), sound, say)
 
 
-def _damage(path: Path, part: str | None, meetings: Meetings) -> str | None:
+def _raise_if(path: Path, reason: str | None) -> None:
+    if reason is not None:
+        raise Damaged(f"{path} is damaged ({reason})") from None
+
+
+def _damage(path: Path, part: str, meetings: Meetings) -> str | None:
     """What the ranks find, each of them in its share of the files."""
     reasons: list[str | None] = meetings.hold(lambda: _damage_of_share(path, part, meetings))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _damage_of_share(path: Path, part: str | None, meetings: Meetings) -> str | None:
+def _damage_of_share(path: Path, part: str, meetings: Meetings) -> str | None:
     try:
         files = read_json(path / MANIFEST)["files"]
-        names = [name for name in files if part is None or name.startswith(f"{part}/")]
+        names = [name for name in files if name.startswith(part)]
         names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size
         for name in names[meetings.rank :: meetings.size]:
             written = files[name]

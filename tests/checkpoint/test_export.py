@@ -153,6 +153,28 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_dir, tmp_path):
     assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
 
 
+def test_bytes_that_were_changed_are_found_while_they_are_copied(run_dir, tmp_path, capsys):
+    file = run_dir / "checkpoints" / "step-00000020" / "model" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        PunaError, match=r"step-00000020 is damaged \(model/__0_0\.distcp has other bytes.*another step"
+    ):
+        export(run_dir, tmp_path / "out", step=20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+    export(run_dir, tmp_path / "out")
+    assert "step-00000020 is damaged" in capsys.readouterr().err
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
+
+
+def test_an_error_that_damage_explains_is_called_damage(run_dir, tmp_path):
+    file = run_dir / "checkpoints" / "step-00000020" / "model" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(PunaError, match=r"step-00000020 is damaged \(model/__0_0\.distcp has 1,000 of"):
+        export(run_dir, tmp_path / "out", step=20)
+
+
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_export_takes_the_memory_of_less_than_one_copy(tmp_path, peak_anonymous_bytes, dtype):
     model = wide_model()

@@ -53,7 +53,8 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tens
     Args:
         q: (Tq, N, H) queries.
         k, v: (T, K, H) keys and values; N is a multiple of K.
-        spans: which queries see which keys; together they hold each query once.
+        spans: which queries see which keys; together they hold each query once, and those of a document lie side by
+            side.
 
     Returns:
         (Tq, N, H).

@@ -76,6 +76,17 @@ def test_the_kernel_is_nearer_the_formula_than_blocks_of_products_are(monkeypatc
 
 
 @needs_kernel
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_a_document_of_several_blocks_is_the_formula(heads: tuple[int, int]) -> None:
+    spans = [Span(0, 620, 0, 620), Span(620, 640, 620, 1150)]
+    qkv = _qkv(640, 1150, heads, 64)
+    exact = [x.detach().float().requires_grad_() for x in qkv]
+    found = _with_grads(attend_in_blocks(*qkv, spans), qkv)
+    expected = _with_grads(_by_formula(*exact, spans), exact)
+    assert max(_error(*pair) for pair in zip(found, expected, strict=True)) < 6e-3
+
+
+@needs_kernel
 def test_two_runs_of_queries_of_one_document_add_their_gradients() -> None:
     spans = [Span(0, 50, 0, 80), Span(50, 90, 0, 160), Span(90, 100, 160, 200)]
     qkv = _qkv(100, 200, (4, 2), 64)

@@ -6,8 +6,8 @@ documents, the number of processes, or what else is in the corpus.
 
     "def f(x):⏎    return x⏎"   ─▶   prefix "def f(x)"   middle ":⏎    ret"   suffix "urn x⏎"
 
-Source: Code Llama (arXiv:2308.12950), section 2.3: rate 0.9, cuts at characters, half prefix-suffix-middle (PSM), half
-suffix-prefix-middle (SPM). `puna.prompts` spells both layouts.
+Source: Code Llama (arXiv:2308.12950), section 2.3: 0.9 of the documents that a row holds whole are cut, at characters,
+half prefix-suffix-middle (PSM), half suffix-prefix-middle (SPM). `puna.prompts` spells both layouts.
 """
 
 from typing import Literal, NamedTuple

@@ -8,11 +8,12 @@ the same shards serve every sequence length. Two ways to fill rows. End to end, 
     row 1       b c c c    targets - c c c    documents 0 1 1 1    positions 0 0 1 2
     row 2       c c . .    targets c - - -    documents 0 0 1 1    positions 0 1 0 1
 
-and whole documents, for dialogs and infilling, which lose their sense when cut:
+and whole documents, for dialogs and infilling, which lose their sense when cut; what is longer than a row goes on in
+another, but a dialog ends with its row, and what it loses is counted:
 
-    row 0       a a a .    targets a a - -    documents 0 0 0 1    positions 0 1 2 0
+    row 0       a a a c    targets a a - -    documents 0 0 0 1    positions 0 1 2 0    (of a dialog, no fifth c)
     row 1       b b . .    targets b - - -    documents 0 0 1 1    positions 0 1 0 1
-    row 2       c c c c    targets c c c -    documents 0 0 0 0    positions 0 1 2 3    (the fifth c: cut, counted)
+    row 2       c c c c    targets c c c c    documents 0 0 0 0    positions 0 1 2 3    (of a dialog, no fourth target)
 
 The loader (`puna.data.loader`) asks for rows in a shuffled order and stacks them into batches.
 """
@@ -75,9 +76,11 @@ class Rows(Sequence[Row]):
 
     #: The name of this way to fill rows, as in `dataset.json`.
     fill: str
-    #: Documents longer than a row, and how many of their tokens no row holds.
+    #: Documents that are cut to a row, and how many of their tokens no row holds.
     cut_documents = 0
     cut_tokens = 0
+    #: Documents whose rest is in other rows.
+    split_documents = 0
 
     def __init__(self, dataset: Documents, sequence_length: int) -> None:
         if sequence_length < 2:
@@ -112,6 +115,8 @@ class Rows(Sequence[Row]):
         )
         if self.cut_documents:
             line += f"; {self.cut_documents:,} documents longer than a row were cut, losing {self.cut_tokens:,} tokens"
+        if self.split_documents:
+            line += f"; {self.split_documents:,} documents longer than a row go on in others"
         return line
 
     @abstractmethod
@@ -172,10 +177,12 @@ class EndToEndRows(Rows):
 
 
 class WholeDocumentRows(Rows):
-    """Rows of uncut documents, packed by best-fit decreasing; a document longer than a row is cut to a row and counted.
+    """Rows of uncut documents, packed by best-fit decreasing.
 
-    The packing is made once, from the lengths alone, and eight bytes a document of it are kept. Rows are numbered by
-    their first document, and hold their documents in the data set's order.
+    A document longer than a row is taken in pieces, all but its last of a row each, and asked for its next token across
+    the border as in `EndToEndRows`; a dialog, whose answers say little without what they answer, is cut to a row and
+    counted. The packing is made once, from the lengths alone, and sixteen bytes a document of it are kept. Rows are
+    numbered by their first document, and hold their documents in the data set's order.
     """
 
     fill = "whole-documents"
@@ -183,37 +190,65 @@ class WholeDocumentRows(Rows):
     def __init__(self, dataset: Documents, sequence_length: int) -> None:
         super().__init__(dataset, sequence_length)
         lengths = dataset.lengths
-        is_cut = lengths > sequence_length
-        self.cut_documents = int(is_cut.sum())
-        self.cut_tokens = int(lengths[is_cut].sum(dtype=np.int64)) - self.cut_documents * sequence_length
-        filled = np.flatnonzero(lengths)
-        row_of = best_fit(np.minimum(lengths[filled], sequence_length), sequence_length)
-        self._order = filled[np.argsort(row_of, kind="stable")]
+        is_long = lengths > sequence_length
+        n_pieces = -(-lengths.astype(np.int64) // sequence_length)
+        self._are_dialogs = dataset.is_target(0, 1) is not None
+        if self._are_dialogs:
+            n_pieces = np.minimum(n_pieces, 1)
+            self.cut_documents = int(is_long.sum())
+            self.cut_tokens = int(lengths[is_long].sum(dtype=np.int64)) - self.cut_documents * sequence_length
+        else:
+            self.split_documents = int(is_long.sum())
+        #: The number of each document's first piece, and of all pieces.
+        self._firsts = np.concatenate([[0], np.cumsum(n_pieces)])
+        row_of = best_fit(self._piece_lengths(n_pieces), sequence_length)
+        self._order = np.argsort(row_of, kind="stable")
         self._edges = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
 
     def __len__(self) -> int:
         return len(self._edges) - 1
 
     def document_numbers(self, index: SupportsIndex) -> NDArray[np.int64]:
-        i = self._checked(index)
-        return self._order[self._edges[i] : self._edges[i + 1]]
+        return self._places(self._pieces(self._checked(index)))[0]
 
     def _row(self, i: int) -> Row:
-        numbers = self._order[self._edges[i] : self._edges[i + 1]]
-        lengths = np.minimum(self.dataset.lengths[numbers], self.sequence_length)
+        numbers, starts, lengths = self._places(self._pieces(i))
         stops = np.cumsum(lengths)
+        goes_on = (starts + lengths < self.dataset.starts[numbers + 1]) & (not self._are_dialogs)
         tokens, targets = _blank(self.sequence_length)
         asked = np.ones(self.sequence_length, dtype=np.bool_)
-        spans = zip(self.dataset.starts[numbers].tolist(), lengths.tolist(), stops.tolist(), strict=True)
-        for start, length, stop in spans:
-            tokens[stop - length : stop] = self.dataset.tokens(start, start + length)
+        behind = np.full(len(stops), IGNORE, dtype=np.int32)  # each piece: the next token of its document
+        spans = zip(starts.tolist(), lengths.tolist(), stops.tolist(), goes_on.tolist(), strict=True)
+        for number, (start, length, stop, has_more) in enumerate(spans):
+            read = self.dataset.tokens(start, start + length + has_more)
+            tokens[stop - length : stop] = read[:length]
+            if has_more:
+                behind[number] = read[length]
             is_target = self.dataset.is_target(start, start + length)
             if is_target is not None:
                 asked[stop - length : stop] = is_target
         targets[:-1] = np.where(asked[1:], tokens[1:], IGNORE)
-        targets[stops - 1] = IGNORE
+        targets[stops - 1] = behind
         targets[stops[-1] :] = IGNORE
         return _assembled(tokens, targets, lengths)
+
+    def _piece_lengths(self, n_pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of all pieces; a document's last one has what the others leave."""
+        lengths = np.full(self._firsts[-1], self.sequence_length)
+        is_there = n_pieces > 0
+        left = self.dataset.lengths - (n_pieces - 1) * self.sequence_length
+        lengths[self._firsts[1:][is_there] - 1] = np.minimum(left, self.sequence_length)[is_there]
+        return lengths
+
+    def _pieces(self, i: int) -> NDArray[np.int64]:
+        return self._order[self._edges[i] : self._edges[i + 1]]
+
+    def _places(self, pieces: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each piece its document's number, its first token in the data set, and how many tokens it has."""
+        numbers = np.searchsorted(self._firsts, pieces, side="right") - 1
+        offsets = (pieces - self._firsts[numbers]) * self.sequence_length
+        lengths = np.minimum(self.dataset.lengths[numbers] - offsets, self.sequence_length)
+        return numbers, self.dataset.starts[numbers] + offsets, lengths
 
 
 #: Name of a way to fill rows -> the rows.

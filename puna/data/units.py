@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from puna.data import corpora
 from puna.data.documents import Document, LeftOut, Span
 from puna.data.drafts import DraftTokenizer
-from puna.data.infilling import cut_for_infilling, is_held_out
+from puna.data.infilling import Cut, cut_for_infilling, is_held_out
 from puna.data.shards import WORK_FOLDER, ShardWriter, shard_entry, write_shard
 from puna.files import write_json
 from puna.prompts import ChatTemplate, Encoded, Message, UnusableDialog, chat_template, infill_document
@@ -137,7 +137,11 @@ class PrepareUnit:
             drafts = [document if isinstance(document, LeftOut) else self._drafted(document) for document in batch]
             filled = self.draft_tokenizer.fill([draft for draft in drafts if isinstance(draft, Encoded)])
             for document, draft in zip(batch, drafts, strict=True):
-                yield document, self._filled(document, *next(filled)) if isinstance(draft, Encoded) else draft
+                if isinstance(draft, Encoded):
+                    assert isinstance(document, Document)
+                    yield document, self._filled(document, *next(filled))
+                else:
+                    yield document, draft
 
     def _drafted(self, document: Document) -> Encoded | _Encoded | LeftOut:
         """A document laid out, its texts not yet encoded; or its tokens if it has come with them."""
@@ -146,13 +150,17 @@ class PrepareUnit:
         if document.tokens is not None:
             return self._checked_tokens(document)
         assert document.text is not None
-        tokenizer, cut = cast(Tokenizer, self.draft_tokenizer), None
-        if self.options.get("fim_rate") and self._part(document) == "train":
-            rates = {name: self.options[name] for name in ("seed", "fim_rate", "spm_rate")}
-            cut = cut_for_infilling(document.text, id=document.id, **rates)
+        tokenizer, cut = cast(Tokenizer, self.draft_tokenizer), self._cut(document)
         if cut is None:
             return Encoded(tokenizer.encode(document.text, bos=True, eos=True))
         return Encoded(infill_document(tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order))
+
+    def _cut(self, document: Document) -> Cut | None:
+        """The parts of a document that is laid out for infilling, if its tokens are not too many."""
+        if not self.options.get("fim_rate") or document.text is None or self._part(document) != "train":
+            return None
+        rates = {name: self.options[name] for name in ("seed", "fim_rate", "spm_rate")}
+        return cut_for_infilling(document.text, id=document.id, **rates)
 
     def _drafted_dialog(self, document: Document) -> Encoded | LeftOut:
         assert self.template is not None
@@ -164,10 +172,13 @@ class PrepareUnit:
             return LeftOut(document.id, document.source, error.reason, detail)
 
     def _filled(
-        self, document: Document | LeftOut, tokens: NDArray[np.int32], is_target: NDArray[np.bool_] | None
+        self, document: Document, tokens: NDArray[np.int32], is_target: NDArray[np.bool_] | None
     ) -> _Encoded | LeftOut:
         if is_target is not None and not is_target.any():
             return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
+        if len(tokens) > self.options.get("fim_tokens", len(tokens)) and self._cut(document) is not None:
+            assert document.text is not None
+            tokens = np.array(self.tokenizer.encode(document.text, bos=True, eos=True), np.int32)
         return self._part(document), tokens, is_target
 
     def _part(self, document: Document | LeftOut) -> str:

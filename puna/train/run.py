@@ -288,6 +288,9 @@ class _Run:
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
             f"useful tokens {useful:.1%}; attention: {way}"
         )
+        for folder, rows in zip(recipe.data.weights, self.loader.sources, strict=True):
+            if rows.cut_documents:  # type: ignore[attr-defined]
+                say(f"{folder}: {rows.summary()}")  # type: ignore[attr-defined]
         if self.ranks.layout.devices > 1:
             say(f"{self.ranks.layout.devices} devices: {self.ranks.layout}")
 

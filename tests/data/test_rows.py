@@ -28,6 +28,10 @@ def numbered(lengths: list[int], is_target: list[list[bool]] | None = None) -> F
     return FakeDataset([range(s - n + 1, s + 1) for n, s in zip(lengths, stops, strict=True)], is_target)
 
 
+def all_marked(lengths: list[int]) -> list[list[bool]]:
+    return [[True] * n for n in lengths]
+
+
 def fields(row: Row) -> list[list[int]]:
     return [row.tokens.tolist(), row.targets.tolist(), row.documents.tolist(), row.positions.tolist()]
 
@@ -44,6 +48,17 @@ def test_end_to_end_rows_of_the_example():
 
 def test_whole_document_rows_of_the_example():
     rows = WholeDocumentRows(FakeDataset(AABBC), 4)
+    assert len(rows) == 3
+    assert fields(rows[0]) == [[A, A, A, C], [A, A, IGNORE, IGNORE], [0, 0, 0, 1], [0, 1, 2, 0]]
+    assert fields(rows[1]) == [[B, B, 0, 0], [B, IGNORE, IGNORE, IGNORE], [0, 0, 1, 1], [0, 1, 0, 1]]
+    assert fields(rows[2]) == [[C, C, C, C], [C, C, C, C], [0, 0, 0, 0], [0, 1, 2, 3]]
+    assert [rows.document_numbers(i).tolist() for i in range(3)] == [[0, 2], [1], [2]]
+    assert (rows.split_documents, rows.cut_documents, rows.cut_tokens, rows.useful_tokens_share) == (1, 0, 0, 10 / 12)
+    assert rows.summary().endswith("83.3% useful; 1 documents longer than a row go on in others")
+
+
+def test_whole_document_rows_of_the_example_as_dialogs():
+    rows = WholeDocumentRows(FakeDataset(AABBC, [[True] * len(document) for document in AABBC]), 4)
     assert len(rows) == 3
     assert fields(rows[0]) == [[A, A, A, 0], [A, A, IGNORE, IGNORE], [0, 0, 0, 1], [0, 1, 2, 0]]
     assert fields(rows[1]) == [[B, B, 0, 0], [B, IGNORE, IGNORE, IGNORE], [0, 0, 1, 1], [0, 1, 0, 1]]
@@ -78,8 +93,8 @@ def test_end_to_end_rows_ask_for_every_token_of_a_document_but_its_first(lengths
 
 
 @given(lengths_of_documents, sequence_lengths)
-def test_whole_document_rows_hold_every_token_that_is_not_cut_once(lengths, sequence_length):
-    dataset = numbered(lengths)
+def test_whole_document_rows_hold_every_token_of_a_dialog_that_is_not_cut_once(lengths, sequence_length):
+    dataset = numbered(lengths, all_marked(lengths))
     rows = WholeDocumentRows(dataset, sequence_length)
     kept = [
         int(s) + 1 + i for s, n in zip(dataset.starts, lengths, strict=False) for i in range(min(n, sequence_length))
@@ -89,6 +104,24 @@ def test_whole_document_rows_hold_every_token_that_is_not_cut_once(lengths, sequ
     assert rows.cut_documents == sum(n > sequence_length for n in lengths)
     assert rows.cut_tokens == sum(lengths) - len(kept)
     assert rows.useful_tokens_share == len(kept) / tokens.size
+
+
+@given(lengths_of_documents, sequence_lengths)
+def test_whole_document_rows_hold_every_token_of_a_text_once_and_ask_for_all_but_the_firsts(lengths, sequence_length):
+    dataset = numbered(lengths)
+    rows = WholeDocumentRows(dataset, sequence_length)
+    tokens, targets = (np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "targets"))
+    assert sorted(tokens[tokens != 0].tolist()) == list(range(1, sum(lengths) + 1))
+    firsts = dataset.starts[:-1][dataset.lengths > 0] + 1
+    assert sorted(targets[targets != IGNORE].tolist()) == sorted(set(range(1, sum(lengths) + 1)) - set(firsts.tolist()))
+    is_in_one = {document: 0 for document, n in enumerate(lengths) if 0 < n <= sequence_length}
+    for i in range(len(rows)):
+        for document in rows.document_numbers(i).tolist():
+            if document in is_in_one:
+                is_in_one[document] += 1
+    assert set(is_in_one.values()) <= {1}
+    assert rows.split_documents == sum(n > sequence_length for n in lengths)
+    assert rows.cut_documents == rows.cut_tokens == 0
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -131,7 +164,7 @@ def test_document_numbers_and_positions_tell_the_parts_of_a_row(fill, lengths, s
 @given(data=st.data(), lengths=lengths_of_documents, sequence_length=sequence_lengths)
 def test_only_tokens_marked_as_targets_are_asked_for(fill, data, lengths, sequence_length):
     marks = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
-    marked, unmarked = numbered(lengths, marks), numbered(lengths)
+    marked, unmarked = numbered(lengths, marks), numbered(lengths, all_marked(lengths))
     is_target = np.array([False, *(mark for document in marks for mark in document)])  # tokens are numbered from 1
     for with_marks, without in zip(
         open_rows(marked, sequence_length, fill), open_rows(unmarked, sequence_length, fill), strict=True

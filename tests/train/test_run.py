@@ -17,14 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import puna
 from puna.checkpoint import load_checkpoint, newest_checkpoint
+from puna.data.shards import shard_entry, write_shard
 from puna.errors import PunaError, UsageError
-from puna.files import read_json
+from puna.files import read_json, write_json
 from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
@@ -171,6 +173,20 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Pa
     newest = newest_checkpoint(run_dir)
     assert newest is not None
     assert newest.name.endswith(f"{len(read_metrics(run_dir)):08d}")
+
+
+def test_what_rows_lose_of_long_dialogs_is_said(
+    recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "dialogs/shard-00000.arrow"
+    with write_shard(path, dialogs=True) as writer:
+        for number in range(4):
+            writer.add(str(number), "random", np.arange(3, 103, dtype=np.int32), np.ones(100, np.bool_))
+    tokenizer = {"sha256": "0" * 64, "vocab_size": 512}
+    content = {"format": 1, "kind": "chat", "fill": "whole-documents", "tokenizer": tokenizer}
+    write_json(tmp_path / "dialogs/dataset.json", {**content, "shards": [shard_entry(path, writer)]})
+    puna.train(recipe(data={"train": str(tmp_path / "dialogs")}, steps=2))
+    assert "4 documents longer than a row were cut, losing 144 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"micro_batch_rows": 1}, {"micro_batch_rows": 4}])

@@ -56,6 +56,9 @@ SEED = Option("seed", int, 0, "Of the infilling cuts.")
 FIM = Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9.")
 FIM_RATE = Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0.")
 SPM_RATE = Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first.")
+FIM_TOKENS = Option(
+    "fim_tokens", int, 4096, "Longer documents are not cut: in rows of so many, they have no gap whole."
+)
 HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; by hash of the id.")
 NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch).")
 
@@ -63,7 +66,7 @@ NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplica
 CODE_LLAMA_FIM_RATE = 0.9
 
 #: What every kind of plain text takes.
-TEXT_OPTIONS = (FIM, FIM_RATE, SPM_RATE, HELD_OUT, NEAR_DUPLICATES, SEED)
+TEXT_OPTIONS = (FIM, FIM_RATE, SPM_RATE, FIM_TOKENS, HELD_OUT, NEAR_DUPLICATES, SEED)
 
 
 def kinds() -> list[str]:

@@ -153,17 +153,17 @@ class MindRecord:
         has_scalars = len(self.schema) > len(self.blob_fields)
         for page in self.blob_pages:
             scalars = self.scalar_places(page)
-            for row in self._blob_rows(page):
-                yield {**row, **self.scalars(*next(scalars)[1:])} if has_scalars else row
+            rows = self._blob_rows(page)
+            if has_scalars:
+                rows = ({**row, **self.scalars(*next(scalars)[1:])} for row in rows)
+            yield from rows
 
     def _blob_rows(self, page: Page) -> Iterator[dict[str, Any]]:
-        held: list[tuple[int, int]] = []
-        for place in self.row_places(page):
-            held.append(place)
-            if place[1] - held[0][0] >= ROWS_BYTES:
-                yield from decode_rows(self._data, held, self.blob_fields, self.schema, str(self.path))
-                held = []
-        yield from decode_rows(self._data, held, self.blob_fields, self.schema, str(self.path))
+        places = list(self.row_places(page))
+        at_once = 1 + len(places) * ROWS_BYTES // max(page.size_bytes, 1)
+        for first in range(0, len(places), at_once):
+            some = places[first : first + at_once]
+            yield from decode_rows(self._data, some, self.blob_fields, self.schema, str(self.path))
 
     def scalars(self, start: int, stop: int) -> dict[str, Any]:
         """The single values that lie between two offsets."""

@@ -10,8 +10,8 @@ take two bytes, as the ids of most vocabularies do.
 
 import mmap
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ _ALL_OF_TWO, _FOUR_OR_EIGHT = 0x55, 0xAA
 #: With more bytes of codes that are not all of two, one field at a time is quicker.
 _CODES_A_MIXED_ONE = 16
 
-#: What makes two bytes of one that is not negative, of one that is, of none, and of two.
-_FILLERS = (b"\x00", b"\xff", b"\x00\x00", b"")
+#: Number of values in the last byte of codes (0: four) -> codes of two bytes for those that are not there.
+_FILLERS = np.array([0b0, 0b010101, 0b0101, 0b01], np.uint8)
 
 #: Width -> how far right a value goes that stands at the upper end of eight bytes.
 _SHIFTS = 64 - 8 * np.arange(9)
@@ -66,7 +66,7 @@ def decode_integers(data: NDArray[np.uint8]) -> NDArray[np.int64]:
 def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
     """`decode_integers` of many fields, as `dtype`; quicker where nearly all values take two bytes.
 
-    The few that take one are widened on the way, and then all content is one array of numbers of two bytes.
+    The content of all is laid end to end with one more byte behind each value of one: an array of numbers of two bytes.
 
     Args:
         data: what the fields are in; nothing else of it is read.
@@ -76,66 +76,57 @@ def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[
     Raises:
         ValueError: the bytes of one are no such field.
     """
-    raw = np.frombuffer(data, np.uint8)
-    fields = _Fields(raw, np.array(places, np.int64).reshape(-1, 2))
-    if not fields.are_of_two():
-        return [decode_integers(raw[start:stop]).astype(dtype) for start, stop in places]
-    values = np.frombuffer(fields.widened(memoryview(data)), "<i2").astype(dtype)
-    firsts = fields.firsts.tolist()
-    return [values[first : first + count] for first, count in zip(firsts, fields.counts.tolist(), strict=True)]
+    view = memoryview(data)
+    fields = [_parts(view[start:stop]) for start, stop in places]
+    counts = np.array([field.count for field in fields], np.int64)
+    codes = np.frombuffer(bytearray().join([field.codes for field in fields]), np.uint8)
+    mixed = np.flatnonzero(codes != _ALL_OF_TWO)
+    is_quick = len(mixed) * _CODES_A_MIXED_ONE < len(codes) and counts.all()
+    if not is_quick or np.any(codes[mixed] & _FOUR_OR_EIGHT):
+        return [decode_integers(np.frombuffer(view[start:stop], np.uint8)).astype(dtype) for start, stop in places]
+    ones, ones_of_field = _of_one_byte(codes, mixed, counts)
+    if np.any(2 * counts - ones_of_field != [len(field.content) for field in fields]):
+        raise ValueError("a field has not as many bytes as its integers take")
+    content = memoryview(b"".join([field.content for field in fields]))
+    cuts = [0, *(2 * ones + 1 - np.arange(len(ones))).tolist(), len(content)]
+    widened = bytearray(b"\x00").join([content[start:stop] for start, stop in pairwise(cuts)])
+    values = np.frombuffer(widened, "<i2").astype(dtype)
+    values[ones] = values[ones].astype(np.int8)  # below zero, the byte more is another one
+    return [values[start:stop] for start, stop in pairwise([0, *np.cumsum(counts).tolist()])]
 
 
-class _Fields:
-    """Fields that are read together; places of values count all of them, each field filled up to a multiple of four."""
+class _Parts(NamedTuple):
+    count: int
+    codes: memoryview
+    content: memoryview
 
-    def __init__(self, raw: NDArray[np.uint8], places: NDArray[np.int64]) -> None:
-        self._raw, self._starts, self._stops = raw, places[:, 0], places[:, 1]
-        if np.any(self._stops - self._starts < _COUNT_BYTES):
-            raise ValueError("a field is too short for the count of its integers")
-        head = raw[self._starts[:, None] + np.arange(_COUNT_BYTES)]
-        self.counts = head.view(">u4").reshape(-1).astype(np.int64)
-        self._code_counts = -(-self.counts // 4)
-        self._contents = self._starts + _COUNT_BYTES + self._code_counts
-        self._code_stops = np.cumsum(self._code_counts)
-        self.firsts = (self._code_stops - self._code_counts) * 4
-        self._codes = np.zeros(0, np.uint8)
 
-    def are_of_two(self) -> bool:
-        """Whether nearly all values take two bytes, none more, and no field is empty or ends within its codes."""
-        if not self.counts.all() or np.any(self._contents > self._stops):
-            return False
-        view = self._raw.data
-        places = zip((self._starts + _COUNT_BYTES).tolist(), self._contents.tolist(), strict=True)
-        self._codes = np.frombuffer(b"".join([view[start:stop] for start, stop in places]), np.uint8)
-        mixed = np.count_nonzero(self._codes != _ALL_OF_TWO)
-        return bool(mixed * _CODES_A_MIXED_ONE < len(self._codes) and not (self._codes & _FOUR_OR_EIGHT).any())
+def _parts(field: memoryview) -> _Parts:
+    count = int.from_bytes(field[:_COUNT_BYTES], "big")
+    start = _COUNT_BYTES + -(-count // 4)
+    if len(field) < start:
+        raise ValueError(f"{count:,} integers are announced in {len(field):,} bytes")
+    return _Parts(count, field[_COUNT_BYTES:start], field[start:])
 
-    def widened(self, data: memoryview) -> bytes:
-        """The content of all fields with two bytes for each value.
 
-        Raises:
-            ValueError: a field has more or less content than its codes say.
-        """
-        is_mixed = self._codes != _ALL_OF_TWO
-        is_mixed[self._code_stops - 1] = True
-        mixed = np.flatnonzero(is_mixed)
-        at = (mixed[:, None] * 4 + np.arange(4)).reshape(-1)
-        owner = np.repeat(np.arange(len(self.counts)), np.diff(np.searchsorted(mixed, self._code_stops), prepend=0) * 4)
-        left = self.counts[owner] - (at - self.firsts[owner])  # how many values of the field come from here on
-        widths = np.where(left > 0, _WIDTHS[self._codes[mixed]].view(np.uint8), 0).astype(np.int64)
-        is_cut = (widths < 2) | (left == 1)  # after each of these a piece ends
-        at, owner, widths, left = at[is_cut], owner[is_cut], widths[is_cut], left[is_cut]
-        is_first = np.diff(owner, prepend=-1) != 0
-        lost = np.cumsum(2 - widths)
-        lost -= (lost - (2 - widths))[is_first][owner]  # by the field so far
-        stops = self._contents[owner] + (at - self.firsts[owner] + 1) * 2 - lost
-        if np.any(stops[left == 1] != self._stops):
-            raise ValueError("a field has not as many bytes as its integers take")
-        starts = np.where(is_first, self._contents[owner], np.roll(stops, 1))
-        is_negative = self._raw[stops - 1] >> 7
-        fillers = np.where(widths == 1, is_negative, 2 + widths // 2).tolist()
-        pieces = [data[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return b"".join(chain.from_iterable(zip(pieces, map(_FILLERS.__getitem__, fillers), strict=True)))
+def _of_one_byte(
+    codes: NDArray[np.uint8], mixed: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The places of values of one byte among all values, and how many each field has.
+
+    Args:
+        codes: of all fields, each of which has one at least; those behind the last value are overwritten.
+        mixed: places of those that are not all of two.
+        counts: of the fields.
+    """
+    code_counts = -(-counts // 4)
+    code_stops = np.cumsum(code_counts)
+    codes[code_stops - 1] |= _FILLERS[counts % 4]
+    found = np.flatnonzero(_WIDTHS[codes[mixed]].view(np.uint8) == 1)
+    places = mixed[found >> 2] * 4 + (found & 3)  # each field filled up to a multiple of four
+    ones_of_field = np.diff(np.searchsorted(places, code_stops * 4), prepend=0)
+    filled = 4 * (code_stops - code_counts) - (np.cumsum(counts) - counts)
+    return places - np.repeat(filled, ones_of_field), ones_of_field
 
 
 def encode_integers(values: NDArray[np.integer]) -> bytes:

@@ -19,6 +19,7 @@ from puna.errors import UsageError
 from puna.parallel.errors import said_once
 from puna.parallel.hangs import explained_hangs
 from puna.parallel.layout import Layout
+from puna.parallel.shared_memory import SharedMemory
 
 #: Axes of the mesh that weights live on.
 WEIGHT_AXES = ("pp", "dp_replicate", "shard", "tp")
@@ -35,6 +36,7 @@ class Ranks:
         weights: the mesh of WEIGHT_AXES; None: one process, no groups.
         cp: the ranks that share the tokens of its rows; None: it holds them whole.
         tp: the ranks that share its matrices; None: it holds them whole.
+        memory: of the ranks that its weights are sharded over, where they compute on one host; None: they do not.
     """
 
     layout: Layout
@@ -45,6 +47,7 @@ class Ranks:
     dp_rank: int = 0
     cp_rank: int = 0
     tp_rank: int = 0
+    memory: SharedMemory | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> "Ranks":
@@ -62,7 +65,8 @@ class Ranks:
             rows = (layout.pp * layout.dp_size, cp, tp)
             cp_group = init_device_mesh(device.type, rows, mesh_dim_names=("rows", "cp", "tp")).get_group("cp")
         tp_group = weights.get_group("tp") if tp > 1 else None
-        return cls(layout, weights, cp_group, tp_group, pp_rank, dp_rank, cp_rank, tp_rank)
+        memory = SharedMemory.of(weights.get_group("shard")) if device.type == "cpu" and shard * cp > 1 else None
+        return cls(layout, weights, cp_group, tp_group, pp_rank, dp_rank, cp_rank, tp_rank, memory)
 
     @property
     def is_sharded(self) -> bool:

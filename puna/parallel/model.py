@@ -24,6 +24,7 @@ from puna.parallel.context import share_tokens, token_indices
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.pipeline import check_schedule, make_schedule
+from puna.parallel.shared_memory import share_through_memory
 from puna.parallel.stage import Stage
 from puna.parallel.tensor import gather_tokens, split_weights
 
@@ -246,6 +247,8 @@ def _shard(stage: Stage, ranks: Ranks, settings: Parallel) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are divided by the global number of targets: sum them
             module.set_force_sum_reduction_for_comms(True)
+            if ranks.memory is not None:
+                share_through_memory(module, ranks.memory)
 
 
 def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

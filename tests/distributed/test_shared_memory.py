@@ -1,0 +1,130 @@
+"""Exchanges through memory that ranks share are those of gloo, and end with an error when a rank is lost."""
+
+import os
+import signal
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from puna.config import Parallel
+from puna.model.config import preset
+from puna.model.llama import initial_weight
+from puna.parallel import shared_memory
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from puna.parallel.shared_memory import SharedMemory
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a name is Linux's")
+
+#: Pieces of 512 fp32 numbers of three ranks.
+HALF_BYTES = 3 * 512 * 4
+
+
+def open_memory() -> SharedMemory:
+    shared_memory.HALF_BYTES = HALF_BYTES  # in a process of its own
+    memory = SharedMemory.of(dist.group.WORLD)
+    assert memory is not None
+    return memory
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums_and_parts_of_any_length_are_those_of_gloo(in_ranks, ranks):
+    equal = in_ranks(ranks, exchange)
+    assert len(equal[0]) == 20
+    for of_rank in equal:
+        assert [case for case, is_equal in of_rank.items() if not is_equal] == []
+
+
+def exchange() -> dict[str, bool]:
+    memory, rank, size = open_memory(), dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)
+    equal = {}
+    for length in (1, 512, 513, 1000, 5000):
+        whole = torch.randint(-9, 10, (size * length,)).float()  # whose sums are exact
+        sums, expected = torch.empty(2, length)
+        memory.reduce_scatter(sums, whole)
+        dist.reduce_scatter(expected, list(whole.view(size, length)))
+        equal[f"sums of {length}"] = torch.equal(sums, expected)
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+            gathered = torch.zeros(size * length, dtype=dtype)
+            part = gathered[rank * length :][:length]
+            part.copy_(torch.randint(0, 200, (length,)))
+            parts = [torch.empty_like(part) for _ in range(size)]
+            dist.all_gather(parts, part.clone())
+            memory.all_gather(gathered, part)
+            equal[f"parts of {length}, {dtype}"] = torch.equal(gathered, torch.cat(parts))
+    return equal
+
+
+def test_gradients_of_a_sharded_model_are_those_that_gloo_sums(in_ranks):
+    for differences in in_ranks(3, compare_gradients):
+        assert len(differences) > 15
+        assert max(differences.values()) < 1e-6, differences
+
+
+def compare_gradients() -> dict[str, float]:
+    """Name -> what separates this rank's gradient through memory from that through gloo, as a share of its norm."""
+    config, size = replace(preset("tiny-64"), vocab_size=257), dist.get_world_size()
+    device, settings = torch.device("cpu"), Parallel(dp_shard=size)
+    shared_memory.HALF_BYTES = HALF_BYTES
+    ranks = Ranks.of(Layout(dp_shard=size), device)
+    assert ranks.memory is not None
+    both = []
+    for memory in (ranks.memory, None):
+        model = DistributedModel.build(
+            config, replace(ranks, memory=memory), settings, device, dtype=torch.float32, compute_dtype=torch.bfloat16
+        )
+        model.fill(lambda name, whole: initial_weight(name, whole, config, seed=0))
+        tokens = (torch.arange(32) * (2 + dist.get_rank()) % config.vocab_size).view(1, 32)
+        stage = model.stages[0]
+        hidden = stage(tokens, torch.arange(32).view(1, 32), torch.zeros(1, 32, dtype=torch.int32))
+        (hidden @ stage.llama.lm_head.weight.T).float().logsumexp(-1).sum().backward()
+        both.append({name: weight.grad.to_local() for name, weight in model.weights.items()})
+    ours, theirs = both
+    return {name: float((grad - ours[name]).norm() / grad.norm().clamp(min=1e-30)) for name, grad in theirs.items()}
+
+
+def test_no_descriptor_stays_open(in_ranks):
+    assert in_ranks(2, count_descriptors) == [0, 0]
+
+
+def count_descriptors() -> int:
+    dist.barrier()
+    before = len(os.listdir("/proc/self/fd"))
+    open_memory()
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+@pytest.mark.parametrize("missing", ["memfd_create", "readlink"])
+def test_ranks_that_cannot_all_share_do_without(in_ranks, missing):
+    assert in_ranks(3, try_without, missing) == [True, True, True]
+
+
+def try_without(missing: str) -> bool:
+    if dist.get_rank() != 1:
+        return SharedMemory.of(dist.group.WORLD) is None
+    error = {"side_effect": OSError("forbidden")} if missing == "memfd_create" else {"return_value": "another host"}
+    with patch(f"puna.parallel.shared_memory.os.{missing}", **error):
+        return SharedMemory.of(dist.group.WORLD) is None
+
+
+def test_a_rank_that_is_lost_is_an_error_for_those_that_wait(in_ranks):
+    first, lost, third = in_ranks(3, lose_one)
+    assert lost is None
+    assert "peer" in first
+    assert "peer" in third
+
+
+def lose_one() -> str:
+    memory = open_memory()
+    sums, whole = torch.empty(5000), torch.ones(15000)
+    memory.reduce_scatter(sums, whole)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        memory.reduce_scatter(sums, whole)
+    return str(caught.value)

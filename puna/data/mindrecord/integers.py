@@ -78,7 +78,7 @@ def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[
     """
     view = memoryview(data)
     fields = [_parts(view[start:stop]) for start, stop in places]
-    counts = np.array([field.count for field in fields], np.int64)
+    counts = np.array([field.length for field in fields], np.int64)
     codes = np.frombuffer(bytearray().join([field.codes for field in fields]), np.uint8)
     mixed = np.flatnonzero(codes != _ALL_OF_TWO)
     is_quick = len(mixed) * _CODES_A_MIXED_ONE < len(codes) and counts.all()
@@ -96,7 +96,7 @@ def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[
 
 
 class _Parts(NamedTuple):
-    count: int
+    length: int
     codes: memoryview
     content: memoryview
 

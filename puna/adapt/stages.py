@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import puna
+from puna.adapt.recipe import LONGEST_ROW
 from puna.checkpoint import load_config
 from puna.checkpoint.huggingface import open_weights
 from puna.config import Recipe, load_recipe
@@ -62,6 +63,7 @@ def prepare(at: Places, held_out: float) -> Outcome:
     options: dict[str, Any] = {"tokenizer": at.model, "held_out": held_out}
     if tokenizer.infilling is not None:
         options["fim_rate"] = FIM_RATE
+        options["fim_tokens"] = min(LONGEST_ROW, load_config(at.model).max_position_embeddings)
     info = puna.prepare("code", at.code, at.data, near_duplicates=True, **options)
     kept = info.get("held_out", {}).get("documents", 0)
     if not kept or not info["documents"]:

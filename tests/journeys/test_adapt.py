@@ -76,6 +76,7 @@ def test_what_is_scored_was_not_learned_not_even_as_a_near_copy(adapted: Path) -
     kept = puna.evaluate("completion", str(adapted / "model"), corpus=adapted / "data", cases=1, device="cpu")
     info = read_json(adapted / "data/dataset.json")
     assert kept["documents"] == info["held_out"]["documents"]
+    assert info["settings"]["options"]["fim_tokens"] == 2048  # the context of this model, which no row is longer than
     left_out = [json.loads(line) for line in (adapted / "data/left_out.jsonl").read_text().splitlines()]
     assert any("glob" in line["id"] for line in left_out)  # of glob.py and its near-copy, one stays
     assert info["documents"] + info["held_out"]["documents"] + len(left_out) == len(MODULES) + 1

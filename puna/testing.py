@@ -111,13 +111,21 @@ class ScriptedModel:
         self.batch_sizes: list[int] = []
         self._first = prompt_tokens - 1
 
-    def hidden(self, tokens: "Tensor", *, positions: "Tensor | None" = None, cache: Any = None) -> "Tensor":
-        """One hot at the next id: (B, T, V)."""
+    def hidden(
+        self,
+        tokens: "Tensor",
+        *,
+        positions: "Tensor | None" = None,
+        cache: Any = None,
+        wanted: "Tensor | None" = None,
+    ) -> "Tensor":
+        """One hot at the next id: (B, T, V), or (B, W, V) of wanted tokens."""
         import torch
 
         self.batch_sizes.append(len(tokens))
         if positions is None:
             positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        positions = positions if wanted is None else positions[:, wanted]
         turns = (positions - self._first).clamp(0, len(self.script) - 1)
         return torch.nn.functional.one_hot(torch.tensor(self.script)[turns], self.config.vocab_size).float()
 

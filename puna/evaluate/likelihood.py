@@ -33,7 +33,8 @@ def losses(model: Any, tokens: Sequence[int], first: int = 1) -> "Tensor":
 
     device = model.lm_head.weight.device
     with torch.inference_mode():
-        hidden = model.hidden(torch.tensor([tokens[:-1]], device=device))[0, first - 1 :]
+        wanted = torch.arange(first - 1, len(tokens) - 1, device=device)
+        hidden = model.hidden(torch.tensor([tokens[:-1]], device=device), wanted=wanted)[0]
         targets = torch.tensor(tokens[first:], device=device)
         return torch.cat(
             [

@@ -63,15 +63,25 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: Cache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """What the head multiplies: (B, T, D), normed. Arguments as for `forward`."""
+        """What the head multiplies, normed.
+
+        Args:
+            tokens, positions, documents, cache: as for `forward`.
+            wanted: (W,) places in every row of the tokens that are asked for; the others are spared the last layer's
+                MLP. None: all.
+
+        Returns:
+            (B, T, D), or (B, W, D).
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if cache is not None:
             if documents is not None:
                 raise ValueError("a cache holds one document a row; documents cannot be given with it")
             cache.make_room(positions)
-        return self.model(tokens, positions, documents, cache, self.compute_dtype)
+        return self.model(tokens, positions, documents, cache, self.compute_dtype, wanted)
 
 
 class Decoder(nn.Module):
@@ -91,13 +101,15 @@ class Decoder(nn.Module):
         documents: Documents | None,
         cache: Cache | None,
         dtype: torch.dtype | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids to (B, T, D)."""
+        """(B, T) ids to (B, T, D), or (B, W, D) of wanted tokens."""
         x = self.embed_tokens(tokens)
         x = x if dtype is None else x.to(dtype)
         rotation = rotary_tables(positions, self.config)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, positions, documents, None if cache is None else cache.layer(index))
+            of_layer = None if cache is None else cache.layer(index)
+            x = layer(x, rotation, positions, documents, of_layer, wanted if index == len(self.layers) - 1 else None)
         return self.norm(x)
 
 
@@ -118,9 +130,11 @@ class DecoderLayer(nn.Module):
         positions: Tensor,
         documents: Documents | None,
         cache: LayerCache | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """(B, T, D) to (B, T, D), or (B, W, D) of wanted tokens: the others give only keys and values."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, positions, documents, cache)
+        x = x if wanted is None else x[:, wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

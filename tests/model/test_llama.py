@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from puna.model.cache import KVCache
 from puna.model.config import ModelConfig, preset
 from puna.model.llama import Llama, RMSNorm, init_weights, rotary_tables, rotate
 from puna.testing import tiny_model
@@ -182,6 +183,18 @@ def test_grouped_heads_are_full_heads_whose_keys_are_shared() -> None:
     tokens = torch.tensor([[5, 9, 300, 2, 7]])
     with torch.inference_mode():
         torch.testing.assert_close(grouped(tokens), full(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_wanted_tokens_get_what_they_get_among_all(is_cached: bool) -> None:
+    model = tiny_model().double()
+    tokens = torch.randint(512, (2, 9), generator=torch.Generator().manual_seed(0))
+    caches = [KVCache(model.config, 2, 9, dtype=torch.float64) if is_cached else None for _ in range(2)]
+    wanted = torch.tensor([3, 8])
+    some = model.hidden(tokens, cache=caches[0], wanted=wanted)
+    torch.testing.assert_close(some, model.hidden(tokens, cache=caches[1])[:, wanted])
+    kept = [torch.stack([cache.keys, cache.values]) for cache in caches if cache is not None]
+    assert not kept or torch.equal(*kept)
 
 
 def test_a_tied_head_is_the_embedding_table() -> None:

@@ -54,6 +54,7 @@ class Runner:
             tp_size=1 if group is None else group.size(),
         )
         self._graphs = _graphs(model, self.cache, is_compiled=compile)
+        self._is_compiled = compile
 
     def compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
         """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on.
@@ -71,9 +72,6 @@ class Runner:
         self.cache.step = Step.of(chunks, self.cache)
         ids = torch.tensor([id for chunk in chunks for id in chunk.ids])
         positions = torch.tensor([place for chunk in chunks for place in range(chunk.start, chunk.stop)])
-        hidden = self._model.hidden(
-            ids.to(self._device)[None], positions=positions.to(self._device)[None], cache=self.cache
-        )[0]
         rows: list[int] = []
         parts: list[tuple[int, int]] = []  # of `rows`: where a chunk's begin, and how many they are
         end = 0
@@ -83,9 +81,17 @@ class Runner:
             end += size
             parts.append((len(rows), count))
             rows += range(end - count, end)
+        wanted = torch.tensor(rows or [0], device=self._device)
+        spares = len(wanted) < len(ids) and not self._is_compiled  # the last layer would be compiled once more
+        hidden = self._model.hidden(
+            ids.to(self._device)[None],
+            positions=positions.to(self._device)[None],
+            cache=self.cache,
+            wanted=wanted if spares else None,
+        )[0]
         if not rows:
             return [None] * len(chunks)
-        logits = Logits.of(self._model.lm_head(hidden[torch.tensor(rows, device=self._device)]), self._choices)
+        logits = Logits.of(self._model.lm_head(hidden if spares else hidden[wanted]), self._choices)
         return [logits.part(start, count) if count else None for start, count in parts]
 
 

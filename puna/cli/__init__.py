@@ -15,11 +15,10 @@ from typing import Annotated
 import typer
 
 from puna import __version__
-from puna.cli._words import Commands
 from puna.errors import PunaError, UsageError
 from puna.progress import complain, say
 
-app = Commands(
+app = typer.Typer(
     name="puna",
     help="Your team's own code model: prepare, train, export, generate, evaluate.",
     no_args_is_help=True,
@@ -74,7 +73,7 @@ def load_commands(name: str = "") -> typer.Typer:
     Returns:
         `app`.
     """
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     for module in [name] if name in names else names:
         importlib.import_module(f"puna.cli.{module}")
     return app

@@ -214,10 +214,11 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     Raises:
         PunaError: it cannot be loaded, or has no tokenizer.
     """
+    import torch
     import torch.distributed as dist
 
     from puna.checkpoint import load, resolve
-    from puna.devices import has_fast_bf16, pick_device
+    from puna.devices import device_name, has_fast_bf16, pick_device
     from puna.parallel.inference import Share
     from puna.parallel.mesh import rank_device
 
@@ -227,8 +228,10 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype
-    if dtype_in_use.itemsize == 2 and not has_fast_bf16(place):
-        say("this CPU has no units for 16-bit numbers; --dtype fp32 is many times faster, in twice the memory")
+    is_slow = dtype_in_use.itemsize == 2 if place.type == "cpu" else dtype_in_use == torch.bfloat16
+    if is_slow and not has_fast_bf16(place):
+        kind, faster = ("16-bit numbers", "fp32") if place.type == "cpu" else ("bf16", "fp16")
+        say(f"{device_name(place)} has no units for {kind}; --dtype {faster} is many times faster")
     return model, tokenizer
 
 

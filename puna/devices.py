@@ -172,7 +172,8 @@ def multiplies_fp8(device: "torch.device") -> bool:
     """Whether a device multiplies 8-bit floating-point numbers (e4m3) that are scaled by the row."""
     import torch
 
-    return takes_cuda_kernels(device.type) and torch.cuda.get_device_capability(device) >= (8, 9)
+    has_them = takes_cuda_kernels(device.type) and torch.version.hip is None  # AMD's e4m3 has other numbers
+    return has_them and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
@@ -225,15 +226,20 @@ def _free_host_bytes() -> int:
 
 
 def has_fast_bf16(device: "torch.device") -> bool:
-    """Whether bf16 products are faster than fp32 ones: on accelerators, and on CPUs with units for them.
+    """Whether bf16 products are faster than fp32 ones: on CPUs with units for them, and on accelerators.
 
-    A CPU without such units multiplies bf16 up to a hundred times slower than fp32.
+    A CPU without such units multiplies bf16 up to a hundred times slower than fp32. Of CUDA devices, those before
+    compute capability 8.0 (V100, T4) have none, and flash attention does not know them either.
     """
+    if takes_cuda_kernels(device.type):
+        import torch
+
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type != "cpu" or bool(cpu_bf16_units())
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep up to a gibibyte of what is freed, for this process to take again, where it is glibc.
+    """Lets the C library keep what is freed, for this process to take again, where it is glibc.
 
     It gives back whatever is larger than 32 MB, and a free end of its heap, at once. A training step on a CPU frees and
     takes a few hundred MB many times: fresh pages took a twentieth of the step of one process, and a third where two
@@ -243,7 +249,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_MMAP_MAX, 0)  # what lies outside of the heap, as pieces above 32 MB do, is given back once it is freed
 
 

@@ -13,6 +13,7 @@ import torch
 
 from puna import devices
 from puna.errors import UsageError
+from puna.model import attention
 from puna.parallel.mesh import rank_device
 
 CPU = torch.device("cpu")
@@ -170,7 +171,23 @@ def test_a_cpu_is_fast_at_bf16_only_with_units_for_it(cpu_info, field, flags, un
     cpu_info[field] = flags
     assert devices.cpu_bf16_units() == units
     assert devices.has_fast_bf16(CPU) is bool(units)
-    assert devices.has_fast_bf16(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("capability", "is_fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_cuda_device_is_fast_at_bf16_from_its_eighth_generation_on(monkeypatch, capability, is_fast):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.has_fast_bf16(torch.device("cuda", 0)) is is_fast
+    attention._varlen_attention.cache_clear()
+    assert (attention._varlen_attention("cuda", torch.bfloat16, False) is not None) is is_fast
+    attention._varlen_attention.cache_clear()
+    assert devices.has_fast_bf16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(("hip", "knows"), [(None, True), ("6.4", False)])
+def test_fp8_is_that_of_nvidia_and_not_that_of_amd(monkeypatch, hip, knows):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert devices.multiplies_fp8(torch.device("cuda", 0)) is knows
 
 
 def test_the_cpu_has_a_name(cpu_info):

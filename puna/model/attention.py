@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.devices import takes_cuda_kernels
+from puna.devices import has_fast_bf16, takes_cuda_kernels
 from puna.model import attention_kernel
 from puna.model.attention_in_blocks import Span, attend_in_blocks
 
@@ -188,6 +188,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
 def _varlen_attention(device: str, dtype: torch.dtype, is_grouped: bool) -> Callable[..., Any] | None:
     """Torch's flash attention over documents of any lengths, where it can serve; None elsewhere."""
     if not takes_cuda_kernels(device) or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if not has_fast_bf16(torch.device(device)):  # flash attention begins with the same devices
         return None
     from torch.nn.attention.varlen import varlen_attn
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from puna import devices
 from puna.checkpoint import is_hub_id, load_config, resolve
@@ -95,6 +96,7 @@ class _Run:
         self.recipe, self.config, self.claim, self.ranks, self.device = recipe, config, claim, ranks, device
         self.run_dir = run_dir = Path(recipe.run_dir)
         self.tokenizer = _check_data(recipe, self.config)
+        self.fingerprints = _verified(recipe)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
         valid = recipe.data.valid
@@ -267,11 +269,18 @@ class _Run:
             "skipped": self.skipped,
             "recipe": self.recipe.model_dump(mode="json"),
             "model_config": self.config.to_json(),
+            "data": self.fingerprints,
         }
         self.checkpoints.save(self.step, self._state(), meta)
 
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
+        for folder, fingerprint in meta.get("data", {}).items():
+            if self.fingerprints.get(folder) != fingerprint:
+                raise PunaError(
+                    f"{folder} holds other data than when {checkpoint} was saved; prepare it again as it was, or begin "
+                    f"a new run with the weights: puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
+                )
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
 
@@ -363,6 +372,19 @@ def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
     if source is not None:
         _check_tokenizer(source, first[0], first[1]["sha256"])
     return Path(first[0]) / "tokenizer"
+
+
+def _verified(recipe: Recipe) -> dict[str, str]:
+    """What tells the data apart that is learned from, by folder; the ranks share out the reading of all of it.
+
+    Raises:
+        PunaError: a shard is damaged.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    datasets = {folder: Dataset.open(folder) for folder in recipe.data.weights}
+    for dataset in datasets.values():
+        dataset.verify(rank=rank, size=world_size())
+    return {folder: dataset.fingerprint for folder, dataset in datasets.items()}
 
 
 def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:

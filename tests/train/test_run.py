@@ -34,6 +34,7 @@ from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.metrics import read_metrics
 from puna.train.step import StepResult
+from tests.train.conftest import write_random_folder
 
 Make = Callable[..., dict[str, Any]]
 
@@ -173,6 +174,26 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Pa
     newest = newest_checkpoint(run_dir)
     assert newest is not None
     assert newest.name.endswith(f"{len(read_metrics(run_dir)):08d}")
+
+
+def test_data_that_was_made_anew_meanwhile_is_told(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = recipe(data={"train": str(write_random_folder(tmp_path / "data", seed=1))}, steps=2)
+    puna.train(content)
+    puna.train({**content, "steps": 3})
+    write_random_folder(tmp_path / "data", seed=2)
+    with pytest.raises(PunaError, match=r"data holds other data than when .*step-00000003 was saved"):
+        puna.train({**content, "steps": 4})
+
+
+def test_damaged_data_is_not_learned_from(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shard = write_random_folder(tmp_path / "data", seed=1) / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(PunaError, match=r"shard-00000\.arrow is damaged"):
+        puna.train(recipe(data={"train": str(tmp_path / "data")}))
 
 
 def test_what_rows_lose_of_long_dialogs_is_said(

@@ -9,6 +9,7 @@ from typing import Any, Self, TextIO
 
 from puna.errors import PunaError
 from puna.files import file_aside
+from puna.progress import say
 
 FILE = "metrics.jsonl"
 
@@ -55,12 +56,17 @@ class Metrics:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The numbers of every step so far; a last line that a kill cut off is left out."""
+    """The numbers of every step so far; a last line that a kill cut off is left out, and what a crash spoiled."""
     path = run_dir / FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            read.append(json.loads(line))
+        except ValueError:  # steps are not synced to the disk; checkpoints are
+            say(f"{path}: line {number} is not JSON, and is left out")
+    return read
 
 
 def _summary_writer(folder: Path, step: int):

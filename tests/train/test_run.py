@@ -411,6 +411,19 @@ def test_two_processes_cannot_train_in_one_folder(recipe: Make) -> None:
         puna.train(content)
 
 
+def test_numbers_that_a_crash_spoiled_do_not_keep_a_run_from_continuing(
+    recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(steps=3)
+    file = Path(content["run_dir"]) / "metrics.jsonl"
+    puna.train(content)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + b"\0" * 40 + b"\xff\n" + lines[2])
+    puna.train({**content, "steps": 4})
+    assert f"{file}: line 2 is not JSON" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(file.parent)] == [1, 3, 4]
+
+
 def test_tensorboard_events_are_written_when_asked_for(recipe: Make) -> None:
     pytest.importorskip("tensorboard")
     result = puna.train(recipe(log={"tensorboard": True}))

@@ -63,7 +63,17 @@ def test_an_option_of_another_kind_is_refused():
         corpora.checked_options("wikitext", {"held_out": 0.1})
 
 
-@pytest.mark.parametrize(("name", "value"), [("held_out", 1.5), ("fim_rate", -0.1), ("fim_rate", "0.9"), ("seed", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("held_out", 1.5),
+        ("fim_rate", -0.1),
+        ("fim_rate", "0.9"),
+        ("seed", 1.0),
+        ("fim_tokens", 1),
+        ("max_file_bytes", 0),
+    ],
+)
 def test_a_wrong_value_names_its_option(name, value):
     with pytest.raises(UsageError, match=name):
         corpora.checked_options("code", {name: value})

@@ -30,12 +30,14 @@ class Option:
         type: of its value.
         default: where it is not given; None where something sensible is found out.
         help: one line.
+        least: of a whole number; None: any.
     """
 
     name: str
     type: type
     default: Any
     help: str
+    least: int | None = None
 
 
 class Corpus(Protocol):
@@ -56,9 +58,7 @@ SEED = Option("seed", int, 0, "Of the infilling cuts.")
 FIM = Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9.")
 FIM_RATE = Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0.")
 SPM_RATE = Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first.")
-FIM_TOKENS = Option(
-    "fim_tokens", int, 4096, "Longer documents are not cut: in rows of so many, they have no gap whole."
-)
+FIM_TOKENS = Option("fim_tokens", int, 4096, "Longer documents are not cut; give the tokens of a row in training.", 2)
 HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; by hash of the id.")
 NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch).")
 
@@ -103,6 +103,8 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name} must be {option.type.__name__}, not {value!r}")
         if option.type is float and value is not None and not 0 <= value <= 1:
             raise UsageError(f"{name} is a share, between 0 and 1, not {value!r}")
+        if option.least is not None and value < option.least:
+            raise UsageError(f"{name} is {value}; it must be {option.least} or more")
     if values.pop("fim", False) and values["fim_rate"] is None:
         values["fim_rate"] = CODE_LLAMA_FIM_RATE
     return {name: 0.0 if name == "fim_rate" and value is None else value for name, value in values.items()}

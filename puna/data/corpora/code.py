@@ -18,7 +18,7 @@ from puna.errors import UsageError
 HELP = "Folders of code; a file is a document."
 OPTIONS = (
     Option("languages", str, None, "Only these, e.g. python,c,rust; all known ones if not given."),
-    Option("max_file_bytes", int, 1_000_000, "Larger files are left out."),
+    Option("max_file_bytes", int, 1_000_000, "Larger files are left out.", 1),
     *TEXT_OPTIONS,
 )
 DISTINCT = True

@@ -1,5 +1,5 @@
 /* What a decoding step of a bf16 model does on x86 CPUs with AVX-512 BF16: products of few rows, and the small
-   operations between products, each in one pass.
+   operations between products, each in one pass. All threads call a function together (calls.c).
 
    The weight of a product lies as oneDNN packs it: tiles of 64 outputs, in each the inputs by two,
 
@@ -12,47 +12,27 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { TILE = 64, INPUTS = 32, LANES = 16, VECTORS = TILE / LANES, TOGETHER = 6, MOST_ROWS = 32, PAIRS = 64 };
-enum { ALONE = 1 << 14, NEAR = 64 };
+#include "bf16.h"
 
-static inline float widened(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+enum { TILE = 64, INPUTS = 32, VECTORS = TILE / LANES, TOGETHER = 6, MOST_ROWS = 32, PAIRS = 64, NEAR = 64 };
 
-static inline uint16_t rounded(float x) { /* the even one of two that are equally near; no number stays none */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x != x ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
+/* Of n numbers that are left, those that a vector holds. */
+static inline __mmask16 first(long n) { return n < LANES ? (1u << (n > 0 ? n : 0)) - 1 : 0xFFFF; }
 
-static inline float exponential(float x) { /* e^x, as one polynomial that the compiler can apply to many at once */
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
-    float power = rintf(x * 1.44269504f);
-    float rest = x - power * 0.693359375f + power * 2.12194440e-4f;
-    float value = 1.9875691e-4f;
-    value = value * rest + 1.3981999e-3f;
-    value = value * rest + 8.3334519e-3f;
-    value = value * rest + 4.1665795e-2f;
-    value = value * rest + 1.6666665e-1f;
-    value = value * rest + 5.0000001e-1f;
-    value = value * rest * rest + rest + 1;
-    uint32_t bits = (uint32_t)((int32_t)power + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return value * scale;
-}
+static inline __m512 in_fp32(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-static inline __m512bh both(const uint16_t *pair) { /* for every output the same */
+static inline __m512 load(const bf16 *x, long n) { return in_fp32(_mm256_maskz_loadu_epi16(first(n), x)); }
+
+static inline void store(bf16 *x, __m512 values, long n) { _mm256_mask_storeu_epi16(x, first(n), rounded(values)); }
+
+static inline __m512bh both(const bf16 *pair) { /* for every output the same */
     int32_t together;
     memcpy(&together, pair, 4);
     return (__m512bh)_mm512_set1_epi32(together);
 }
 
 /* Adds the products of some inputs to the sums of n rows. Inlined for each n: what a row has stays in registers. */
-static inline __attribute__((always_inline)) void add_products(const uint16_t *weight, const uint16_t *x, long width,
+static inline __attribute__((always_inline)) void add_products(const bf16 *weight, const bf16 *x, long width,
                                                                long pairs, const int n, float *sums) {
     __m512 sum[TOGETHER][VECTORS];
     for (int r = 0; r < n; r++)
@@ -73,22 +53,22 @@ static inline __attribute__((always_inline)) void add_products(const uint16_t *w
 }
 
 /* x (rows, width) to out (rows, n_out); width is even, rows are at most MOST_ROWS, bias (n_out) may be missing. */
-void product(const uint16_t *weight, const uint16_t *bias, const uint16_t *x, uint16_t *out, long rows, long width,
-             long n_out, int threads) {
+void product(const bf16 *weight, const bf16 *bias, const bf16 *x, bf16 *out, long rows, long width, long n_out) {
     long padded = (width + INPUTS - 1) / INPUTS * INPUTS;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp for schedule(static)
     for (long begin = 0; begin < n_out; begin += TILE) {
         long n = n_out - begin < TILE ? n_out - begin : TILE;
         float sums[MOST_ROWS * TILE];
         memset(sums, 0, rows * TILE * sizeof *sums);
         for (long row = 0; bias && row < rows; row++)
-            for (long o = 0; o < n; o++) sums[row * TILE + o] = widened(bias[begin + o]);
+            for (long o = 0; o < n; o += LANES)
+                _mm512_storeu_ps(sums + row * TILE + o, load(bias + begin + o, n - o));
         long step = rows > TOGETHER ? 2 * PAIRS : width; /* a part of the tile that stays near for all rows */
         for (long i = 0; i < width; i += step) {
-            const uint16_t *part = weight + begin * padded + i * TILE;
+            const bf16 *part = weight + begin * padded + i * TILE;
             long pairs = (i + step < width ? step : width - i) / 2;
             for (long row = 0; row < rows; row += TOGETHER) {
-                const uint16_t *of_rows = x + row * width + i;
+                const bf16 *of_rows = x + row * width + i;
                 float *sums_of_rows = sums + row * TILE;
                 switch (rows - row) {
                     case 1: add_products(part, of_rows, width, pairs, 1, sums_of_rows); break;
@@ -101,59 +81,102 @@ void product(const uint16_t *weight, const uint16_t *bias, const uint16_t *x, ui
             }
         }
         for (long row = 0; row < rows; row++)
-            for (long o = 0; o < n; o++) out[row * n_out + begin + o] = rounded(sums[row * TILE + o]);
+            for (long o = 0; o < n; o += LANES)
+                store(out + row * n_out + begin + o, _mm512_loadu_ps(sums + row * TILE + o), n - o);
     }
 }
 
 /* x (rows, width) / its root mean square, rounded, times weight (width). */
-void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, long rows, long width, float eps,
-              int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > ALONE)
+void rms_norm(const bf16 *x, const bf16 *weight, const float *eps, bf16 *out, long rows, long width) {
+#pragma omp for schedule(static)
     for (long row = 0; row < rows; row++) {
-        const uint16_t *of_row = x + row * width;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < width; i++) sum += widened(of_row[i]) * widened(of_row[i]);
-        float scale = 1 / sqrtf(sum / width + eps);
-        for (long i = 0; i < width; i++)
-            out[row * width + i] = rounded(widened(rounded(widened(of_row[i]) * scale)) * widened(weight[i]));
+        const bf16 *of_row = x + row * width;
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += LANES) {
+            __m512 values = load(of_row + i, width - i);
+            squares = _mm512_fmadd_ps(values, values, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + *eps));
+        for (long i = 0; i < width; i += LANES) {
+            __m512 normed = in_fp32(rounded(_mm512_mul_ps(load(of_row + i, width - i), scale)));
+            store(out + row * width + i, _mm512_mul_ps(normed, load(weight + i, width - i)), width - i);
+        }
     }
 }
 
-/* x (tokens, heads, width) in place: its pairs (i, i + width / 2) turned by cos and sin (tokens, width), fp32. */
-void rotate(uint16_t *x, const float *cos, const float *sin, long tokens, long heads, long width, int threads) {
+/* x (tokens, heads, width) in place: its pairs (i, i + width / 2) turned by tables (tokens, width). */
+void rotate(bf16 *x, const float *cosines, const float *sines, long tokens, long heads, long width) {
     long half = width / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * width > ALONE)
-    for (long token = 0; token < tokens; token++)
-        for (long head = 0; head < heads; head++) {
-            uint16_t *first = x + (token * heads + head) * width, *second = first + half;
-            const float *c = cos + token * width, *s = sin + token * width;
-#pragma omp simd
-            for (long i = 0; i < half; i++) {
-                float a = widened(first[i]), b = widened(second[i]);
-                first[i] = rounded(a * c[i] - b * s[i]);
-                second[i] = rounded(b * c[i + half] + a * s[i + half]);
-            }
+#pragma omp for schedule(static)
+    for (long head = 0; head < tokens * heads; head++) {
+        bf16 *lower = x + head * width, *upper = lower + half;
+        const float *c = cosines + head / heads * width, *s = sines + head / heads * width;
+        for (long i = 0; i < half; i += LANES) {
+            __mmask16 left = first(half - i);
+            __m512 a = load(lower + i, half - i), b = load(upper + i, half - i);
+            __m512 a_cos = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(left, c + i));
+            __m512 b_sin = _mm512_mul_ps(b, _mm512_maskz_loadu_ps(left, s + i));
+            __m512 b_cos = _mm512_mul_ps(b, _mm512_maskz_loadu_ps(left, c + half + i));
+            __m512 a_sin = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(left, s + half + i));
+            store(lower + i, _mm512_sub_ps(a_cos, b_sin), half - i);
+            store(upper + i, _mm512_add_ps(b_cos, a_sin), half - i);
         }
+    }
 }
 
 /* silu(gate), rounded, times up, into gate. */
-void swiglu(uint16_t *gate, const uint16_t *up, long count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (count > ALONE)
-    for (long i = 0; i < count; i++) {
-        float x = widened(gate[i]);
-        gate[i] = rounded(widened(rounded(x / (1 + exponential(-x)))) * widened(up[i]));
+void swiglu(bf16 *gate, const bf16 *up, long count) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < count; i += LANES) {
+        __m512 x = load(gate + i, count - i), one = _mm512_set1_ps(1);
+        __m512 divisor = _mm512_add_ps(one, exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E))));
+        __m512 silu = in_fp32(rounded(_mm512_div_ps(x, divisor)));
+        store(gate + i, _mm512_mul_ps(silu, load(up + i, count - i)), count - i);
+    }
+}
+
+void add(const bf16 *x, const bf16 *y, bf16 *out, long count) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < count; i += LANES)
+        store(out + i, _mm512_add_ps(load(x + i, count - i), load(y + i, count - i)), count - i);
+}
+
+/* Rows of x (n, width) that places (rows) name, to out; one that is not there is no number. */
+void take_rows(const bf16 *x, const int64_t *places, bf16 *out, long n, long rows, long width) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        long place = places[row], size = width * sizeof *x;
+        if (0 <= place && place < n) memcpy(out + row * width, x + place * width, size);
+        else memset(out + row * width, 0xFF, size);
+    }
+}
+
+/* Rows of x (rows, width) to where places (rows) say, in out. */
+void put_rows(const bf16 *x, const int64_t *places, bf16 *out, long rows, long width) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row++) memcpy(out + places[row] * width, x + row * width, width * sizeof *x);
+}
+
+/* Cosines and sines (tokens, 2 * half) of positions (tokens) times frequencies (half), and again. */
+void rotary_tables(const int64_t *positions, const double *frequencies, float *cosines, float *sines, long tokens,
+                   long half) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < tokens * half; i++) {
+        double angle = positions[i / half] * frequencies[i % half];
+        long place = i + i / half * half;
+        cosines[place] = cosines[place + half] = cos(angle);
+        sines[place] = sines[place + half] = sin(angle);
     }
 }
 
 /* Keys or values of a layer: blocks of `size` tokens, in each token its heads. */
 typedef struct {
-    const uint16_t *keys, *values;
+    const bf16 *keys, *values;
     long size, heads, width;
 } Pool;
 
 /* q (width) times each of 16 keys. Four times, sums of two vectors become one vector of both's. */
-static inline __m512 scores_of_16(const uint16_t *q, const uint16_t **keys, long width) {
+static inline __m512 scores_of_16(const bf16 *q, const bf16 **keys, long width) {
     __m512 sum[16];
 #pragma GCC unroll 16
     for (int t = 0; t < 16; t++) sum[t] = _mm512_setzero_ps();
@@ -180,18 +203,18 @@ static inline __m512 scores_of_16(const uint16_t *q, const uint16_t **keys, long
 }
 
 /* Lays values (count, width) by two tokens, so that products sum over both: pair of tokens, channel, token. */
-static inline void pair_tokens(const uint16_t **values, long count, long width, uint16_t *pairs) {
+static inline void pair_tokens(const bf16 **values, long count, long width, bf16 *pairs) {
     for (long t = 0; t < count; t += 2)
         for (long i = 0; i < width; i += LANES) {
-            __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values[t] + i)));
-            __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values[t + 1] + i)));
-            _mm512_storeu_si512(pairs + t * width + 2 * i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+            __m256i a = _mm256_loadu_si256((const void *)(values[t] + i));
+            __m256i b = _mm256_loadu_si256((const void *)(values[t + 1] + i));
+            _mm512_storeu_si512(pairs + t * width + 2 * i, paired(a, b));
         }
 }
 
 /* out (n vectors) = out * factor + weights (count) x pairs, for some of the channels. */
-static inline __attribute__((always_inline)) void add_values(float *out, float factor, const uint16_t *weights,
-                                                             const uint16_t *pairs, long count, long width,
+static inline __attribute__((always_inline)) void add_values(float *out, float factor, const bf16 *weights,
+                                                             const bf16 *pairs, long count, long width,
                                                              const int n) {
     __m512 sum[VECTORS];
     for (int v = 0; v < n; v++) sum[v] = _mm512_mul_ps(_mm512_loadu_ps(out + v * LANES), _mm512_set1_ps(factor));
@@ -203,12 +226,12 @@ static inline __attribute__((always_inline)) void add_values(float *out, float f
 }
 
 /* The queries q (groups, width) that share a head of the pool meet it in parts of so many tokens as stay near. */
-static void attend_head(const uint16_t *q, Pool pool, long head, const int32_t *table, long length, long groups,
-                        uint16_t *out) {
+static void attend_head(const bf16 *q, Pool pool, long head, const int32_t *table, long length, long groups,
+                        bf16 *out) {
     long width = pool.width;
-    float greatest[groups], total[groups], sums[groups * width], scores[NEAR], scale = 1 / sqrtf(width);
-    uint16_t weights[NEAR], pairs[NEAR * width];
-    const uint16_t *keys[NEAR], *values[NEAR];
+    float greatest[groups], total[groups], sums[groups * width], scale = LOG2E / sqrtf(width);
+    bf16 weights[NEAR], pairs[NEAR * width];
+    const bf16 *keys[NEAR], *values[NEAR];
     memset(sums, 0, sizeof sums);
     for (long g = 0; g < groups; g++) greatest[g] = -INFINITY, total[g] = 0;
     for (long begin = 0; begin < length; begin += NEAR) {
@@ -221,19 +244,19 @@ static void attend_head(const uint16_t *q, Pool pool, long head, const int32_t *
         }
         pair_tokens(values, padded, width, pairs);
         for (long g = 0; g < groups; g++) {
-            for (long t = 0; t < padded; t += 16)
-                _mm512_storeu_ps(scores + t, scores_of_16(q + g * width, keys + t, width));
-            float most = greatest[g], sum = 0;
-#pragma omp simd reduction(max : most)
-            for (long t = 0; t < count; t++) most = scores[t] * scale > most ? scores[t] * scale : most;
-            for (long t = count; t < padded; t++) scores[t] = -INFINITY;
-#pragma omp simd reduction(+ : sum)
-            for (long t = 0; t < padded; t++) {
-                float weight = scores[t] == -INFINITY ? 0 : exponential(scores[t] * scale - most);
-                sum += weight;
-                weights[t] = rounded(weight);
+            __m512 scores[NEAR / LANES], most = _mm512_set1_ps(greatest[g]), sum = _mm512_setzero_ps();
+            for (long t = 0; t < padded; t += LANES) {
+                __m512 of_16 = _mm512_mul_ps(scores_of_16(q + g * width, keys + t, width), _mm512_set1_ps(scale));
+                of_16 = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first(count - t), of_16);
+                most = _mm512_max_ps(of_16, most); /* the second where one is not a number */
+                scores[t / LANES] = of_16;
             }
-            float before = begin ? exponential(greatest[g] - most) : 0;
+            float now = _mm512_reduce_max_ps(most), before = exp2f(greatest[g] - now);
+            for (long t = 0; t < padded; t += LANES) {
+                __m512 weight = exp2_of(_mm512_sub_ps(scores[t / LANES], _mm512_set1_ps(now)));
+                sum = _mm512_add_ps(sum, weight);
+                store(weights + t, weight, LANES);
+            }
             for (long i = 0; i < width; i += TILE) {
                 float *of_group = sums + g * width + i;
                 if (width - i >= TILE)
@@ -241,22 +264,24 @@ static void attend_head(const uint16_t *q, Pool pool, long head, const int32_t *
                 else
                     add_values(of_group, before, weights, pairs + 2 * i, padded, width, VECTORS / 2);
             }
-            total[g] = total[g] * before + sum;
-            greatest[g] = most;
+            total[g] = total[g] * before + _mm512_reduce_add_ps(sum);
+            greatest[g] = now;
         }
     }
     for (long g = 0; g < groups; g++)
-        for (long i = 0; i < width; i++) out[g * width + i] = rounded(length ? sums[g * width + i] / total[g] : 0);
+        for (long i = 0; i < width; i += LANES) {
+            __m512 mean = _mm512_div_ps(_mm512_loadu_ps(sums + g * width + i), _mm512_set1_ps(length ? total[g] : 1));
+            store(out + g * width + i, mean, LANES);
+        }
 }
 
 /* q (n, heads, width), one query of each sequence, to all that tables (n, most_blocks) and lengths (n) say it has;
    width is a multiple of 32. */
-void attend_paged(const uint16_t *q, const uint16_t *keys, const uint16_t *values, const int32_t *tables,
-                  const int32_t *lengths, uint16_t *out, long n, long heads, long width, long kv_heads, long size,
-                  long most_blocks, int threads) {
+void attend_paged(const bf16 *q, const bf16 *keys, const bf16 *values, const int32_t *tables, const int32_t *lengths,
+                  bf16 *out, long n, long heads, long width, long kv_heads, long size, long most_blocks) {
     Pool pool = {keys, values, size, kv_heads, width};
     long groups = heads / kv_heads;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+#pragma omp for collapse(2) schedule(dynamic)
     for (long row = 0; row < n; row++)
         for (long head = 0; head < kv_heads; head++) {
             long place = (row * heads + head * groups) * width;

@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rotary_tables = config, rotary_tables
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         """(B, T) ids to (B, T, D), or (B, W, D) of wanted tokens."""
         x = self.embed_tokens(tokens)
         x = x if dtype is None else x.to(dtype)
-        rotation = rotary_tables(positions, self.config)
+        rotation = self.rotary_tables(positions, self.config)
         for index, layer in enumerate(self.layers):
             of_layer = None if cache is None else cache.layer(index)
             x = layer(x, rotation, positions, documents, of_layer, wanted if index == len(self.layers) - 1 else None)
@@ -118,6 +118,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.add = torch.add
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -133,9 +134,9 @@ class DecoderLayer(nn.Module):
         wanted: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D), or (B, W, D) of wanted tokens: the others give only keys and values."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, positions, documents, cache)
+        x = self.add(x, self.self_attn(self.input_layernorm(x), rotation, positions, documents, cache))
         x = x if wanted is None else x[:, wanted]
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.add(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class Attention(nn.Module):

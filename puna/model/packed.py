@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.devices import has_fast_bf16
+from puna.model.config import ModelConfig
 from puna.model.layer_kernel import INPUTS, MOST_ROWS, TILE, Kernel, kernel
-from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm, gated, rotate
+from puna.model.llama import DecoderLayer, Embedding, Linear, Llama, RMSNorm, gated, rotary_frequencies, rotate
 
 
 class PackedLinear(Linear):
@@ -59,12 +60,30 @@ class FusedNorm(RMSNorm):
     def __init__(self, norm: RMSNorm, kernel: Kernel) -> None:
         nn.Module.__init__(self)
         self.weight, self.eps, self._kernel = norm.weight, norm.eps, kernel
+        self._eps = torch.tensor(norm.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         if x.dtype != torch.bfloat16:
             return super().forward(x)
-        return self._kernel.rms_norm(x.contiguous(), self.weight, self.eps)
+        return self._kernel.rms_norm(x.contiguous(), self.weight, self._eps)
+
+
+class FusedEmbedding(Embedding):
+    """A table of token vectors that a kernel reads; `Embedding` over the same weight is its reference.
+
+    Args:
+        table: whose weight, in bf16, is taken over.
+        kernel: copies its rows.
+    """
+
+    def __init__(self, table: Embedding, kernel: Kernel) -> None:
+        nn.Module.__init__(self)
+        self.weight, self._kernel = table.weight, kernel
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) ids to (..., D)."""
+        return self._kernel.take_rows(self.weight, ids.long().contiguous())
 
 
 def pack_layers(model: Llama) -> None:
@@ -72,9 +91,24 @@ def pack_layers(model: Llama) -> None:
     _replace(model, Linear, lambda linear: PackedLinear(linear) if _gains(linear.weight) else linear)
     if _gains(model.model.norm.weight) and (found := kernel()) is not None:
         _replace(model, RMSNorm, lambda norm: FusedNorm(norm, found))
+        _replace(model, Embedding, lambda table: FusedEmbedding(table, found) if _gains(table.weight) else table)
+        model.model.rotary_tables = partial(_rotary_tables, found, rotary_frequencies(model.config))
         for layer in model.modules():
             if isinstance(layer, DecoderLayer):
-                layer.self_attn.rotate, layer.mlp.gated = partial(_rotate, found), partial(_gated, found)
+                layer.add, layer.self_attn.rotate = partial(_add, found), partial(_rotate, found)
+                layer.mlp.gated = partial(_gated, found)
+
+
+def _rotary_tables(
+    kernel: Kernel, frequencies: Tensor, positions: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """As `rotary_tables`, with the config's frequencies."""
+    return kernel.rotary_tables(positions.long().contiguous(), frequencies)
+
+
+def _add(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+    """As `torch.add`."""
+    return kernel.add(x, y) if x.dtype == y.dtype == torch.bfloat16 else x + y
 
 
 def _rotate(kernel: Kernel, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,7 +13,6 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { LANES = 16, VECTORS = 2, TILE = VECTORS * LANES, VECTOR = 4 * LANES, INPUTS = 8, HEADER = 4 * TILE, };
@@ -144,32 +143,25 @@ static inline __attribute__((always_inline)) void multiply(Weight w, Rows rows, 
         }
 }
 
-/* x (rows, width) bf16 to out (rows, n_out) bf16; whether there was memory for it. */
-int product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, long n_rows, long width, long n_out, long group,
-            int bits, int threads) {
+/* x (rows, width) bf16 to out (rows, n_out) bf16; `sums` is room for 2 * width + 8 * (width / group) + 4 bytes a row. */
+void product(const uint8_t *blocks, const uint16_t *x, uint16_t *out, int32_t *sums, long n_rows, long width,
+             long n_out, long group, int bits) {
     Weight w = {blocks, width, group, n_out};
-    int32_t *sums = malloc(n_rows * (2 * width + 8 * (width / group) + 4));
-    if (!sums) return 0;
     float *units = (float *)(sums + 2 * n_rows * (width / group));
     Rows rows = {(int8_t *)(units + n_rows), sums, units};
-#pragma omp parallel num_threads(threads)
-    {
 #pragma omp for schedule(static)
-        for (long row = 0; row < n_rows; row++) find_digits(x + row * width, row, width, group, rows);
+    for (long row = 0; row < n_rows; row++) find_digits(x + row * width, row, width, group, rows);
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < (n_out + TILE - 1) / TILE; tile++)
-            for (long row = 0; row < n_rows; row += MOST_ROWS) {
-                long left = n_rows - row;
-                switch (10 * bits + (left < MOST_ROWS ? left : MOST_ROWS)) {
+    for (long tile = 0; tile < (n_out + TILE - 1) / TILE; tile++)
+        for (long row = 0; row < n_rows; row += MOST_ROWS) {
+            long left = n_rows - row;
+            switch (10 * bits + (left < MOST_ROWS ? left : MOST_ROWS)) {
 #define CASE(bits, n) case 10 * bits + n: multiply(w, rows, row, n, bits, tile, out); break;
-                    CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4)
-                    CASE(8, 1) CASE(8, 2) CASE(8, 3) CASE(8, 4)
+                CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4)
+                CASE(8, 1) CASE(8, 2) CASE(8, 3) CASE(8, 4)
 #undef CASE
-                }
             }
-    }
-    free(sums);
-    return 1;
+        }
 }
 
 /* Some inputs of 16 outputs, dequantised, to rows that are `stride` apart. */
@@ -186,9 +178,9 @@ static inline __attribute__((always_inline)) void widen(const uint8_t *codes, co
 }
 
 /* The transposed weight, out (width, tiles * TILE) bf16. */
-void dequantize(const uint8_t *blocks, uint16_t *out, long width, long tiles, long group, int bits, int threads) {
+void dequantize(const uint8_t *blocks, uint16_t *out, long width, long tiles, long group, int bits) {
     const long stride = tiles * TILE, block = HEADER + TILE * group * bits / 8;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp for schedule(static)
     for (long begin = 0; begin < width; begin += CHUNK)
         for (long tile = 0; tile < tiles; tile++) {
             const uint8_t *at = blocks + (tile * (width / group) + begin / group) * block;

@@ -2,7 +2,6 @@
 VNNI. Elsewhere, and without a C compiler, layers multiply with torch's own products.
 """
 
-import ctypes
 import functools
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import has_int8_units
-from puna.native import build
+from puna.model.calls import Library, library
 
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
@@ -31,27 +30,23 @@ TILES_AT_ONCE = 16
 class Kernel:
     """The functions of the library. Blocks are what `in_blocks` makes of a weight."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._product, self._dequantize = library.product, library.dequantize
-        pointer, number = ctypes.c_void_p, ctypes.c_long
-        self._product.argtypes = [*[pointer] * 3, *[number] * 4, ctypes.c_int, ctypes.c_int]
-        self._dequantize.argtypes = [*[pointer] * 2, *[number] * 3, ctypes.c_int, ctypes.c_int]
-        self._dequantize.restype = None
+    def __init__(self, library: Library) -> None:
+        self._product, self._dequantize = library["product"], library["dequantize"]
 
     def product(self, x: Tensor, blocks: Tensor, n_out: int) -> Tensor:
         """(..., in) bf16, contiguous, to (..., out) bf16."""
         width = x.shape[-1]
-        rows, out = x.numel() // width, x.new_empty(*x.shape[:-1], n_out)
-        places = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
-        if not self._product(*places, rows, width, n_out, *_form(blocks, width), torch.get_num_threads()):
-            raise MemoryError(f"no memory for the digits of {rows} rows")
+        rows, (group, bits) = x.numel() // width, _form(blocks, width)
+        out = x.new_empty(*x.shape[:-1], n_out)
+        digits = x.new_empty(rows * (2 * width + 8 * (width // group) + 4), dtype=torch.uint8)
+        places = blocks.data_ptr(), x.data_ptr(), out.data_ptr(), digits.data_ptr()
+        self._product(*places, rows, width, n_out, group, bits)
         return out
 
     def transposed_weight(self, blocks: Tensor, width: int) -> Tensor:
         """The weight that blocks of rows of this width hold, (in, tiles * 32) bf16."""
         out = torch.empty(width, len(blocks) * TILE, dtype=torch.bfloat16)
-        places = blocks.data_ptr(), out.data_ptr()
-        self._dequantize(*places, width, len(blocks), *_form(blocks, width), torch.get_num_threads())
+        self._dequantize(blocks.data_ptr(), out.data_ptr(), width, len(blocks), *_form(blocks, width))
         return out
 
 
@@ -91,8 +86,8 @@ def product(x: Tensor, blocks: Tensor, n_out: int) -> Tensor:
 @functools.cache
 def kernel() -> Kernel | None:
     """The kernel; None: this machine has no use for it, or nothing to make it with."""
-    library = build(SOURCE, FLAGS) if has_int8_units() else None
-    return None if library is None else Kernel(library)
+    found = library(SOURCE, FLAGS) if has_int8_units() else None
+    return None if found is None else Kernel(found)
 
 
 def _form(blocks: Tensor, width: int) -> tuple[int, int]:

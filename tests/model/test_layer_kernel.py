@@ -1,5 +1,7 @@
 """The kernel of layers in bf16: each operation against the network's plain one, to the last bit where sums allow."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from puna.model.config import preset
 from puna.model.layer_kernel import MOST_ROWS, TILE, kernel
-from puna.model.llama import Linear, RMSNorm, rotary_tables, rotate
+from puna.model.llama import Linear, RMSNorm, rotary_frequencies, rotary_tables, rotate
 from puna.model.packed import PackedLinear, _gains, in_tile
 
 needs_kernel = pytest.mark.skipif(kernel() is None, reason="no AVX-512 BF16, or no C compiler")
@@ -69,7 +71,7 @@ def test_norms_are_the_networks(shape: tuple[int, ...]) -> None:
     norm = RMSNorm(shape[-1], 1e-5).bfloat16()
     norm.weight.copy_(random(shape[-1]))
     x = random(*shape, scale=3.0)
-    found, expected = kernel().rms_norm(x, norm.weight, norm.eps), norm(x)
+    found, expected = kernel().rms_norm(x, norm.weight, torch.tensor(norm.eps)), norm(x)
     assert (found == expected).float().mean() > 0.99  # sums in another order now and then round another way
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
 
@@ -93,3 +95,37 @@ def test_gates_are_the_networks(count: int) -> None:
     found, expected = kernel().swiglu_(gate.clone(), up), F.silu(gate) * up
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-30)
     assert (found == expected).float().mean() > 0.99
+
+
+@needs_kernel
+@pytest.mark.parametrize("count", [1, 1000, 50_000])
+def test_sums_are_torchs(count: int) -> None:
+    x, y = random(count), random(count, scale=30.0)
+    y[0] = torch.nan
+    torch.testing.assert_close(kernel().add(x, y), x + y, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
+def test_rotary_tables_are_the_networks(scaling: dict[str, object] | None) -> None:
+    config = replace(preset("tiny-64"), rope_scaling=scaling)
+    positions = torch.arange(100).view(2, 50) * 1777
+    found = kernel().rotary_tables(positions, rotary_frequencies(config))
+    for table, expected in zip(found, rotary_tables(positions, config), strict=True):
+        torch.testing.assert_close(table, expected, rtol=2**-23, atol=1e-9)
+
+
+@needs_kernel
+def test_rows_are_taken_and_put_where_places_say() -> None:
+    x, places = random(9, 70), torch.tensor([[3, 0], [8, 3]])
+    assert torch.equal(kernel().take_rows(x, places), x[places])
+    out, expected = random(20, 70), random(20, 70)
+    kernel().put_rows(x, torch.arange(18, 0, -2), out)
+    expected[torch.arange(18, 0, -2)] = x
+    assert torch.equal(out, expected)
+
+
+@needs_kernel
+def test_a_row_that_is_not_there_is_no_number() -> None:
+    found = kernel().take_rows(random(9, 70), torch.tensor([8, 9, -1]))
+    assert found.isnan().all(1).tolist() == [False, True, True]

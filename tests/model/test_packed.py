@@ -43,7 +43,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(rows: int, inputs: int,
     for out in (packed_linear(x), packed_linear(x.transpose(0, 1)).transpose(0, 1)):
         assert out.dtype == torch.bfloat16
         assert out.shape == expected.shape
-        assert (out - expected).norm() <= 3e-3 * expected.norm()
+        assert (out - expected).norm() <= 4e-3 * expected.norm()  # half a step of bf16 at most
 
 
 def test_only_layers_in_bf16_are_packed() -> None:

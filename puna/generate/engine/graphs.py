@@ -1,9 +1,12 @@
-"""Decoding steps of a CUDA device as graphs: one launch a step instead of a thousand.
+"""Decoding steps as graphs: one launch a step instead of a thousand, and on a CPU one call instead of three hundred.
 
 At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A graph is
 recorded once for every number of rows, and of blocks that the longest of them has, each rounded up; rows that stand
 empty have length 0 and write to a block that nobody reads. Layers may be compiled too: then what lies between their
 products is one kernel, which costs a minute at the start.
+
+On a CPU a graph is a `Recording` of our kernels' calls. A model that needs more than these is refused as the first is
+made, and each step is computed by itself.
 """
 
 from collections.abc import Callable
@@ -15,10 +18,14 @@ from torch import Tensor
 
 from puna.generate.engine.cache import PagedCache, PagedLayer, Step
 from puna.generate.engine.scheduler import Chunk
+from puna.model.calls import Recording
 from puna.model.llama import Llama
 
 #: Rows beyond which a step is not recorded: its products take longer than their launches.
 MOST_ROWS = 256
+
+#: On a CPU likewise; each keeps what its layers computed, some 100 kB a row and layer.
+MOST_ROWS_ON_CPU = 8
 
 #: Of the compiler: kernels of its own for products of one row, which read weights at 74 to 103 % of the rate of a large
 #: copy on an H200, where cuBLAS reads them at 63 to 91 %.
@@ -37,6 +44,8 @@ class DecodeGraphs:
         is_compiled: compile the layers when they are first used.
     """
 
+    most_rows = MOST_ROWS
+
     def __init__(self, model: Llama, cache: PagedCache, *, is_compiled: bool) -> None:
         self._model, self._cache = model, cache
         self._graphs: dict[tuple[int, int], _Graph] = {}
@@ -48,36 +57,35 @@ class DecodeGraphs:
 
     def takes(self, chunks: list[Chunk]) -> bool:
         """Whether a graph can compute these chunks."""
-        return len(chunks) <= MOST_ROWS and all(c.is_last and c.stop - c.start == 1 for c in chunks)
+        return len(chunks) <= self.most_rows and all(c.is_last and c.stop - c.start == 1 for c in chunks)
 
     def logits(self, chunks: list[Chunk]) -> Tensor:
         """Logits (n, V) behind the one token of each of n chunks; overwritten by the next call."""
         widest = max(len(chunk.running.blocks) for chunk in chunks)
-        rows, width = 1, SHORTEST_TABLE
-        while rows < len(chunks):
-            rows *= 2
+        rows, width = self._rows(len(chunks)), SHORTEST_TABLE
         while width < widest:
             width *= 4
         if (rows, width) not in self._graphs:
             self._graphs[rows, width] = self._record(rows, width)
         return self._graphs[rows, width].run(chunks, self._cache)
 
+    def _rows(self, n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
     def _record(self, rows: int, width: int) -> "_Graph":
-        empty = self._cache.empty_slot
-        host = torch.zeros(rows, 4 + width, dtype=torch.int64, pin_memory=self._cache.device.type == "cuda")
-        host[:, 2] = empty
+        host = torch.zeros(rows * (width + 8), dtype=torch.int32, pin_memory=self._cache.device.type == "cuda")
         there = host.to(self._cache.device)
+        on_host, inputs = _Inputs.of(host, rows), _Inputs.of(there, rows)
+        inputs.slots.fill_(self._cache.empty_slot)
 
         def step() -> Tensor:
-            ids, positions, slots, lengths = there[:, :4].unbind(1)
-            tables = there[:, 4:].to(torch.int32).contiguous(), lengths.to(torch.int32).contiguous()
-            self._cache.step = Step(slots.contiguous(), rows, tables, [])
-            hidden = self._model.hidden(ids[None], positions=positions[None], cache=self._cache)
+            self._cache.step = Step(inputs.slots, rows, (inputs.tables, inputs.lengths), [])
+            hidden = self._model.hidden(inputs.ids[None], positions=inputs.positions[None], cache=self._cache)
             return self._model.lm_head(hidden[0])
 
-        return _Graph(*self._capture(step), host, there, empty)
+        return _Graph(*self._capture(step), host, there, on_host, self._cache.empty_slot)
 
-    def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph | Recording, Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -91,6 +99,32 @@ class DecodeGraphs:
         return graph, logits
 
 
+class RecordedSteps(DecodeGraphs):
+    """On a CPU, with rows as they are.
+
+    Args:
+        model: whose layers our kernels compute.
+        cache: its blocks, which our kernel attends to.
+
+    Raises:
+        NotRepeatable: the model needs more than our kernels.
+    """
+
+    most_rows = MOST_ROWS_ON_CPU
+
+    def __init__(self, model: Llama, cache: PagedCache) -> None:
+        super().__init__(model, cache, is_compiled=False)
+        with torch.inference_mode():
+            self._graphs[1, SHORTEST_TABLE] = self._record(1, SHORTEST_TABLE)
+
+    def _rows(self, n: int) -> int:
+        return n
+
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+        recording = Recording(step)
+        return recording, recording.output
+
+
 class _OutsideCompiledLayers(PagedLayer):
     """Compiled code calls it and does not look inside, where every layer is another."""
 
@@ -101,27 +135,46 @@ class _OutsideCompiledLayers(PagedLayer):
 
 
 @dataclass(eq=False)
-class _Graph:
-    """A recorded step, and where it reads and writes: id, position, slot, length and blocks of each row."""
+class _Inputs:
+    """What a step reads: ids, positions and slots (rows,) int64; lengths (rows,) and blocks (rows, width) int32."""
 
-    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    lengths: Tensor
+    tables: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, rows: int) -> "_Inputs":
+        """Views of (rows * (width + 8),) int32, so that one copy brings them all."""
+        width = len(flat) // rows - 8
+        tables, lengths, _, numbers = flat.split([rows * width, rows, rows, 6 * rows])
+        ids, positions, slots = numbers.view(torch.int64).view(3, rows)
+        return cls(ids, positions, slots, lengths, tables.view(rows, width))
+
+
+@dataclass(eq=False)
+class _Graph:
+    """A recorded step, where it reads, on the host, in parts too, and on the device, and where it writes."""
+
+    graph: torch.cuda.CUDAGraph | Recording
     logits: Tensor
     host: Tensor
     there: Tensor
+    inputs: _Inputs
     empty_slot: int
 
     def run(self, chunks: list[Chunk], cache: PagedCache) -> Tensor:
         """Computes the chunks; the caller has read what the step before gave, so `host` may be written."""
-        size, width = cache.block_tokens, self.host.shape[1] - 4
-        rows = []
-        for chunk in chunks:
-            blocks = chunk.running.blocks
-            row = [*chunk.ids, chunk.start, *chunk.slots(size), chunk.stop]
-            rows.append([*row, *blocks, *[0] * (width - len(blocks))])
-        self.host[: len(rows)] = torch.tensor(rows)
-        if len(rows) < len(self.host):
-            self.host[len(rows) :] = 0
-            self.host[len(rows) :, 2] = self.empty_slot
+        n, inputs, width = len(chunks), self.inputs, self.inputs.tables.shape[1]
+        inputs.ids[:n] = torch.tensor([id for chunk in chunks for id in chunk.ids])
+        inputs.positions[:n] = torch.tensor([chunk.start for chunk in chunks])
+        inputs.slots[:n] = torch.tensor([slot for chunk in chunks for slot in chunk.slots(cache.block_tokens)])
+        inputs.slots[n:] = self.empty_slot
+        inputs.lengths[:n] = torch.tensor([chunk.stop for chunk in chunks])
+        inputs.lengths[n:] = 0
+        blocks = [chunk.running.blocks for chunk in chunks]
+        inputs.tables[:n] = torch.tensor([each + [0] * (width - len(each)) for each in blocks])
         self.there.copy_(self.host, non_blocking=True)
         self.graph.replay()
-        return self.logits[: len(chunks)]
+        return self.logits[:n]

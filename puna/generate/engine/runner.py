@@ -8,9 +8,11 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.paged_attention import is_fast
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import storage_dtype, token_bytes
 from puna.generate.sampling import check_numbers
+from puna.model.calls import NotRepeatable
 from puna.model.llama import Llama
 from puna.parallel.inference import group_of
 
@@ -106,12 +108,17 @@ def _kept_in(model: Llama, cache_dtype: str | None) -> torch.dtype:
 
 
 def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":
-    """Recorded decoding steps, where the device has them."""
-    if not takes_cuda_kernels(cache.device.type):
-        return None
-    from puna.generate.engine.graphs import DecodeGraphs
+    """Recorded decoding steps, where the device has them, or our kernels compute all of them."""
+    from puna.generate.engine.graphs import DecodeGraphs, RecordedSteps
 
-    return DecodeGraphs(model, cache, is_compiled=is_compiled)
+    if takes_cuda_kernels(cache.device.type):
+        return DecodeGraphs(model, cache, is_compiled=is_compiled)
+    if not is_fast(cache.keys.numbers):
+        return None
+    try:
+        return RecordedSteps(model, cache)
+    except NotRepeatable:
+        return None
 
 
 @dataclass

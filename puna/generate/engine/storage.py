@@ -17,6 +17,7 @@ from torch import Tensor
 
 from puna.devices import multiplies_fp8, takes_cuda_kernels
 from puna.errors import UsageError
+from puna.model import layer_kernel
 from puna.model.cache import token_bytes as plain_token_bytes
 from puna.model.config import ModelConfig
 
@@ -64,6 +65,8 @@ class Storage:
                 return kernel(x, slots, self.numbers, self.scales, GREATEST[self.numbers.dtype])
             x, scales = round_heads(x, self.numbers.dtype)
             self.scales.index_copy_(0, slots, scales)
+        elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and (ours := layer_kernel.kernel()) is not None:
+            return ours.put_rows(x.contiguous(), slots, self.numbers)
         _as_plain(self.numbers).index_copy_(0, slots, _as_plain(x))
 
     def read(self, dtype: torch.dtype) -> Tensor:

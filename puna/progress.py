@@ -1,5 +1,6 @@
 """Progress of long work, on stderr: a live bar in a terminal, a line every few seconds elsewhere.
 
+A bar is drawn by whoever advances it, not by a thread, beside which no process could be copied (see `data.workers`).
 stdout stays free for data. `Progress` knows nothing of what it counts; callers say unit and total. Of several processes
 that torchrun started, the first speaks for all; only what went wrong is said by whoever it befell.
 """
@@ -13,6 +14,9 @@ from typing import Any, Self
 
 #: Seconds between two lines where stderr is not a terminal.
 LINE_EVERY_SECONDS = 5.0
+
+#: Seconds after which work is long enough for a bar, and between two looks of it.
+BAR_AFTER_SECONDS, BAR_EVERY_SECONDS = 0.5, 0.1
 
 
 def say(message: str) -> None:
@@ -52,52 +56,64 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0.0
         self._note = ""
-        self._started = self._last_line = time.monotonic()
+        self._started = self._last_shown = time.monotonic()
+        self._in_terminal = sys.stderr.isatty() and _is_speaker()
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty() and _is_speaker():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn(
-                    "{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"
-                    if self.total
-                    else "{task.completed:,.0f} {task.fields[unit]}"
-                ),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, unit=self.unit, note="")
         return self
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Adds `amount` to what is done; `note` is shown behind the bar."""
         self.done += amount
         self._note = self._note if note is None else note
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=self._note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._line()
+        wait = BAR_EVERY_SECONDS if self._bar else BAR_AFTER_SECONDS if self._in_terminal else LINE_EVERY_SECONDS
+        if time.monotonic() - self._last_shown >= wait:
+            self._show()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            self._show()
             self._bar.stop()
         elif self.done and kind is None:
             self._line()
 
+    def _show(self) -> None:
+        self._last_shown = time.monotonic()
+        if not self._in_terminal:
+            self._line()
+            return
+        if self._bar is None:
+            self._begin_bar()
+        self._bar.update(self._task, completed=self.done, note=self._note, refresh=True)
+
+    def _begin_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn(
+                "{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"
+                if self.total
+                else "{task.completed:,.0f} {task.fields[unit]}"
+            ),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(self.title, total=self.total, unit=self.unit, note="")
+        self._bar.tasks[0].start_time = self._started
+        self._bar.start()
+
     def _line(self) -> None:
-        self._last_line = time.monotonic()
         of = f"/{self.total:,.0f}" if self.total else ""
-        elapsed = self._last_line - self._started
+        elapsed = time.monotonic() - self._started
         say(f"{self.title}: {self.done:,.0f}{of} {self.unit} in {elapsed:.0f} s {self._note}".rstrip())

@@ -28,7 +28,7 @@ from puna.data.documents import LeftOut, Span
 from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
-from puna.data.workers import Workers
+from puna.data.workers import Workers, can_be_copied
 from puna.devices import cpu_cores
 from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
@@ -37,7 +37,7 @@ from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
 from puna.tokenizer import Tokenizer, load_tokenizer
 
-#: So many units, of two megabytes each, this process has worked off in about the time in which others start.
+#: So many units, of two megabytes each, this process has worked off in about the time in which fresh ones start.
 UNITS_WORTH_PROCESSES = 6
 
 #: Where what was left out is listed, one JSON object a line.
@@ -83,7 +83,7 @@ def prepare(
     _claim(job)
     with _alone(job):
         try:
-            _work(job, count, worth_starting=1 if workers is not None else UNITS_WORTH_PROCESSES)
+            _work(job, count, worth_starting=1 if workers or can_be_copied() else UNITS_WORTH_PROCESSES)
             info = _finish(job)
         finally:
             _sweep(job.output)

@@ -1,10 +1,16 @@
 """Python processes that do work for this one.
 
-Not `multiprocessing`: that runs the caller's main script again in every process, which fails in notebooks, under
-`python -` and in scripts without `if __name__ == "__main__"`. These processes import puna alone, do not hear Ctrl-C
-(who started them does, and ends them), and end by themselves when whoever started them is gone.
+They are copies of it, made when there is an item for them, where it has but one thread: a copy is made in a millisecond
+and has loaded all that it needs. Elsewhere, a copy might wait for ever for a lock that another thread held, so these
+are fresh processes, and the work and what it needs travel to them. Neither hears Ctrl-C (who started them does, and
+ends them); both end by themselves when whoever started them is gone, and keep none of its files open.
+
+Not `multiprocessing`: that runs the caller's main script again in every fresh process, which fails in notebooks, under
+`python -` and in scripts without `if __name__ == "__main__"`. These import puna alone.
 """
 
+import contextlib
+import gc
 import os
 import select
 import signal
@@ -17,7 +23,7 @@ from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import puna
 from puna.errors import PunaError
@@ -28,44 +34,27 @@ Result = TypeVar("Result")
 
 _PROGRAM = "from puna.data.workers import _serve; _serve()"
 
+#: The thread of Arrow's allocator, jemalloc, which readies its locks for a copy and begins the thread anew there.
+_RENEWED = "jemalloc_bg_thd"
+
 
 class Workers(Generic[Item, Result]):
     """Calls `work(item)` for many items, in `count` processes; with one, in this process.
 
     Args:
-        work: what to do; it, its items and its results travel by pickle.
+        work: what to do; items and results travel by pickle, to fresh processes it does, too.
         count: how many processes.
     """
 
     def __init__(self, work: Callable[[Item], Result], count: int) -> None:
         self.work, self.count = work, count
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | _Copy] = []
         self._channels: dict[Connection, Connection] = {}  # where results come from -> where items go to
 
     def start(self) -> None:
-        """Starts the processes ahead of `map`, so that they load what they need meanwhile."""
-        if self._processes or self.count == 1:
-            return
-        home = str(Path(puna.__file__).parents[1])
-        paths = os.pathsep.join(path for path in [home, os.environ.get("PYTHONPATH")] if path)
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        for _ in range(self.count):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                process_group=0,
-            )
-            assert process.stdin is not None
-            assert process.stdout is not None
-            self._processes.append(process)
-            items = Connection(os.dup(process.stdin.fileno()), readable=False)
-            results = Connection(os.dup(process.stdout.fileno()), writable=False)
-            process.stdin.close()
-            process.stdout.close()
-            self._channels[results] = items
-            items.send(self.work)
+        """Starts fresh processes ahead of `map`, so that they load what they need meanwhile; copies need not."""
+        while self.count > 1 and len(self._processes) < self.count and not can_be_copied():
+            self._begin()
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order in which they come.
@@ -81,8 +70,11 @@ class Workers(Generic[Item, Result]):
         if self.count == 1:
             yield from map(self.work, waiting)
             return
-        self.start()
         busy = {results for results in self._channels if self._give(results, waiting)}
+        for item in islice(waiting, self.count - len(self._processes)):
+            begun = self._begin()
+            self._send(begun, item)
+            busy.add(begun)
         while busy:
             for results in wait(list(busy)):
                 assert isinstance(results, Connection)
@@ -104,14 +96,33 @@ class Workers(Generic[Item, Result]):
         for process in self._processes:
             process.wait()
 
+    def _begin(self) -> Connection:
+        """Starts a process; returns where its results come from."""
+        (item_reader, item_writer), (result_reader, result_writer) = os.pipe(), os.pipe()
+        results, items = Connection(result_reader, writable=False), Connection(item_writer, readable=False)
+        try:
+            if can_be_copied():
+                self._processes.append(_Copy(self.work, item_reader, result_writer))
+            else:
+                self._processes.append(_fresh(item_reader, result_writer))
+                items.send(self.work)
+        finally:
+            os.close(item_reader)
+            os.close(result_writer)
+        self._channels[results] = items
+        return results
+
     def _give(self, results: Connection, waiting: Iterator[Item]) -> bool:
         for item in waiting:
-            try:
-                self._channels[results].send(item)
-            except BrokenPipeError:
-                raise self._died(results) from None
+            self._send(results, item)
             return True
         return False
+
+    def _send(self, results: Connection, item: Item) -> None:
+        try:
+            self._channels[results].send(item)
+        except BrokenPipeError:
+            raise self._died(results) from None
 
     def _take(self, results: Connection) -> Result:
         try:
@@ -133,14 +144,76 @@ class Workers(Generic[Item, Result]):
         )
 
 
+def can_be_copied() -> bool:
+    """Whether this process has no thread that a copy of it would lack; False where nobody can tell."""
+    try:
+        names = [Path(thread, "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return False
+    return len(names) - names.count(_RENEWED) == 1
+
+
+class _Copy:
+    """A copy of this process that does work; what `subprocess.Popen` is for a fresh one."""
+
+    def __init__(self, work: Callable[[Any], Any], items: int, results: int) -> None:
+        self._code: int | None = None
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until the copy has its own handlers
+        try:
+            self._pid = os.fork()
+            if not self._pid:
+                _become_worker(work, items, results, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def kill(self) -> None:
+        if self._code is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._code
+
+
+def _become_worker(work: Callable[[Any], Any], items: int, results: int, mask: set[Any]) -> NoReturn:
+    """What a copy does, which must never return into what this process was doing."""
+    try:
+        gc.freeze()  # what is there stays as it is: nothing closes a file whose number is given to another
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.dup2(items, 0)
+        os.dup2(results, 1)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
+        _serve(work)
+    finally:
+        os._exit(1)
+
+
+def _fresh(items: int, results: int) -> "subprocess.Popen[bytes]":
+    home = str(Path(puna.__file__).parents[1])
+    paths = os.pathsep.join(path for path in [home, os.environ.get("PYTHONPATH")] if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM], stdin=items, stdout=results, env=environment, process_group=0
+    )
+
+
 @seldom_collected()
-def _serve() -> None:
-    """What a worker process does: takes the work, then items until there are no more."""
+def _serve(work: Callable[[Any], Any] | None = None) -> None:
+    """What a worker process does: takes the work, if it has none, then items until there are no more."""
     items, results = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # whatever a library prints must not get between the results
     threading.Thread(target=_end_when_left_alone, daemon=True).start()
     try:
-        work = items.recv()
+        work = items.recv() if work is None else work
         while True:
             item = items.recv()
             results.send(_outcome(work, item))

@@ -289,13 +289,15 @@ class _Run:
         weights = list(recipe.data.weights.values())
         shares = [rows.useful_tokens_share for rows in self.loader.sources]  # type: ignore[attr-defined]
         useful = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
+        read = [recipe.steps * recipe.batch_rows * weight / sum(weights) for weight in weights]
+        epochs = [f"{n / len(rows):,.1f}" for n, rows in zip(read, self.loader.sources, strict=True)]
         dtype = self.model.dtype
         is_grouped = config.num_attention_heads != config.num_key_value_heads
         way = way_of_attention(self.device, dtype, config.head_dim, is_grouped=is_grouped)
         say(
             f"{config.parameter_count / 1e6:,.1f} M weights on {devices.device_name(self.device)}, {recipe.precision}; "
             f"{recipe.steps:,} steps of {recipe.batch_rows} rows x {recipe.sequence_length:,} tokens; "
-            f"useful tokens {useful:.1%}; attention: {way}"
+            f"epochs {', '.join(epochs)}; useful tokens {useful:.1%}; attention: {way}"
         )
         for folder, rows in zip(recipe.data.weights, self.loader.sources, strict=True):
             if rows.cut_documents:  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ import yaml
 
 import puna
 from puna.checkpoint import load_checkpoint, newest_checkpoint
-from puna.data.shards import shard_entry, write_shard
+from puna.data.shards import Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
 from puna.model.config import preset
@@ -174,6 +174,16 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Pa
     newest = newest_checkpoint(run_dir)
     assert newest is not None
     assert newest.name.endswith(f"{len(read_metrics(run_dir)):08d}")
+
+
+def test_how_often_each_data_set_is_seen_is_said(
+    recipe: Make, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    other = write_random_folder(tmp_path / "data", seed=1)
+    puna.train(recipe(data={"train": {str(prepared): 3, str(other): 1}}, steps=8))
+    rows = [-(-Dataset.open(folder).starts[-1] // 64) for folder in (prepared, other)]  # 32 are read: 24 and 8
+    assert f"epochs {24 / rows[0]:.1f}, {8 / rows[1]:.1f}; useful tokens" in capsys.readouterr().err
 
 
 def test_data_that_was_made_anew_meanwhile_is_told(recipe: Make, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import xxhash
 
 from puna.errors import PunaError
 from puna.files import checksum_of, file_aside, read_json
+from puna.progress import Progress
 
 #: The number in dataset.json; another one is refused.
 FORMAT = 1
@@ -222,10 +223,15 @@ class Dataset:
         Raises:
             PunaError: a shard is damaged; the message names it.
         """
-        for shard in self.info["shards"][rank::size]:
-            path = self.folder / shard["file"]
-            if checksum_of(path) != shard["checksum"]:
-                raise PunaError(f"{path} is damaged (its checksum differs from {DATASET_FILE}); prepare the data again")
+        shards = self.info["shards"][rank::size]
+        with Progress(f"checking {self.folder}", sum(s["size_bytes"] for s in shards) / 1e6, "MB") as progress:
+            for shard in shards:
+                path = self.folder / shard["file"]
+                if checksum_of(path) != shard["checksum"]:
+                    raise PunaError(
+                        f"{path} is damaged (its checksum differs from {DATASET_FILE}); prepare the data again"
+                    )
+                progress.advance(shard["size_bytes"] / 1e6)
 
     def _pieces(self, start: int, stop: int) -> "Iterator[tuple[_Batch, int, int]]":
         """The record batches that hold tokens `start` to `stop`, with the piece of each."""

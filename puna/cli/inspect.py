@@ -58,7 +58,7 @@ def inspect(
     try:
         row = range(len(rows))[row]
     except IndexError:
-        raise UsageError(f"{folder} has no row {row}; it has {rows.summary()}: 0 to {len(rows) - 1}") from None
+        raise UsageError(f"{folder} has no row {row}; there are 0 to {len(rows) - 1}: {rows.summary()}") from None
     tokenizer = load_tokenizer(folder / "tokenizer")
     if as_json:
         print(json.dumps(_as_json(folder, rows, row, dataset, tokenizer), ensure_ascii=False))

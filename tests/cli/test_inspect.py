@@ -109,7 +109,7 @@ def test_row_length_and_filling_can_be_chosen(folder, tokenizer, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--row", "5"], 2, "has no row 5; it has 1 rows of 1,024 tokens"),
+        (["--row", "5"], 2, "has no row 5; there are 0 to 0: 1 rows of 1,024 tokens"),
         (["--sequence-length", "1"], 2, "sequence_length is 1"),
         (["--sequence-length", "99999999"], 2, "is longer than the 42 tokens of "),
         (["--fill", "tetris"], 2, "choose one of end-to-end, whole-documents"),

@@ -9,12 +9,13 @@ Loading builds the model without memory and fills it tensor by tensor from mappe
 model and one tensor more. Every tensor of the model must be there and every tensor that is there must be of the model.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from puna.checkpoint.room import check_room
 from puna.checkpoint.tensors import (
@@ -117,7 +118,8 @@ def build_model(
 ) -> Llama:
     """Makes a model, or a share of one, of stored tensors, reading one at a time; arguments as for `load`.
 
-    A quantised model computes in the dtype that its other weights have, in bf16 where that is fp16.
+    A quantised model computes in the dtype that its other weights have, in bf16 where that is fp16; one whose weights
+    are stored in several dtypes, in that of most of them.
 
     Raises:
         PunaError: the tensors are not exactly those of the model, or there is no room for them.
@@ -137,6 +139,7 @@ def build_model(
         _fill(model.get_submodule(owner), leaf, stored, dtype, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.compute_dtype = _dtype_of_most(model.parameters())
     if for_inference:
         pack_layers(model)
     if share is not None:
@@ -147,6 +150,14 @@ def build_model(
             if isinstance(module, QuantizedLinear):
                 module.pack(dtype)
     return model
+
+
+def _dtype_of_most(weights: Iterable[Tensor]) -> torch.dtype | None:
+    """The dtype of most numbers; None: all have one."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in weights:
+        sizes[weight.dtype] += weight.numel()
+    return sizes.most_common(1)[0][0] if len(sizes) > 1 else None
 
 
 def _size_bytes(tensors: Mapping[str, StoredTensor]) -> int:

@@ -87,10 +87,15 @@ class FusedEmbedding(Embedding):
 
 
 def pack_layers(model: Llama) -> None:
-    """Packs the linear layers of a model that packing speeds up, one after the other, and fuses what lies between."""
-    _replace(model, Linear, lambda linear: PackedLinear(linear) if _gains(linear.weight) else linear)
+    """Packs the linear layers of a model that packing speeds up, one after the other, and fuses what lies between.
+
+    Weights of other dtypes stay as they are, and so does all of a model that computes in another.
+    """
+    if model.compute_dtype not in (None, torch.bfloat16):
+        return
+    _replace(model, Linear, lambda linear: PackedLinear(linear) if _gains(linear.weight, linear.bias) else linear)
     if _gains(model.model.norm.weight) and (found := kernel()) is not None:
-        _replace(model, RMSNorm, lambda norm: FusedNorm(norm, found))
+        _replace(model, RMSNorm, lambda norm: FusedNorm(norm, found) if _gains(norm.weight) else norm)
         _replace(model, Embedding, lambda table: FusedEmbedding(table, found) if _gains(table.weight) else table)
         model.model.rotary_tables = partial(_rotary_tables, found, rotary_frequencies(model.config))
         for layer in model.modules():
@@ -128,9 +133,10 @@ def _replace(model: Llama, kind: type[nn.Module], other: Callable[[Any], nn.Modu
                 setattr(owner, name, other(module))
 
 
-def _gains(weight: Tensor) -> bool:
+def _gains(weight: Tensor, bias: Tensor | None = None) -> bool:
     is_known = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-    return is_known and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_fast_bf16(weight.device)
+    are_bf16 = all(x.dtype == torch.bfloat16 for x in (weight, bias) if x is not None)
+    return is_known and weight.device.type == "cpu" and are_bf16 and has_fast_bf16(weight.device)
 
 
 def _address_of_tiles(packed: Tensor, weight: Tensor) -> int | None:

@@ -80,3 +80,25 @@ def test_a_model_loaded_for_inference_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(PunaError, match="load it without for_inference"):
         save_model(fast, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("is_fp32", ["lm_head", "layernorm", "norm", "embed_tokens", "bias", "proj"])
+def test_weights_stored_in_several_dtypes_are_computed_with_in_that_of_most(tmp_path: Path, is_fp32: str) -> None:
+    model = tiny_model(head_dim=64, model_type="qwen2", attention_bias=True)
+    for name, weight in model.named_parameters():
+        is_bias = name.endswith("bias")
+        weight.data = (torch.randn_like(weight) / 10 if is_bias else weight.data).bfloat16()
+        weight.data = weight.data.float() if is_fp32 in name else weight.data
+    save_model(model, tmp_path / "model")
+    loaded, _ = load(tmp_path / "model", for_inference=True)
+    tokens = torch.tensor([[1, *range(5, 60)]])
+    with torch.inference_mode():
+        exact, found = model.float()(tokens), loaded(tokens)
+    assert found.dtype == (torch.float32 if is_fp32 == "proj" else torch.bfloat16)
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    prompt, sampling = tokens[0, :20].tolist(), Sampling(max_tokens=8, ignore_eos=True, logprobs=0)
+    (ours,) = Engine(loaded, cache_tokens=256).generate([prompt], sampling)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + ours.tokens]))[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ours.tokens)[:, None])[:, 0]
+    assert [each.chosen for each in ours.logprobs] == pytest.approx(expected.tolist(), abs=0.3)

@@ -60,12 +60,13 @@ class Storage:
 
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Keeps (T, K, H) at `slots` (T,) of the first dim."""
+        is_bf16 = x.device.type == "cpu" and x.dtype == self.numbers.dtype == torch.bfloat16
         if self.scales is not None:
             if takes_cuda_kernels(x.device.type) and (kernel := _kernel()) is not None:
                 return kernel(x, slots, self.numbers, self.scales, GREATEST[self.numbers.dtype])
             x, scales = round_heads(x, self.numbers.dtype)
             self.scales.index_copy_(0, slots, scales)
-        elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and (ours := layer_kernel.kernel()) is not None:
+        elif is_bf16 and (ours := layer_kernel.kernel()) is not None:
             return ours.put_rows(x.contiguous(), slots, self.numbers)
         _as_plain(self.numbers).index_copy_(0, slots, _as_plain(x))
 

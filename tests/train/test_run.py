@@ -30,6 +30,7 @@ from puna.files import read_json, write_json
 from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
+from puna.train import claim
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.metrics import read_metrics
@@ -410,6 +411,14 @@ def test_a_folder_where_another_run_has_begun_meanwhile_is_left_to_it(
     with contextlib.ExitStack() as others, pytest.raises(PunaError, match="another process is training"):
         puna.train(recipe(steps=6, checkpoint={"every": 3}))
     assert newest_checkpoint(run_dir) is None
+
+
+def test_where_no_lock_keeps_others_away_it_is_said(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claim, "try_lock", lambda file: None)
+    puna.train(recipe(steps=2))
+    assert "has no locks: see to it that no second process trains there" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_train_in_one_folder(recipe: Make) -> None:

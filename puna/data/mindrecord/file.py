@@ -230,18 +230,10 @@ def decode_rows(
     Raises:
         PunaError: a row is damaged.
     """
-    fields: dict[str, list[tuple[int, int]]] = {name: [] for name in blob_fields}
-    for place, stop in places:
-        place += LENGTH_BYTES
-        for name in blob_fields:
-            size = stop - place
-            if len(blob_fields) > 1:
-                size = int.from_bytes(data[place : min(place + LENGTH_BYTES, stop)], "big")
-                place += LENGTH_BYTES
-            if place + size > stop:
-                raise PunaError(f"{where} is damaged: {name} of {size:,} bytes does not end within its row")
-            fields[name].append((place, place + size))
-            place += size
+    if len(blob_fields) == 1:
+        fields = {blob_fields[0]: [(start + LENGTH_BYTES, stop) for start, stop in places]}
+    else:
+        fields = _fields(data, places, blob_fields, where)
     columns = []
     names = [name for name in blob_fields if only is None or name in only]
     for name in names:
@@ -249,7 +241,26 @@ def decode_rows(
             columns.append(_values(data, fields[name], schema[name]))
         except (ValueError, KeyError, TypeError) as error:
             raise PunaError(f"{where} is damaged: {name} of a row ({error})") from None
+    if len(names) == 1:
+        return [{names[0]: value} for value in columns[0]]
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _fields(
+    data: Buffer, places: Sequence[tuple[int, int]], blob_fields: Sequence[str], where: str
+) -> dict[str, list[tuple[int, int]]]:
+    """Where the columns lie in rows of several."""
+    fields: dict[str, list[tuple[int, int]]] = {name: [] for name in blob_fields}
+    for place, stop in places:
+        place += LENGTH_BYTES
+        for name in blob_fields:
+            size = int.from_bytes(data[place : min(place + LENGTH_BYTES, stop)], "big")
+            place += LENGTH_BYTES
+            if place + size > stop:
+                raise PunaError(f"{where} is damaged: {name} of {size:,} bytes does not end within its row")
+            fields[name].append((place, place + size))
+            place += size
+    return fields
 
 
 def _values(data: Buffer, places: list[tuple[int, int]], column: dict[str, Any]) -> list[NDArray[Any]] | list[bytes]:

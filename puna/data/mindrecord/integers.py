@@ -11,7 +11,7 @@ take two bytes, as the ids of most vocabularies do.
 import mmap
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,36 +77,31 @@ def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[
         ValueError: the bytes of one are no such field.
     """
     view = memoryview(data)
-    fields = [_parts(view[start:stop]) for start, stop in places]
-    counts = np.array([field.length for field in fields], np.int64)
-    codes = np.frombuffer(bytearray().join([field.codes for field in fields]), np.uint8)
+    lengths, code_fields, contents = list[int](), list[memoryview](), list[memoryview]()
+    for start, stop in places:
+        first = start + _COUNT_BYTES
+        length = int.from_bytes(view[start:first], "big")
+        middle = first + (length + 3) // 4
+        if middle > stop:
+            raise ValueError(f"{length:,} integers are announced in {stop - start:,} bytes")
+        lengths.append(length)
+        code_fields.append(view[first:middle])
+        contents.append(view[middle:stop])
+    counts = np.array(lengths, np.int64)
+    codes = np.frombuffer(bytearray().join(code_fields), np.uint8)
     mixed = np.flatnonzero(codes != _ALL_OF_TWO)
     is_quick = len(mixed) * _CODES_A_MIXED_ONE < len(codes) and counts.all()
     if not is_quick or np.any(codes[mixed] & _FOUR_OR_EIGHT):
         return [decode_integers(np.frombuffer(view[start:stop], np.uint8)).astype(dtype) for start, stop in places]
     ones, ones_of_field = _of_one_byte(codes, mixed, counts)
-    if np.any(2 * counts - ones_of_field != [len(field.content) for field in fields]):
+    if np.any(2 * counts - ones_of_field != [*map(len, contents)]):
         raise ValueError("a field has not as many bytes as its integers take")
-    content = memoryview(b"".join([field.content for field in fields]))
+    content = memoryview(b"".join(contents))
     cuts = [0, *(2 * ones + 1 - np.arange(len(ones))).tolist(), len(content)]
     widened = bytearray(b"\x00").join([content[start:stop] for start, stop in pairwise(cuts)])
     values = np.frombuffer(widened, "<i2").astype(dtype)
     values[ones] = values[ones].astype(np.int8)  # below zero, the byte more is another one
     return [values[start:stop] for start, stop in pairwise([0, *np.cumsum(counts).tolist()])]
-
-
-class _Parts(NamedTuple):
-    length: int
-    codes: memoryview
-    content: memoryview
-
-
-def _parts(field: memoryview) -> _Parts:
-    count = int.from_bytes(field[:_COUNT_BYTES], "big")
-    start = _COUNT_BYTES + -(-count // 4)
-    if len(field) < start:
-        raise ValueError(f"{count:,} integers are announced in {len(field):,} bytes")
-    return _Parts(count, field[_COUNT_BYTES:start], field[start:])
 
 
 def _of_one_byte(

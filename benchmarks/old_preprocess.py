@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import record
+from record import compile_puna, record
 
 from puna.data.mindrecord import MindRecord
 from puna.data.prepare import prepare
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=4096)
     args = parser.parse_args()
     python = installed(args.venv)
+    compile_puna()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         facts: dict[str, Any] = {"mindspore": "2.7.2", "mindformers": "1.3.2", "goal_ratio": GOAL}

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import record
+from record import compile_puna, record
 
 from puna.checkpoint import convert, save_model
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     python = installed(args.venv, args.version)
+    compile_puna()
     with tempfile.TemporaryDirectory() as place:
         checks = checked(python, Path(place))
         rows = [*timed_rows(python, Path(place), args), *timed_conversion(python, Path(place), args, DISK)]

@@ -1,5 +1,6 @@
 """Where a measurement goes: `results/NAME.json`, with the machine, versions and commit that it was made with."""
 
+import compileall
 import datetime
 import importlib.metadata
 import json
@@ -10,10 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import puna
 from puna.files import write_json
 
 #: Packages whose version a reader needs to repeat a measurement.
 PACKAGES = ("torch", "transformers", "sentencepiece", "tokenizers", "pyarrow", "numpy", "safetensors")
+
+
+def compile_puna() -> None:
+    """Makes puna's bytecode, as pip does of what it installs, so that no process that is timed compiles it first."""
+    compileall.compile_dir(Path(puna.__file__).parent, quiet=1)
 
 
 def record(name: str, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None) -> Path:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import record
+from record import compile_puna, record
 
 #: What is started, and the seconds that it may take.
 COMMANDS = {
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
     args = parser.parse_args()
+    compile_puna()
     rows = []
     for name, (command, goal) in COMMANDS.items():
         seconds = []

@@ -1,6 +1,7 @@
 """Decoding steps of a CPU that are recorded: the same tokens as without, and none where something else is computed."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from puna.generate.engine import Engine
 from puna.generate.engine.graphs import MOST_ROWS_ON_CPU, SHORTEST_TABLE, RecordedSteps
 from puna.model.layer_kernel import kernel
 from puna.model.llama import Llama
+from puna.parallel.inference import SummedEmbedding
 from puna.quantized.kernel import kernel as quantized_kernel
 from puna.testing import tiny_model
 
@@ -117,3 +119,9 @@ def test_where_something_else_is_computed_there_are_none(loaded: Callable[..., L
     found, graphs = completions(model, **options)
     assert graphs is None
     assert [len(each.tokens) for each in found] == [sampling.max_tokens for sampling in SAMPLINGS]
+
+
+def test_for_a_rank_that_has_a_part_of_the_model_there_are_none(loaded: Callable[..., Llama]) -> None:
+    model, group = loaded(), SimpleNamespace(rank=lambda: 0, size=lambda: 2)  # nothing is asked of other ranks
+    model.model.embed_tokens = SummedEmbedding(model.model.embed_tokens, group)
+    assert Engine(model, cache_tokens=200)._runner._graphs is None

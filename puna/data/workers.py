@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
@@ -160,7 +161,9 @@ class _Copy:
         self._code: int | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until the copy has its own handlers
         try:
-            self._pid = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 counts the renewed thread, too
+                self._pid = os.fork()
             if not self._pid:
                 _become_worker(work, items, results, before)
         finally:

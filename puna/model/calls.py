@@ -37,7 +37,8 @@ class Library:
             one = _Call(address, *arguments)
             if (calls := _CALLS.get()) is not None:
                 calls.append(one)
-            _run(one, 1)
+            else:
+                _run(one, 1)
 
         return call
 
@@ -53,13 +54,13 @@ class NotRepeatable(Exception):
 
 
 class Recording(TorchDispatchMode):
-    """The calls that a function makes, to be made again with what its tensors hold by then.
+    """The calls that a function would make, to be made with what its tensors hold by then.
 
     Args:
-        function: called once. Torch gives it room and views, and computes nothing.
+        function: called once. Torch gives it room and views, and nothing is computed.
 
     Attributes:
-        output: of the function; overwritten by each `replay`.
+        output: of the function, once there was a `replay`; overwritten by the next.
 
     Raises:
         NotRepeatable: it lets torch compute.

@@ -4,17 +4,22 @@
       count, big    codes   values, little-endian two's complement: of 1, 2, 4 or 8 bytes for a code of 0, 1, 2 or 3;
       endian                codes are of two bits, the first value's in the highest
 
-`decode_integers` reads a field at once, not value by value; `decode_all` many fields, quicker where nearly all values
-take two bytes, as the ids of most vocabularies do.
+`decode_integers` reads a field at once, not value by value; `decode_all` reads many, in C where there is a compiler.
 """
 
+import ctypes
+import functools
 import mmap
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from puna.native import build
 
 Buffer = bytes | mmap.mmap
 
@@ -22,15 +27,6 @@ _COUNT_BYTES = 4
 
 #: Byte of codes -> the widths of its four values, as the bytes of one number.
 _WIDTHS = (1 << ((np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3)).astype(np.uint8).view(np.uint32).reshape(-1)
-
-#: Four codes of two bytes, and the bits that only codes of four and eight have.
-_ALL_OF_TWO, _FOUR_OR_EIGHT = 0x55, 0xAA
-
-#: With more bytes of codes that are not all of two, one field at a time is quicker.
-_CODES_A_MIXED_ONE = 16
-
-#: Number of values in the last byte of codes (0: four) -> codes of two bytes for those that are not there.
-_FILLERS = np.array([0b0, 0b010101, 0b0101, 0b01], np.uint8)
 
 #: Width -> how far right a value goes that stands at the upper end of eight bytes.
 _SHIFTS = 64 - 8 * np.arange(9)
@@ -64,64 +60,40 @@ def decode_integers(data: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def decode_all(data: Buffer, places: Sequence[tuple[int, int]], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
-    """`decode_integers` of many fields, as `dtype`; quicker where nearly all values take two bytes.
-
-    The content of all is laid end to end with one more byte behind each value of one: an array of numbers of two bytes.
+    """`decode_integers` of many fields.
 
     Args:
         data: what the fields are in; nothing else of it is read.
         places: start and stop of each.
-        dtype: of the arrays.
+        dtype: of the arrays, of four or eight bytes.
 
     Raises:
         ValueError: the bytes of one are no such field.
     """
-    view = memoryview(data)
-    lengths, code_fields, contents = list[int](), list[memoryview](), list[memoryview]()
-    for start, stop in places:
-        first = start + _COUNT_BYTES
-        length = int.from_bytes(view[start:first], "big")
-        middle = first + (length + 3) // 4
-        if middle > stop:
-            raise ValueError(f"{length:,} integers are announced in {stop - start:,} bytes")
-        lengths.append(length)
-        code_fields.append(view[first:middle])
-        contents.append(view[middle:stop])
-    counts = np.array(lengths, np.int64)
-    codes = np.frombuffer(bytearray().join(code_fields), np.uint8)
-    mixed = np.flatnonzero(codes != _ALL_OF_TWO)
-    is_quick = len(mixed) * _CODES_A_MIXED_ONE < len(codes) and counts.all()
-    if not is_quick or np.any(codes[mixed] & _FOUR_OR_EIGHT):
-        return [decode_integers(np.frombuffer(view[start:stop], np.uint8)).astype(dtype) for start, stop in places]
-    ones, ones_of_field = _of_one_byte(codes, mixed, counts)
-    if np.any(2 * counts - ones_of_field != [*map(len, contents)]):
-        raise ValueError("a field has not as many bytes as its integers take")
-    content = memoryview(b"".join(contents))
-    cuts = [0, *(2 * ones + 1 - np.arange(len(ones))).tolist(), len(content)]
-    widened = bytearray(b"\x00").join([content[start:stop] for start, stop in pairwise(cuts)])
-    values = np.frombuffer(widened, "<i2").astype(dtype)
-    values[ones] = values[ones].astype(np.int8)  # below zero, the byte more is another one
+    content = np.frombuffer(data, np.uint8)
+    bounds = np.array(places, np.int64).reshape(-1, 2)
+    if (library := _library()) is None or np.any(bounds < 0) or np.any(bounds > len(content)):
+        return [decode_integers(content[start:stop]).astype(dtype) for start, stop in places]
+    counts = np.empty(len(bounds), np.int64)
+    known = content.ctypes.data, bounds.ctypes.data, len(bounds), counts.ctypes.data
+    if (found := library.count_values(*known)) == len(bounds):
+        values = np.empty(counts.sum(), dtype)
+        found = library.decode(*known, values.ctypes.data, dtype.itemsize)
+    if found < len(bounds):
+        decode_integers(content[slice(*bounds[found])])  # says what is wrong
+        raise AssertionError("the two ways to read a field differ")
     return [values[start:stop] for start, stop in pairwise([0, *np.cumsum(counts).tolist()])]
 
 
-def _of_one_byte(
-    codes: NDArray[np.uint8], mixed: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The places of values of one byte among all values, and how many each field has.
-
-    Args:
-        codes: of all fields, each of which has one at least; those behind the last value are overwritten.
-        mixed: places of those that are not all of two.
-        counts: of the fields.
-    """
-    code_counts = -(-counts // 4)
-    code_stops = np.cumsum(code_counts)
-    codes[code_stops - 1] |= _FILLERS[counts % 4]
-    found = np.flatnonzero(_WIDTHS[codes[mixed]].view(np.uint8) == 1)
-    places = mixed[found >> 2] * 4 + (found & 3)  # each field filled up to a multiple of four
-    ones_of_field = np.diff(np.searchsorted(places, code_stops * 4), prepend=0)
-    filled = 4 * (code_stops - code_counts) - (np.cumsum(counts) - counts)
-    return places - np.repeat(filled, ones_of_field), ones_of_field
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = build(Path(__file__).with_suffix(".c"), ()) if sys.byteorder == "little" else None
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        library.count_values.argtypes = [pointer, pointer, number, pointer]
+        library.decode.argtypes = [pointer, pointer, number, pointer, pointer, number]
+        library.count_values.restype = library.decode.restype = number
+    return library
 
 
 def encode_integers(values: NDArray[np.integer]) -> bytes:

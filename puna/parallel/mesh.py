@@ -114,6 +114,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def world_rank() -> int:
+    """Which of them this process is; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first_rank() -> bool:
     """Whether this is the process that speaks and writes for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return world_rank() == 0

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from puna import devices
 from puna.checkpoint import is_hub_id, load_config, resolve
@@ -41,7 +40,7 @@ from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
-from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
+from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_rank, world_size
 from puna.parallel.model import DistributedModel
 from puna.progress import Progress, leave_terminal, say
 from puna.train.claim import Claim, only_run_in
@@ -382,10 +381,9 @@ def _verified(recipe: Recipe) -> dict[str, str]:
     Raises:
         PunaError: a shard is damaged.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
     datasets = {folder: Dataset.open(folder) for folder in recipe.data.weights}
     for dataset in datasets.values():
-        dataset.verify(rank=rank, size=world_size())
+        dataset.verify(rank=world_rank(), size=world_size())
     return {folder: dataset.fingerprint for folder, dataset in datasets.items()}
 
 

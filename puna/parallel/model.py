@@ -248,7 +248,9 @@ def _shard(stage: Stage, ranks: Ranks, settings: Parallel) -> None:
             module.set_gradient_divide_factor(1.0)  # losses are divided by the global number of targets: sum them
             module.set_force_sum_reduction_for_comms(True)
             if ranks.memory is not None:
-                share_through_memory(module, ranks.memory)
+                # pipelines sum the gradients of micro-batches first, in fp32
+                formed = policy.param_dtype if ranks.layout.pp == 1 else None
+                share_through_memory(module, ranks.memory, formed)
 
 
 def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

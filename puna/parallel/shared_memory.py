@@ -27,6 +27,9 @@ from puna.parallel.collectives import all_min
 #: Of one half: a barrier takes as long as half a megabyte, more where processors are short.
 HALF_BYTES = 16 << 20
 
+#: Numbers summed at a time.
+IN_CACHE = 1 << 17
+
 
 class SharedMemory:
     """The windows of a group's ranks, as one of them sees them.
@@ -52,18 +55,20 @@ class SharedMemory:
         """Sums what the ranks have, and leaves each with its part of the sum.
 
         Args:
-            output: (n,), becomes the part of this rank.
-            whole: (ranks * n,), as long on every rank.
+            output: (n,), becomes the part of this rank; sums are formed in its dtype.
+            whole: (ranks * n,), as long on every rank, in the dtype in which it is read by others.
         """
-        parts = whole.view(self.group.size(), -1)
+        parts, rank = whole.view(self.group.size(), -1), self.group.rank()
         size = HALF_BYTES // (len(parts) * whole.element_size())
-        rank = self.group.rank()
         for start in range(0, len(output), size):
-            piece = output[start : start + size]
-            first, second, *others = (shown[rank] for shown in self._show(parts[:, start : start + size]))
-            torch.add(first, second, out=piece)
-            for other in others:
-                piece.add_(other)
+            pieces = parts[:, start : start + size]
+            halves = self._next_halves(pieces)
+            for reader, piece in enumerate(pieces):
+                if reader != rank:
+                    halves[rank][reader].copy_(piece)
+            dist.barrier(self.group)
+            shown = [pieces[rank] if writer == rank else half[rank] for writer, half in enumerate(halves)]
+            _sum(output[start : start + size], shown)
 
     def all_gather(self, output: Tensor, part: Tensor) -> None:
         """Leaves every rank with the parts of all.
@@ -72,50 +77,77 @@ class SharedMemory:
             output: (ranks * n,), becomes the parts in the order of ranks.
             part: (n,), of this rank; it may lie in its place in `output`.
         """
-        parts = output.view(self.group.size(), -1)
+        parts, rank = output.view(self.group.size(), -1), self.group.rank()
+        if parts[rank].data_ptr() != part.data_ptr():
+            parts[rank].copy_(part)
         size = HALF_BYTES // part.element_size()
         for start in range(0, len(part), size):
-            for place, shown in zip(parts, self._show(part[start : start + size]), strict=True):
-                place[start : start + size].copy_(shown)
+            piece = part[start : start + size]
+            halves = self._next_halves(piece)
+            halves[rank].copy_(piece)
+            dist.barrier(self.group)
+            for writer, half in enumerate(halves):
+                if writer != rank:
+                    parts[writer, start : start + size].copy_(half)
 
-    def _show(self, mine: Tensor) -> list[Tensor]:
-        """What each rank shows, of the shape and dtype of `mine`; it may be read until the next call but one."""
+    def _next_halves(self, like: Tensor) -> list[Tensor]:
+        """What is next in each rank's window, in shape and dtype as given; it holds until the next but one."""
         start, self._half = self._half * HALF_BYTES, 1 - self._half
-        shown = [window[start : start + mine.nbytes].view(mine.dtype).view(mine.shape) for window in self._windows]
-        shown[self.group.rank()].copy_(mine)
-        dist.barrier(self.group)
-        return shown
+        return [window[start : start + like.nbytes].view(like.dtype).view(like.shape) for window in self._windows]
 
 
-def share_through_memory(module: FSDPModule, memory: SharedMemory) -> None:
-    """Makes a module that `fully_shard` has sharded over the group of `memory` use it."""
+def _sum(output: Tensor, summands: list[Tensor]) -> None:
+    """Sums (n,) tensors in the dtype of the output, as much at a time as stays in a processor's cache."""
+    for start in range(0, len(output), IN_CACHE):
+        total, (first, *others) = output[start : start + IN_CACHE], [x[start : start + IN_CACHE] for x in summands]
+        total.copy_(first)
+        for other in others:
+            total.add_(other)
+
+
+def share_through_memory(module: FSDPModule, memory: SharedMemory, dtype: torch.dtype | None) -> None:
+    """Makes a module that `fully_shard` has sharded over the group of `memory` use it.
+
+    Args:
+        module: the gradients of one backward pass are reduced at its end.
+        memory: of its ranks.
+        dtype: of those gradients, which are read as they are and summed in FSDP's `reduce_dtype`: the same sums from
+            fewer bytes. None: they come in that dtype, e.g. because backward passes are summed before.
+    """
     module.set_custom_all_gather(_AllGather(memory))  # type: ignore[arg-type]
-    module.set_custom_reduce_scatter(_ReduceScatter(memory))  # type: ignore[arg-type]
+    module.set_custom_reduce_scatter(_ReduceScatter(memory, dtype))  # type: ignore[arg-type]
 
 
-class _Exchange:
+class _AllGather:
     """What FSDP asks for memory, and calls."""
 
     def __init__(self, memory: SharedMemory) -> None:
-        self.memory = memory
+        self._memory = memory
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-
-class _AllGather(_Exchange):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        self.memory.all_gather(output_tensor, input_tensor)
+        self._memory.all_gather(output_tensor, input_tensor)
 
 
-class _ReduceScatter(_Exchange):
+class _ReduceScatter:
+    """What FSDP asks for memory twice, first for the gradients and then for a part of their sum, and calls."""
+
+    def __init__(self, memory: SharedMemory, dtype: torch.dtype | None) -> None:
+        self._memory, self._dtype, self._is_next_whole = memory, dtype, True
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        is_whole, self._is_next_whole = self._is_next_whole, not self._is_next_whole
+        return torch.empty(*size, dtype=self._dtype or dtype if is_whole else dtype, device=device)
+
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
         assert op == dist.ReduceOp.SUM
-        self.memory.reduce_scatter(output_tensor, input_tensor)
+        self._memory.reduce_scatter(output_tensor, input_tensor)
 
 
 def _open_windows(group: dist.ProcessGroup) -> list[Tensor] | None:

@@ -5,11 +5,13 @@ import signal
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from puna.config import Parallel
+from puna.data.loader import Batch
 from puna.model.config import preset
 from puna.model.llama import initial_weight
 from puna.parallel import shared_memory
@@ -17,6 +19,7 @@ from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.model import DistributedModel
 from puna.parallel.shared_memory import SharedMemory
+from puna.train.loss import summed_cross_entropy
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a name is Linux's")
 
@@ -34,7 +37,7 @@ def open_memory() -> SharedMemory:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sums_and_parts_of_any_length_are_those_of_gloo(in_ranks, ranks):
     equal = in_ranks(ranks, exchange)
-    assert len(equal[0]) == 20
+    assert len(equal[0]) == 25
     for of_rank in equal:
         assert [case for case, is_equal in of_rank.items() if not is_equal] == []
 
@@ -49,6 +52,9 @@ def exchange() -> dict[str, bool]:
         memory.reduce_scatter(sums, whole)
         dist.reduce_scatter(expected, list(whole.view(size, length)))
         equal[f"sums of {length}"] = torch.equal(sums, expected)
+        sums.fill_(-1)
+        memory.reduce_scatter(sums, whole.bfloat16())
+        equal[f"sums of {length}, read in bf16"] = torch.equal(sums, expected)
         for dtype in (torch.float32, torch.bfloat16, torch.uint8):
             gathered = torch.zeros(size * length, dtype=dtype)
             part = gathered[rank * length :][:length]
@@ -60,29 +66,32 @@ def exchange() -> dict[str, bool]:
     return equal
 
 
-def test_gradients_of_a_sharded_model_are_those_that_gloo_sums(in_ranks):
-    for differences in in_ranks(3, compare_gradients):
-        assert len(differences) > 15
+@pytest.mark.parametrize(
+    "layout", [Layout(dp_shard=3), Layout(dp_shard=2, dp_replicate=2), Layout(pp=2, dp_shard=2)], ids=str
+)
+def test_gradients_of_a_sharded_model_are_those_that_gloo_sums(in_ranks, layout):
+    for differences in in_ranks(layout.devices, compare_gradients, layout):
+        assert len(differences) > 8
         assert max(differences.values()) < 1e-6, differences
 
 
-def compare_gradients() -> dict[str, float]:
+def compare_gradients(layout: Layout) -> dict[str, float]:
     """Name -> what separates this rank's gradient through memory from that through gloo, as a share of its norm."""
-    config, size = replace(preset("tiny-64"), vocab_size=257), dist.get_world_size()
-    device, settings = torch.device("cpu"), Parallel(dp_shard=size)
-    shared_memory.HALF_BYTES = HALF_BYTES
-    ranks = Ranks.of(Layout(dp_shard=size), device)
+    config, device = replace(preset("tiny-64"), vocab_size=257), torch.device("cpu")
+    shared_memory.HALF_BYTES, shared_memory.IN_CACHE = HALF_BYTES, 100
+    ranks = Ranks.of(layout, device)
     assert ranks.memory is not None
+    tokens = np.random.default_rng(ranks.dp_rank).integers(0, config.vocab_size, (4, 33))
+    positions = np.tile(np.arange(32), (4, 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros_like(positions), positions)
     both = []
     for memory in (ranks.memory, None):
         model = DistributedModel.build(
-            config, replace(ranks, memory=memory), settings, device, dtype=torch.float32, compute_dtype=torch.bfloat16
-        )
+            config, replace(ranks, memory=memory), Parallel(), device,
+            dtype=torch.float32, compute_dtype=torch.bfloat16,
+        )  # fmt: skip
         model.fill(lambda name, whole: initial_weight(name, whole, config, seed=0))
-        tokens = (torch.arange(32) * (2 + dist.get_rank()) % config.vocab_size).view(1, 32)
-        stage = model.stages[0]
-        hidden = stage(tokens, torch.arange(32).view(1, 32), torch.zeros(1, 32, dtype=torch.int32))
-        (hidden @ stage.llama.lm_head.weight.T).float().logsumexp(-1).sum().backward()
+        model.forward_backward(batch, summed_cross_entropy, micro_batch_rows=1)
         both.append({name: weight.grad.to_local() for name, weight in model.weights.items()})
     ours, theirs = both
     return {name: float((grad - ours[name]).norm() / grad.norm().clamp(min=1e-30)) for name, grad in theirs.items()}

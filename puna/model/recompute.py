@@ -6,13 +6,12 @@ attention, and computes norms, rotations and gates again; the compiler chooses l
 """
 
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from puna.model.llama import Llama, compile_layers
+from puna.model.llama import DecoderLayer, Llama, compile_layers
 from puna.model.offload import Offload
 
 #: Operations whose results selective recomputation keeps.
@@ -28,7 +27,9 @@ KEPT = {
 }
 
 
-def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool, n_recomputed: int | None = None) -> None:
+def prepare_layers(
+    model: Llama, *, recompute: str, is_compiled: bool, n_recomputed: int | None = None
+) -> list[DecoderLayer]:
     """Makes every layer compute in the way given.
 
     Args:
@@ -37,18 +38,24 @@ def prepare_layers(model: Llama, *, recompute: str, is_compiled: bool, n_recompu
         is_compiled: compile each layer when it is first used.
         n_recomputed: how many layers recompute; None: all. They are the first, whose turn in the backward pass comes
             when what the others keep has been freed.
+
+    Returns:
+        The layers that do not recompute.
     """
+    layers: list[Any] = list(model.model.layers)
     if is_compiled:  # first: what recomputes calls compiled code, while nothing around it could be compiled as a whole
         compile_layers(model)
     if recompute == "none" or (recompute == "selective" and is_compiled):
-        return
+        return layers
     again: Any = partial(checkpoint, use_reentrant=False)
     if recompute == "selective":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     if recompute == "offload":
         again = partial(_offloaded, Offload(), again)
-    for layer in islice(model.model.layers, n_recomputed):
+    n_recomputed = len(layers) if n_recomputed is None else n_recomputed
+    for layer in layers[:n_recomputed]:
         layer.forward = partial(again, layer.forward)
+    return layers[n_recomputed:]
 
 
 def _offloaded(offload: Offload, again: Any, *args: Any) -> Any:

@@ -86,6 +86,14 @@ class Layout:
         """Pipeline stages over all ranks."""
         return self.pp * self.stages_per_rank
 
+    @property
+    def casts_once(self) -> bool:
+        """Whether layers that keep their cast weights have them from the first micro-batch of an update to the last.
+
+        Where ranks share the weights, `fully_shard` casts what it gathers.
+        """
+        return self.devices == 1 and self.micro_batches > 1
+
     def stage_layers(self, n_layers: int) -> list[range]:
         """The layers of each stage; the first ones hold one more where they do not divide evenly."""
         share, more = divmod(n_layers, self.stages)

@@ -2,16 +2,16 @@
 
 Order of the ways, each of which leaves the network's code alone: pipeline stages -> tensor parallel -> context parallel
 -> what the caller does to layers (recomputation, compilation) -> sharding. Everything is built without memory; then the
-rank's own parts are allocated and filled.
+rank's own parts are allocated and filled. One rank alone casts by copies what sharding would have cast.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -21,12 +21,16 @@ from puna.data.loader import Batch
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.parallel.context import share_tokens, token_indices
+from puna.parallel.copies import Copies
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.pipeline import check_schedule, make_schedule
 from puna.parallel.shared_memory import share_through_memory
 from puna.parallel.stage import Stage
 from puna.parallel.tensor import gather_tokens, split_weights
+
+#: Does what it will to the layers of a network, and returns those that keep what they compute for the backward pass.
+Prepare = Callable[[Llama], Iterable[nn.Module]]
 
 #: (hidden (B, T, D), head (V or V / tp, D), targets (B, T)) -> a scalar whose gradient is wanted.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +56,7 @@ class DistributedModel:
         self.dtype = stages[0].llama.compute_dtype or next(iter(self.weights.values())).dtype
         #: Whether copies of the weights sum their gradients in the last micro-batch alone, or in each.
         self.sums_copies_once = True
+        self._copies = Copies([], self.dtype)
         self._schedules: dict[tuple[int, int], Any] = {}
 
     @classmethod
@@ -71,7 +76,7 @@ class DistributedModel:
         *,
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
-        prepare: Callable[[Llama], None] = lambda model: None,
+        prepare: Prepare = lambda model: model.model.layers,
     ) -> "DistributedModel":
         """Makes a rank's share of a model; its weights are allocated and unfilled.
 
@@ -90,17 +95,21 @@ class DistributedModel:
         if ranks.layout.pp > 1:
             check_schedule(settings.schedule)
         layers = ranks.layout.stage_layers(config.num_hidden_layers)
-        stages = []
+        stages: list[Stage] = []
+        keeping: list[nn.Module] = []
         for number in range(ranks.pp_rank, ranks.layout.stages, ranks.layout.pp):
             with torch.device("meta"):
                 stage = Stage(Llama(config).to(dtype), layers[number])
             stage.llama.compute_dtype = compute_dtype
-            _share(stage, ranks, settings, prepare)
+            keeping += _share(stage, ranks, settings, prepare)
             stage.to_empty(device=device)
             if config.tie_word_embeddings:
                 stage.llama.lm_head.weight = stage.llama.model.embed_tokens.weight
             stages.append(stage)
-        return cls(stages, ranks, settings, device)
+        model = cls(stages, ranks, settings, device)
+        if compute_dtype not in (None, dtype) and ranks.layout.casts_once:
+            model._copies = Copies(keeping, model.dtype)
+        return model
 
     @torch.no_grad()
     def fill(self, whole: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -125,6 +134,7 @@ class DistributedModel:
         Returns:
             The sum that `loss` gave over this rank's tokens; 0 on ranks without the last pipeline stage.
         """
+        self._copies.refresh()
         if self.ranks.layout.pp > 1:
             return self._run_pipeline(batch, loss, micro_batch_rows, with_backward=True)
         total = torch.zeros((), device=self.device)
@@ -139,6 +149,7 @@ class DistributedModel:
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss: Loss, *, micro_batch_rows: int) -> float:
         """The sum of `loss` over this rank's tokens, as `forward_backward` returns it; no gradients."""
+        self._copies.refresh()
         with self._evaluating():
             if self.ranks.layout.pp > 1:
                 return self._run_pipeline(batch, loss, micro_batch_rows, with_backward=False)
@@ -219,15 +230,16 @@ class DistributedModel:
                 stage.reshard()  # the head stayed whole for a backward pass that does not come
 
 
-def _share(stage: Stage, ranks: Ranks, settings: Parallel, prepare: Callable[[Llama], None]) -> None:
+def _share(stage: Stage, ranks: Ranks, settings: Parallel, prepare: Prepare) -> Iterable[nn.Module]:
     if ranks.tp is not None:
         assert ranks.weights is not None
         split_weights(stage.llama, ranks.weights["tp"])
     if ranks.cp is not None:
         share_tokens(stage.llama, ranks.cp)
-    prepare(stage.llama)
+    keeping = prepare(stage.llama)
     if ranks.is_sharded:
         _shard(stage, ranks, settings)
+    return keeping
 
 
 def _shard(stage: Stage, ranks: Ranks, settings: Parallel) -> None:

@@ -150,9 +150,12 @@ class Footprint:
             self._layer[mode] = layer_bytes(case, mode)
         leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
         layers = {
-            size: _Layers(self._layer["none"], self._layer[mode], size, recompute.layers_of(size), leaving)
+            size: _Layers(
+                self._layer["none"], self._layer[mode], size, recompute.layers_of(size), leaving,
+                casts_once=case.layout.casts_once,
+            )
             for size in self._sizes
-        }
+        }  # fmt: skip
         found = [(rank.fullest(layers[rank.size]), rank.rank) for rank in self._ranks]
         fullest, pp_rank = max(found, key=lambda each: each[0].total)
         is_counted = with_runtime and not case.is_cpu
@@ -212,10 +215,15 @@ class _Layers:
         size: how many there are.
         n_again: how many of them recompute.
         leaving: bytes on their way to the host.
+        casts_once: cast weights of layers that do not recompute are there for the whole step.
     """
 
-    def __init__(self, keeping: LayerBytes, again: LayerBytes, size: int, n_again: int, leaving: float) -> None:
+    def __init__(
+        self, keeping: LayerBytes, again: LayerBytes, size: int, n_again: int, leaving: float, *, casts_once: bool
+    ) -> None:
         self.keeping, self.again, self.n_keeping, self.leaving = keeping, again, size - n_again, leaving
+        #: Cast weights that are always there.
+        self.copies = keeping.cast * self.n_keeping if casts_once else 0.0
         self.kept = self.n_keeping * keeping.kept + n_again * again.kept
         #: Layers that have been through the backward pass -> activations left, and what the next one computes anew.
         self.turns: list[tuple[int, float, float]] = []
@@ -227,6 +235,8 @@ class _Layers:
 
     def cast(self, n: int, done: int) -> float:
         """Cast weights when the `n`-th micro-batch in flight has so many layers behind it, and begins the next."""
+        if self.copies:
+            return self.copies + self.again.cast * (done >= self.n_keeping)
         if done < self.n_keeping:
             return self.keeping.cast * (n * self.n_keeping - done)
         return self.keeping.cast * (n - 1) * self.n_keeping + self.again.cast
@@ -279,7 +289,8 @@ class _Rank:
 
     def fullest(self, layers: _Layers) -> Moment:
         """From the loss to the last layer's backward pass, or at the end of the step."""
-        found, most = self._end, self._end.total
+        found = self._end.under(0.0, layers.copies, 0.0)
+        most = found.total
         for n, accumulates, loss in self._fullest:
             beside = n * self._output + layers.leaving + self._beside
             if loss is not None:

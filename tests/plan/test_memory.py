@@ -70,6 +70,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
         "micro_batch_rows": 8, "recompute": "block",
     },
+    "bf16 over fp32, cast once": {"precision": "bf16", "micro_batch_rows": 2},
+    "bf16 over fp32, one micro-batch": {"precision": "bf16", "micro_batch_rows": 8},
+    "bf16 over fp32, two blocks of four recomputed": {
+        "precision": "bf16", "micro_batch_rows": 1, "recompute": "block", "recompute_layers": 2,
+    },
     "bf16, state of 8 bits, gradients summed on the host": {
         "optimizer.state_bits": 8, "optimizer.in_backward": True, "micro_batch_rows": 4, "recompute": "block",
         "precision": "bf16-pure",
@@ -127,6 +132,7 @@ def _measured(recipe: Recipe, layout: Layout) -> int:
     model = DistributedModel.build(
         CONFIG, Ranks.of(layout, device), recipe.parallel, device,
         dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
+        compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
         prepare=partial(
             prepare_layers, recompute=recipe.recompute, n_recomputed=recipe.recompute_layers, is_compiled=False
         ),
@@ -142,7 +148,8 @@ def _measured(recipe: Recipe, layout: Layout) -> int:
         train_step, model, gradients, _batch(layout.rows_per_rank, recipe.sequence_length), lr=1e-4,
         micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=settings.max_grad_norm,
     )  # fmt: skip
-    kept = [*model.weights.values(), *(tensor for kind in optimizer.state.values() for tensor in kind.values())]
+    weights = {id(weight): weight for weight in (*model.weights.values(), *model.stages[0].parameters())}  # and copies
+    kept = [*weights.values(), *(tensor for kind in optimizer.state.values() for tensor in kind.values())]
     beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)], device)
     return sum(local_part(tensor).nbytes for tensor in kept) + beyond
 

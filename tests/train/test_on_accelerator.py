@@ -57,6 +57,7 @@ def test_ten_steps_in_fp32_are_those_of_the_cpu(losses: Callable[..., list[float
     [
         {},
         {"compile": True},
+        {"compile": True, "micro_batch_rows": 1},
         {"recompute": "block"},
         {"recompute": "offload"},
         {"recompute": "offload", "compile": True},

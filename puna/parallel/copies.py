@@ -1,0 +1,54 @@
+"""Weights in the dtype in which they are multiplied, beside those in fp32 that are trained.
+
+    originals, fp32  ── refresh, once an update ──▶  copies, bf16, in the network
+        .grad, fp32  ◀── added, every micro-batch ──  their gradients, bf16
+
+A network that has the originals alone casts each of them in every micro-batch, casts its gradient back, and then adds
+it: 26 bytes a weight pass through memory where 12 will do. The numbers are the same to the last bit. For weights that
+are shared out `fully_shard` does likewise.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Copies:
+    """Copies of the matrices of layers, which take their place in the layers.
+
+    The gradients go to the originals, whose hooks are called for each. A copy lives as long as the layer; where a layer
+    keeps its cast weights for the backward pass, no more memory is taken than was.
+
+    Args:
+        layers: of a network, on their device.
+        dtype: of the copies.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        self._of_original: list[tuple[Tensor, Tensor]] = []
+        for module in (module for layer in layers for module in layer.modules()):
+            if isinstance(module, nn.Linear):
+                original = module.weight
+                copy = module.weight = nn.Parameter(torch.empty_like(original, dtype=dtype))
+                copy.register_post_accumulate_grad_hook(partial(_pass_on, original))
+                self._of_original.append((original, copy))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes them what the originals are now."""
+        for original, copy in self._of_original:
+            copy.copy_(original)
+
+
+@torch.no_grad()
+def _pass_on(original: Any, copy: Any) -> None:
+    grad, copy.grad = copy.grad, None
+    if original.grad is None:
+        original.grad = grad.to(original.dtype)
+    else:
+        original.grad.add_(grad)
+    for hook in list((original._post_accumulate_grad_hooks or {}).values()):
+        hook(original)

@@ -197,7 +197,7 @@ def test_int4_does_without_the_order_of_codes_that_it_knows(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
-@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("rows", [1, 16, 48, 300])
 def test_a_product_on_an_accelerator_is_that_of_the_dequantised_weight(scheme, rows):
     device = torch.accelerator.current_accelerator()
     layer = layer_of(scheme, random_weight(256, 512), bias=True)

@@ -5,13 +5,15 @@
 The scale is rounded before the codes are chosen, so that its rounding costs nothing.
 """
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.devices import has_int8_units
+from puna.devices import has_int8_units, takes_cuda_kernels
 from puna.quantized import kernel
 from puna.quantized.digits import product_by_digits
 from puna.quantized.linear import Form, QuantizedLinear
@@ -63,7 +65,35 @@ class Linear(QuantizedLinear):
         """(rows, in) to (rows, out)."""
         if self._is_packed:
             return product_by_digits(x, self.weight, self.weight_scale)
-        scale = self.weight_scale.to(x.dtype).view(-1)
         if x.device.type == "cpu" and len(x) <= PACKED_ROWS:
-            return torch.ops.aten._weight_int8pack_mm(x, self.weight, scale)
-        return F.linear(x, self.weight.to(x.dtype)) * scale
+            return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.weight_scale.to(x.dtype).view(-1))
+        product: Tensor = torch.ops.puna.int8_product(x, self.weight, self.weight_scale.view(-1))
+        return product
+
+
+def product_reference(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """(rows, in) times the transposed (out, in) codes, in the dtype of `x`, and times the (out,) scales."""
+    return F.linear(x, codes.to(x.dtype)) * scales.to(x.dtype)
+
+
+def _product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    if takes_cuda_kernels(x.device.type) and x.itemsize == 2 and (kernel := _kernel(len(x))) is not None:
+        return kernel(x, codes, scales)
+    return product_reference(x, codes, scales)
+
+
+@cache
+def _kernel(n_rows: int) -> Callable[..., Tensor] | None:
+    """The kernel, where Triton is there and it takes so many rows."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from puna.quantized import few_rows_kernel
+
+    return few_rows_kernel.multiply if n_rows <= few_rows_kernel.MOST_ROWS else None
+
+
+# One operation by name, so that a compiled model holds it as it is; `custom_op` would load torch's compiler.
+_LIBRARY = torch.library.Library("puna", "FRAGMENT")
+_LIBRARY.define("int8_product(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+_LIBRARY.impl("int8_product", _product, "CompositeExplicitAutograd")
+_LIBRARY.impl("int8_product", lambda x, codes, _: x.new_empty(len(x), len(codes)), "Meta")

@@ -23,8 +23,8 @@ from puna.plan.speed import Cluster
 #: A prediction that is further off than this share is a miss.
 GOAL = 0.25
 
-#: Share of the peak that FlashAttention 2 reaches on an H200, forward and backward (results/gpu.json: 0.26 to 0.32):
-#: most of the runs on H100 and H200 attended with it. What puna attends with is faster there.
+#: Share of the peak that FlashAttention 2 reaches on an H200, forward and backward (0.26 to 0.32 by
+#: results/gpu_attention.json): most of the runs on H100 and H200 attended with it. puna's is faster there.
 FLASH_2, HOPPER = 0.28, ("h100", "h200")
 
 #: Rows at once that are tried where the source does not say, and tokens of a device and step.

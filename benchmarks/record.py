@@ -23,18 +23,21 @@ def compile_puna() -> None:
     compileall.compile_dir(Path(puna.__file__).parent, quiet=1)
 
 
-def record(name: str, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None) -> Path:
+def record(
+    name: str, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None, *, command: str | None = None
+) -> Path:
     """Writes and prints a benchmark's result.
 
     Args:
         name: of the benchmark; its file in `results/` is replaced.
         rows: one measurement each, e.g. one a contender.
         facts: what holds for all rows: settings, goals, ratios.
+        command: that repeats it; None: this process's.
 
     Returns:
         The file.
     """
-    result = {"benchmark": name, "command": _command(), **_origin(), **(facts or {}), "rows": rows}
+    result = {"benchmark": name, "command": command or _command(), **_origin(), **(facts or {}), "rows": rows}
     path = Path(__file__).parent / "results" / f"{name}.json"
     write_json(path, result)
     print(json.dumps(result, indent=2, ensure_ascii=False))

@@ -35,6 +35,7 @@ def _shape(layers: int, width: int, feed_forward: int, heads: int, kv_heads: int
     return replace(
         preset("codellama-7b"), num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, vocab_size=vocabulary,
+        max_position_embeddings=131_072,
     )  # fmt: skip
 
 

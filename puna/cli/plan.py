@@ -1,6 +1,7 @@
 """`puna plan`: will a recipe fit, how fast will it be, and under which layout."""
 
 import json
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,7 @@ def plan(
     if as_json:
         print(json.dumps(result))
     else:
-        for line in _lines(result, " ".join([recipe, *(overrides or [])])):
+        for line in _lines(result, shlex.join([recipe, *(overrides or [])])):
             print(line)
     raise typer.Exit(0 if result["fits"] else 1)
 

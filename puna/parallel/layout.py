@@ -106,6 +106,11 @@ class Layout:
 
     def _misfits(self, recipe: Recipe, config: ModelConfig) -> Iterator[str]:
         """What is wrong with this layout, a sentence each."""
+        if recipe.sequence_length > config.max_position_embeddings:
+            yield (
+                f"sequence_length={recipe.sequence_length} is beyond the model's context of "
+                f"{config.max_position_embeddings} (max_position_embeddings); use that or less"
+            )
         if reason := split_misfit(config, self.tp, "parallel.tp"):
             yield reason
         if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's

@@ -69,6 +69,8 @@ def plan(
         raise UsageError(f"memory_gib={memory_gib} must be above 0")
     name, profile = _profile(device, memory_gib)
     if bandwidth is not None:
+        if not 0 < bandwidth < math.inf:
+            raise UsageError(f"bandwidth={bandwidth} must be above 0")
         profile = replace(profile, node_link_rate=bandwidth)
     available = profile.memory_gib if memory_gib is None else memory_gib
     settled = recipe.model_copy(update={"precision": _precision(recipe.precision, name)})

@@ -177,8 +177,9 @@ class Search:
 
     def _axes(self) -> Iterator[dict[str, Any]]:
         """Sizes of the axes and orders of the pipeline."""
+        most_cp = 1 if self.recipe.arithmetic == "mindformers" else MOST["cp"]  # as recipes have it
         for tp in _up_to(divisors(self.devices), MOST["tp"]):
-            for cp in _up_to(divisors(self.devices // tp), MOST["cp"]):
+            for cp in _up_to(divisors(self.devices // tp), most_cp):
                 for pp in _up_to(divisors(self.devices // tp // cp), self.config.num_hidden_layers):
                     rest = self.devices // tp // cp // pp
                     for replicate in divisors(rest):

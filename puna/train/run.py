@@ -353,11 +353,6 @@ def _precision(asked: str, device: torch.device) -> str:
 
 def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
     """Refuses data that the model cannot read; returns the folder of the data's tokenizer."""
-    if recipe.sequence_length > config.max_position_embeddings:
-        raise UsageError(
-            f"sequence_length={recipe.sequence_length} is beyond the model's context of "
-            f"{config.max_position_embeddings} (max_position_embeddings); use that or less"
-        )
     folders = [*recipe.data.weights, *([recipe.data.valid] if recipe.data.valid else [])]
     tokenizers = {folder: Dataset.open(folder).info["tokenizer"] for folder in folders}
     first, *others = tokenizers.items()

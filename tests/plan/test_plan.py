@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import puna
 from puna.checkpoint.huggingface import parameter_shapes
+from puna.cli import run
 from puna.config import load_recipe
 from puna.errors import UsageError
 from puna.model.config import PRESETS, preset
@@ -36,6 +38,32 @@ def test_layouts_that_are_proposed_are_accepted_and_fit_and_their_rows_add_up() 
         assert sum(each["memory"].values()) == pytest.approx(each["memory_gib"])
     speeds = [each["tokens_per_second"] for each in result["best"]]
     assert speeds == sorted(speeds, reverse=True)
+
+
+def test_the_commands_that_are_printed_are_taken_by_a_shell_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["data.train={it's $HOME: 0.9, 'a b': 0.1}", "batch_tokens=8192"]
+    assert run(["plan", "tiny-pretrain", *given, "--devices", "4", "--device", "h100"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "puna train" in line]
+    assert len(commands) == 5
+    for words in commands:
+        assert words[:3] == ["puna", "train", "tiny-pretrain"]
+        assert load_recipe("tiny-pretrain", words[3:]).data.weights == {"it's $HOME": 0.9, "a b": 0.1}
+
+
+def test_only_what_a_recipe_may_say_is_proposed() -> None:
+    changes = {"arithmetic": "mindformers", "batch_tokens": 2048}
+    result = puna.plan("tiny-pretrain", changes, devices=4, device="h100", best=1000)
+    assert result["best"]
+    for each in result["best"]:
+        load_recipe(load_recipe("tiny-pretrain", changes).model_dump(), each["overrides"])
+
+
+def test_rows_beyond_the_models_context_are_no_plan() -> None:
+    result = puna.plan("codellama-7b-long", {"sequence_length": 32_768}, devices=8, device="h200")
+    message = "sequence_length=32768 is beyond the model's context of 16384 (max_position_embeddings); use that or less"
+    assert not result["fits"]
+    assert result["own"]["reason"] == message
+    assert [each["reason"].split("; use")[0] for each in result["impossible"]] == [message.split("; use")[0]]
 
 
 def test_34b_is_fine_tuned_on_one_device_of_139_gib_only_with_a_small_state() -> None:
@@ -72,6 +100,9 @@ def test_wrong_usage_and_what_does_not_fit_have_exit_codes_of_their_own() -> Non
     for memory_gib in (0, -5, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"memory_gib={memory_gib} must be above 0"):
             puna.plan("codellama-34b-finetune-16", memory_gib=memory_gib)
+    for bandwidth in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"bandwidth={bandwidth} must be above 0"):
+            puna.plan("codellama-34b-finetune-16", device="h100", bandwidth=bandwidth)
     with pytest.raises(UsageError, match="there is no device 'abacus'"):
         puna.plan("codellama-7b-pretrain", device="abacus")
     command = [sys.executable, "-m", "puna", "plan", "codellama-70b-pretrain", "--memory-gib", "8", "--json"]

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -450,3 +452,53 @@ def test_running_is_a_sequence_of_its_own() -> None:
     config = tiny_model().config
     one, other = (Running(Sequence(0, [1], Sampling(), config, None)) for _ in range(2))
     assert one != other
+
+
+def test_a_stream_takes_part_while_generate_runs_and_is_told_of_its_end(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=2048, block_tokens=8)
+    (expected,) = engine.generate(["def f"], Sampling(max_tokens=9))
+    read: list[str] = []
+
+    async def stream() -> None:
+        read.append("".join([piece async for piece in engine.stream("def f", max_tokens=9)]))
+
+    def on_text(_: int, text: str) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 1:
+            reader.start()
+            while not engine._incoming:
+                time.sleep(0.001)
+        if pieces == 50:
+            reader.join(10)
+            assert read == [expected.text]
+
+    pieces, reader = 0, threading.Thread(target=lambda: asyncio.run(stream()), daemon=True)
+    engine.generate(["import"], Sampling(max_tokens=200, ignore_eos=True), on_text=on_text)
+    assert pieces > 50
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
+    model: Llama, tokenizer: Tokenizer, has_draft: bool
+) -> None:
+    prompts, sampling = [[1, 5, 6, 5, 6], [1, 7]], Sampling(max_tokens=40, ignore_eos=True)
+    expected = complete(model, tokenizer, prompts, sampling)
+    guesses = {"draft": model} if has_draft else {"lookup": True}
+    engine = Engine(model, tokenizer, cache_tokens=512, block_tokens=1, **guesses)
+    told: list[BaseException | None] = []
+    others = [engine._new(engine._sequence(0, prompt, sampling, None), told.append) for prompt in prompts]
+
+    def on_text(_: int, text: str) -> None:
+        if not engine._incoming and not others[0].blocks:
+            engine._incoming.extend(others)
+        if any(other.drafts for other in others):  # in a step that the others have not been told of yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(["import"], Sampling(max_tokens=300, ignore_eos=True), on_text=on_text)
+    while not engine.scheduler.is_idle:
+        engine._step()
+    assert [other.sequence.completion() for other in others] == expected
+    assert told == [None, None]
+    assert_all_free(engine)

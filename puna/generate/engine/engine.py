@@ -129,6 +129,7 @@ class Engine:
                     self.scheduler.add(running)
                 pending = set(added)
                 while pending:
+                    self._let_in()  # streams that come meanwhile take part
                     for running in pending.intersection(self._step()):
                         pending.remove(running)
                         if on_completion:
@@ -187,16 +188,13 @@ class Engine:
                         self._thread = None
                         return
                 live = [*self.scheduler.running, *self.scheduler.waiting]
-                failure: Exception | None = None
                 try:
                     self._step()
                 except Exception as error:  # all that were in meet it
-                    failure = error
                     for running in live:
                         running.is_cancelled = True
-                for running in live:
-                    if running.is_done and running.on_end is not None:
-                        running.on_end(failure)
+                        if running.on_end is not None:
+                            running.on_end(error)
 
     def _let_in(self) -> None:
         while self._incoming:
@@ -216,12 +214,18 @@ class Engine:
         asked = self._runner.compute(chunks)
         if self._drafter is not None:
             self._drafter.read(chunks)
-        for chunk, logits in zip(chunks, asked, strict=True):
-            if logits is not None:
-                self._take(chunk, logits)
-            self.scheduler.advance(chunk)
-        self.scheduler.drop_finished()
-        return [chunk.running for chunk in chunks if chunk.running.is_done]
+        try:
+            for chunk, logits in zip(chunks, asked, strict=True):
+                if logits is not None:
+                    self._take(chunk, logits)
+                self.scheduler.advance(chunk)
+        finally:  # what one of them raises, in its `on_text` say, leaves the others as they are
+            self.scheduler.drop_finished()
+            ended = [chunk.running for chunk in chunks if chunk.running.is_done]
+            for running in ended:
+                if running.on_end is not None:
+                    running.on_end(None)
+        return ended
 
     def _take(self, chunk: Chunk, logits: Logits) -> None:
         """Lets a sequence choose, and go on with its guesses as long as they are what it chose."""

@@ -122,6 +122,8 @@ class Scheduler:
     def next_step(self) -> list[Chunk]:
         """The chunks of the next step, decoding ones first; empty where nothing is to be done."""
         self.drop_finished()
+        for running in self.running:  # what a step guessed that an error ended
+            running.drafts, running.drafted = [], min(running.drafted, running.computed)
         is_decoding = {running: len(running.tokens) - running.computed == 1 for running in self.running}
         chunks = self._go_on((running for running, decodes in is_decoding.items() if decodes), self.step_tokens)
         self._guess([chunk for chunk in chunks if chunk.running in self.running], self.step_tokens - _size(chunks))

@@ -31,7 +31,7 @@ def commands_of(name: str) -> list[list[str]]:
 
 def state_gib(recipe: Recipe, devices: int) -> float:
     """What weights, gradients and optimizer state take on each of so many devices, by the arithmetic alone."""
-    weight = gradient = 2 if recipe.precision == "bf16-pure" else 4
+    weight, gradient = 2 if recipe.precision == "bf16-pure" else 4, 4
     state = weight if recipe.optimizer.state_bits == 32 else recipe.optimizer.state_bits / 8
     a_weight = weight + 2 * state + (0 if recipe.optimizer.in_backward else gradient)
     return PRESETS[recipe.model].parameter_count * a_weight / devices / 2**30

@@ -262,11 +262,8 @@ class _Rank:
         self.own = sum(n * self.parts[kind].own for kind, n in self.kinds.items())
         self._largest = max(self.parts[kind].largest for kind in self.kinds)
         self.unit = min(case.recipe.parallel.layers_per_unit, self.size)
-        self.gradient_bytes = case.weights.weight_bytes
-        if layout.dp_replicate > 1 and layout.micro_batches > 1 and not case.recipe.optimizer.in_backward:
-            self.gradient_bytes = 4  # sums over shards wait in fp32 for the sum over copies
-        if self.sums_whole:
-            self.gradient_bytes = 4
+        is_sum = self.sums_whole or (layout.micro_batches > 1 and not case.recipe.optimizer.in_backward)
+        self.gradient_bytes = 4 if is_sum else case.weights.weight_bytes  # what comes in bf16 is summed in fp32
         self._always = {
             "weights": self.own * case.weights.weight_bytes,
             "optimizer state": sum(n * self.parts[kind].state for kind, n in self.kinds.items()),

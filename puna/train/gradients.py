@@ -6,10 +6,11 @@
     optimizer.step(update, lr, grad_scale=…, take=gradients.pop)
     gradients.clear()
 
-Three places, one interface: `Gradients` stay on the device, as torch leaves them; `HostGradients` leave it as they are
-formed, and come back one by one for the update; `UpdatesInBackward` are used as they are formed, and kept nowhere. FSDP
-calls the hooks of its sharded parameters itself, once a gradient is reduced (`foreach_reduce` in torch's
-`_fsdp_collectives.py`, since pytorch#129450), so all three are the same there.
+Four places, one interface: `Gradients` stay on the device, as torch leaves them; `WideGradients` are summed there in
+fp32 where torch would sum in bf16; `HostGradients` leave it as they are formed, and come back one by one for the
+update; `UpdatesInBackward` are used as they are formed, and kept nowhere. FSDP calls the hooks of its sharded
+parameters itself, once a gradient is reduced (`foreach_reduce` in torch's `_fsdp_collectives.py`, since
+pytorch#129450), so all four are the same there.
 """
 
 import math
@@ -52,7 +53,8 @@ def gradients_of(optimizer: AdamW, *, in_backward: bool, is_clipped: bool, micro
         micro_batches: backward passes of one update.
     """
     if not in_backward:
-        return Gradients(optimizer)
+        is_bf16 = any(p.dtype == torch.bfloat16 for p in optimizer.parameters.values())
+        return WideGradients(optimizer) if is_bf16 and micro_batches > 1 else Gradients(optimizer)
     return HostGradients(optimizer) if is_clipped or micro_batches > 1 else UpdatesInBackward(optimizer)
 
 
@@ -134,29 +136,21 @@ class _Leaving(Gradients):
         raise NotImplementedError
 
 
-class HostGradients(_Leaving):
-    """Sums of gradients in host memory.
-
-    A hook takes each gradient as it is formed, adds it to the sum of the micro-batches before, and clears it. Sums are
-    added on the device, on a stream of their own: the sum before comes, the new one goes. What the device holds is what
-    is on its way, `IN_FLIGHT_BYTES` and one weight at most, besides what the backward pass itself (or FSDP: one unit's
-    gradients) has in hand.
-
-    The host holds the size of a rank's gradients: 4 bytes a weight, 2 under bf16-pure, page-locked and taken when this
-    is made. Over the bus go, for k micro-batches, 2k times as many bytes: k down, k - 1 up for the sums, and one up for
-    the update. Under bf16-pure a sum is formed in fp32 and rounded stochastically to bf16: right on average, where
-    torch's own sums in bf16 lose what is small; with one micro-batch it is the gradient. In fp32 the sums are torch's,
-    bit for bit. On a CPU the sums stay where the gradients are; only the interface is the same.
+class _Sums(_Leaving):
+    """Sums of the gradients of an update's micro-batches, by name.
 
     FSDP must reduce gradients in every micro-batch (`set_requires_gradient_sync` and `set_requires_all_reduce` left at
-    True), or those that wait for it stay on the device.
+    True), or those that wait for it stay in `.grad`.
+
+    Args:
+        optimizer: whose parameters' gradients they are.
+        kept: where.
     """
 
-    def __init__(self, optimizer: AdamW) -> None:
+    def __init__(self, optimizer: AdamW, kept: "_Kept | _PageLocked") -> None:
         super().__init__(optimizer)
+        self._sums = kept
         self._counts: dict[str, int] = {}
-        device = next((local_part(p).device for p in self.parameters.values()), torch.device("cpu"))
-        self._sums: _Kept | _PageLocked = _Kept() if device.type == "cpu" else _PageLocked(self.parameters, device)
 
     def squared_norm(self) -> float:
         """As for `Gradients`; the shares of the sums were taken on the device, when they were formed."""
@@ -165,7 +159,7 @@ class HostGradients(_Leaving):
         return super().squared_norm()
 
     def pop(self, name: str) -> Tensor | None:
-        """A parameter's sum, on the device again."""
+        """A parameter's sum, on the device."""
         if name not in self._squares:
             return None
         del self._squares[name], self._counts[name]
@@ -180,11 +174,55 @@ class HostGradients(_Leaving):
         count = self._counts[name] = self._counts.get(name, 0) + 1
 
         def form(before: Tensor | None, grad: Tensor) -> Tensor:
-            total = grad if before is None else self._added(name, count, before, grad)
+            total = self._first(grad) if before is None else self._added(name, count, before, grad)
             self._squares[name] = share_of_square(total, self.parameters[name])
             return total
 
         self._sums.form(name, local_part(grad), form)
+
+    def _first(self, grad: Tensor) -> Tensor:
+        """The sum of one."""
+        return grad
+
+    def _added(self, name: str, count: int, before: Tensor, grad: Tensor) -> Tensor:
+        """The sum of so many."""
+        raise NotImplementedError
+
+
+class WideGradients(_Sums):
+    """Sums in fp32 of gradients in bf16, on the device: 4 bytes a weight instead of 2.
+
+    A sum in bf16 would lose what is less than a 512th of it: of hundreds of micro-batches, the most.
+    """
+
+    def __init__(self, optimizer: AdamW) -> None:
+        super().__init__(optimizer, _Kept())
+
+    def _first(self, grad: Tensor) -> Tensor:
+        return grad.float()
+
+    def _added(self, name: str, count: int, before: Tensor, grad: Tensor) -> Tensor:
+        return before.add_(grad)
+
+
+class HostGradients(_Sums):
+    """Sums of gradients in host memory.
+
+    A hook takes each gradient as it is formed, adds it to the sum of the micro-batches before, and clears it. Sums are
+    added on the device, on a stream of their own: the sum before comes, the new one goes. What the device holds is what
+    is on its way, `IN_FLIGHT_BYTES` and one weight at most, besides what the backward pass itself (or FSDP: one unit's
+    gradients) has in hand.
+
+    The host holds the size of a rank's gradients: 4 bytes a weight, 2 under bf16-pure, page-locked and taken when this
+    is made. Over the bus go, for k micro-batches, 2k times as many bytes: k down, k - 1 up for the sums, and one up for
+    the update. Under bf16-pure a sum is formed in fp32 and rounded stochastically to bf16: right on average, where
+    torch's own sums in bf16 lose what is small; with one micro-batch it is the gradient. In fp32 the sums are torch's,
+    bit for bit. On a CPU the sums stay where the gradients are; only the interface is the same.
+    """
+
+    def __init__(self, optimizer: AdamW) -> None:
+        device = next((local_part(p).device for p in optimizer.parameters.values()), torch.device("cpu"))
+        super().__init__(optimizer, _Kept() if device.type == "cpu" else _PageLocked(optimizer.parameters, device))
 
     def _added(self, name: str, count: int, before: Tensor, grad: Tensor) -> Tensor:
         if grad.dtype != torch.bfloat16 or not grad.numel():
@@ -259,7 +297,7 @@ def _like(part: Tensor, parameter: Any) -> Tensor:
 
 
 class _Kept:
-    """Sums on a CPU: where they are formed."""
+    """Sums where they are formed."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

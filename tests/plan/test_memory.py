@@ -75,6 +75,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16 over fp32, two blocks of four recomputed": {
         "precision": "bf16", "micro_batch_rows": 1, "recompute": "block", "recompute_layers": 2,
     },
+    "bf16, gradients summed in fp32": {"precision": "bf16-pure", "micro_batch_rows": 2},
+    "bf16, one micro-batch": {"precision": "bf16-pure", "micro_batch_rows": 8},
     "bf16, state of 8 bits, gradients summed on the host": {
         "optimizer.state_bits": 8, "optimizer.in_backward": True, "micro_batch_rows": 4, "recompute": "block",
         "precision": "bf16-pure",

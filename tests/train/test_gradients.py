@@ -17,7 +17,7 @@ from puna.model.llama import Llama
 from puna.testing import tiny_model
 from puna.train import gradients as gradients_module
 from puna.train import optimizer as optimizer_module
-from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, gradients_of
+from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, WideGradients, gradients_of
 from puna.train.optimizer import AdamW
 
 Kind = Callable[[AdamW], Gradients]
@@ -71,7 +71,7 @@ def test_a_weight_that_is_embedding_and_head_is_moved_by_the_sum_of_both(kind: K
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("kind", [Gradients, HostGradients, UpdatesInBackward])
+@pytest.mark.parametrize("kind", [Gradients, WideGradients, HostGradients, UpdatesInBackward])
 def test_grad_holds_every_gradient_or_never_more_than_one(kind: Kind) -> None:
     model = tiny_model()
     parameters = list(model.parameters())
@@ -90,9 +90,9 @@ def test_grad_holds_every_gradient_or_never_more_than_one(kind: Kind) -> None:
     assert max(live) == (total if kind is Gradients else largest)
 
 
-def test_bf16_sums_are_right_on_average_where_torchs_lose_small_gradients() -> None:
+def test_bf16_gradients_are_summed_in_fp32_or_right_on_average_where_torchs_sums_lose_small_ones() -> None:
     sums = {}
-    for kind in (Gradients, HostGradients):
+    for kind in (Gradients, WideGradients, HostGradients):
         weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
         gradients = kind(AdamW([("w", weight)], Optimizer(), seed=0))
         gradients.begin(1, 1e-3)
@@ -100,9 +100,10 @@ def test_bf16_sums_are_right_on_average_where_torchs_lose_small_gradients() -> N
             (weight * size).sum().backward()
         total = gradients.pop("w") if kind is Gradients else (gradients.squared_norm(), gradients.pop("w"))[1]
         assert total is not None
-        assert total.dtype == torch.bfloat16
+        assert total.dtype == (torch.float32 if kind is WideGradients else torch.bfloat16)
         sums[kind] = total.float().mean().item()
     assert sums[Gradients] == 1.0
+    assert sums[WideGradients] == 1 + 100 * 2**-10
     assert sums[HostGradients] == pytest.approx(1 + 100 * 2**-10, abs=0.002)
 
 
@@ -119,7 +120,7 @@ def test_bf16_sums_are_the_same_in_small_pieces(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
-@pytest.mark.parametrize("kind", [Gradients, HostGradients])
+@pytest.mark.parametrize("kind", [Gradients, WideGradients, HostGradients])
 def test_sums_that_are_not_finite_are_dropped_and_the_next_update_begins_anew(kind: Kind) -> None:
     weight = nn.Parameter(torch.ones(3, 4))
     adamw = AdamW([("w", weight)], Optimizer(), seed=0)
@@ -159,18 +160,20 @@ def test_a_second_gradient_in_one_update_is_refused_where_the_first_has_been_use
 
 
 @pytest.mark.parametrize(
-    ("in_backward", "is_clipped", "micro_batches", "expected"),
+    ("in_backward", "is_clipped", "micro_batches", "dtype", "expected"),
     [
-        (False, False, 1, Gradients),
-        (True, True, 1, HostGradients),
-        (True, False, 2, HostGradients),
-        (True, False, 1, UpdatesInBackward),
+        (False, False, 1, torch.bfloat16, Gradients),
+        (False, True, 2, torch.float32, Gradients),
+        (False, True, 2, torch.bfloat16, WideGradients),
+        (True, True, 1, torch.float32, HostGradients),
+        (True, False, 2, torch.bfloat16, HostGradients),
+        (True, False, 1, torch.bfloat16, UpdatesInBackward),
     ],
 )
-def test_gradients_wait_on_the_host_only_if_something_must_be_known_first(
-    in_backward: bool, is_clipped: bool, micro_batches: int, expected: type
+def test_gradients_are_where_they_are_right_and_wait_on_the_host_only_if_something_must_be_known_first(
+    in_backward: bool, is_clipped: bool, micro_batches: int, dtype: torch.dtype, expected: type
 ) -> None:
-    adamw = AdamW(tiny_model().named_parameters(), Optimizer(), seed=0)
+    adamw = AdamW(tiny_model().to(dtype).named_parameters(), Optimizer(), seed=0)
     made = gradients_of(adamw, in_backward=in_backward, is_clipped=is_clipped, micro_batches=micro_batches)
     assert type(made) is expected
 
@@ -269,7 +272,8 @@ def _as_rank(rank: int, port: int, place: Path) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    seen = {kind.__name__: _sharded_steps(kind) for kind in (Gradients, HostGradients, UpdatesInBackward)}
+    kinds = (Gradients, WideGradients, HostGradients, UpdatesInBackward)
+    seen = {kind.__name__: _sharded_steps(kind) for kind in kinds}
     seen["state"] = _saved_state(place / "state")
     seen["partial"] = _partial_gradient(rank)
     seen["one rank not finite"] = _one_rank_not_finite(rank)
@@ -367,7 +371,10 @@ def _whole_steps(micro_batches: int) -> tuple[dict[str, Tensor], list[float]]:
     return {name: p.detach() for name, p in model.named_parameters()}, squares
 
 
-@pytest.mark.parametrize(("kind", "micro_batches"), [("Gradients", 2), ("HostGradients", 2), ("UpdatesInBackward", 1)])
+@pytest.mark.parametrize(
+    ("kind", "micro_batches"),
+    [("Gradients", 2), ("WideGradients", 2), ("HostGradients", 2), ("UpdatesInBackward", 1)],
+)
 def test_under_fsdp_all_ways_take_the_steps_of_one_rank(
     kind: str, micro_batches: int, of_two_ranks: list[dict[str, Any]]
 ) -> None:

@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -242,6 +242,12 @@ def sha256_of(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hex; for identity (tokenizers, data sets)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mark_of(files: Iterable[Path]) -> str | None:
+    """What tells files from others that may come to stand in their places: names, sizes and times; None: no files."""
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else None
 
 
 def checksum_of(path: Path | str) -> str:

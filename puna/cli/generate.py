@@ -14,7 +14,7 @@ import typer
 
 from puna.cli import app, words_of
 from puna.errors import PunaError, UsageError
-from puna.files import check_file, file_aside, is_device, lock, read_json
+from puna.files import check_file, file_aside, is_device, lock, mark_of, read_json
 from puna.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def generate(
         on_text = print_piece if is_first and not as_json and output is None else None
         options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **guesses, **settings}
         options["cache_dtype"] = cache_dtype
-        asked = [model, dtype, cache_dtype, n, healing, settings, records]
+        weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
+        asked = [model, weights, dtype, cache_dtype, n, healing, settings, records]
         with Results(output if is_first else None, asked, total) as results:
             _complete(loaded, tokenizer, records, results, on_text, options)
     if not is_first:
@@ -289,8 +290,11 @@ class Results:
     Args:
         output: JSON lines in the order of the prompts, written when all are there; until then each completion is kept
             in a file beside it, unless it is a device. None: nothing is written.
-        asked: what the completions depend on: another question's are not taken up.
+        asked: what the completions depend on.
         count: of completions.
+
+    Raises:
+        PunaError: on entering: there are completions of something else that was asked, or another process writes there.
     """
 
     def __init__(self, output: Path | None, asked: Any, count: int) -> None:
@@ -305,7 +309,7 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as before:
                 lock(before, self._output)
-                self._take_up(read_text(path).splitlines())
+                self._take_up(path)
                 with file_aside(path, "w") as lines:
                     lines.write(self._asked + "\n")
                     lines.writelines(_line([number, result]) for number, result in self._found.items())
@@ -337,20 +341,26 @@ class Results:
             self._partial.write(_line([number, result]))
             self._partial.flush()
 
-    def _take_up(self, lines: list[str]) -> None:
-        if not lines or lines[0] != self._asked:
-            return
-        for line in lines[1:]:
+    def _take_up(self, path: Path) -> None:
+        first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if first != self._asked and any(lines):
+            raise PunaError(
+                f"{path} holds completions of another run: its prompts, its options or the model's files were not "
+                "these; repeat that command to go on with it, choose another output, or remove the file"
+            )
+        for line in lines:
             try:
                 number, result = json.loads(line)
             except ValueError:  # the last one, cut off
                 break
             self._found[number] = result
-        say(f"continuing {self._output}: {len(self._found)} of {self._count} are there")
+        if self._found:
+            say(f"continuing {self._output}: {len(self._found)} of {self._count} are there")
 
 
 def _line(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    line = json.dumps(content, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()  # JSON can spell half of a surrogate pair, UTF-8 cannot
 
 
 def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> list[dict[str, Any]]:
@@ -381,6 +391,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise PunaError(f'{where} is not an object with a text "prompt"')
     if not record["prompt"]:
         raise PunaError(f"{where} has an empty prompt")
+    if any("\ud800" <= character <= "\udfff" for character in record["prompt"]):
+        raise PunaError(f"{where} has a prompt with half of a surrogate pair, which UTF-8 cannot spell")
     return record
 
 

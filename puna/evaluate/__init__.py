@@ -4,7 +4,6 @@
 `benchmarks/`; programs that a model wrote run in `sandbox.py` and nowhere else.
 """
 
-import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def evaluate(
     from puna.evaluate.programs import Programs
     from puna.evaluate.spread import Replicas
     from puna.evaluate.stored import Stored, loaded
-    from puna.files import check_writable, write_json  # here, so that the sandbox needs no more than Python
+    from puna.files import check_writable, mark_of, write_json  # here, so that the sandbox needs no more than Python
 
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
@@ -75,17 +74,10 @@ def evaluate(
     elif model is not None and name is None:
         loaded(model, tokenizer)  # it is; has it a tokenizer?
     if name is not None and "name" in inspect.signature(module.evaluate).parameters:
-        options |= {"name": name, "weights": _weights(Path(name))}
+        options |= {"name": name, "weights": mark_of(Path(name).glob("*.safetensors"))}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:
         result = {"benchmark": result["benchmark"], "model": name} | result
     if output is not None:
         write_json(Path(output) / "result.json", result)
     return result
-
-
-def _weights(folder: Path) -> str | None:
-    """What tells a folder's weights from others that may stand there: sizes and times; None for a hub id."""
-    files = sorted(folder.glob("*.safetensors"))
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else None

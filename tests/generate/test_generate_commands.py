@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,15 +248,56 @@ def test_a_killed_run_continues_with_the_completions_it_has(
     assert not partial.exists()
 
 
+def test_completions_of_any_characters_are_found_again(tmp_path: Path) -> None:
+    ones = [{"completion": text, "note": "\ud800"} for text in ("a\u2028b", "c\x85d\x0ce", "f\r\n")]
+    killed = Results(tmp_path / "out", "asked", 4).__enter__()
+    for number, one in enumerate(ones):
+        killed.put(number, one)
+    killed.__exit__(KeyboardInterrupt)
+    partial = tmp_path / "out.partial"
+    partial.write_bytes(partial.read_bytes() + '[3, {"completion": "é'.encode()[:-1])  # cut off within a character
+    with Results(tmp_path / "out", "asked", 4) as results:
+        assert [results.has(range(number, number + 1)) for number in range(4)] == [True, True, True, False]
+        results.put(3, {"completion": "g"})
+    lines = (tmp_path / "out").read_text().split("\n")
+    assert [json.loads(line) for line in lines if line] == [*ones, {"completion": "g"}]
+
+
+@pytest.mark.parametrize("changed", ["prompts", "options", "weights"])
+def test_completions_of_another_run_are_neither_taken_up_nor_lost(
+    tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch, changed: str
+) -> None:
+    shutil.copytree(tiny_model_folder, model := tmp_path / "model")
+    (source := tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    words = ["generate", str(model), "--file", str(source), "-o", str(tmp_path / "out"), "--max-tokens", "2"]
+
+    def killed(self: Results, number: int, result: dict) -> None:
+        put(self, number, result)
+        raise KeyboardInterrupt
+
+    put = Results.put
+    monkeypatch.setattr(Results, "put", killed)
+    assert run(words) != 0
+    before = (partial := tmp_path / "out.partial").read_text()
+    monkeypatch.setattr(Results, "put", put)
+    if changed == "prompts":
+        source.write_text('{"prompt": "x"}\n{"prompt": "z"}\n')
+    elif changed == "weights":
+        os.utime(model / "model.safetensors", ns=(0, 0))
+    assert run([*words, "--temperature", "0.5"] if changed == "options" else words) == 1
+    assert "holds completions of another run" in capsys.readouterr().err
+    assert partial.read_text() == before
+
+
 def test_a_bad_line_among_prompts_can_be_left_out(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "x"}\n{"prompt"\n{"prompt": "y"}\n')
+    source.write_text('{"prompt": "x"}\n{"prompt"\n{"prompt": "\\ud83d"}\n{"prompt": "y"}\n')
     words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "2"]
     assert run(words) == 1
     assert "in.jsonl:2 is not JSON" in (said := capsys.readouterr().err)
     assert "--keep-going" in said
     assert run([*words, "--keep-going"]) == 0
-    assert "left out: " in capsys.readouterr().err
+    assert "in.jsonl:3 has a prompt with half of a surrogate pair" in capsys.readouterr().err
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["x", "y"]
 
 

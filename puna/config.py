@@ -7,6 +7,8 @@ models below. The resolved recipe is stored in the run folder and in every check
 """
 
 import difflib
+import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +31,7 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """What is learned from."""
 
-    train: str | dict[str, Annotated[float, Field(gt=0)]]
+    train: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """A prepared folder, or several with their weights: {data/mine: 0.9, data/chat: 0.1}."""
     valid: str | None = None
     """A prepared folder that is only measured; null: none."""
@@ -134,7 +136,7 @@ class Recipe(_Strict):
     """A folder in Hugging Face layout whose weights and config.json are taken instead; null: as `model` says."""
     data: Data
     sequence_length: Annotated[int, Field(ge=2)] = 4096
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1)]
     steps: Positive
     batch_tokens: Positive
     """Tokens of one optimizer step over all devices; a multiple of `sequence_length`."""
@@ -159,7 +161,7 @@ class Recipe(_Strict):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     device: str = "auto"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _rows_fit(self) -> "Recipe":
@@ -229,12 +231,24 @@ def _read(name: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"there is no recipe {name!s}: neither a file nor one of {', '.join(recipe_names())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold fields and values (model: …), not {type(content).__name__}")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a field that is given twice: YAML's own readers forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +265,10 @@ def parse_overrides(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
         if not equals or not path:
             raise UsageError(f"{override!r} is not of the form field.name=value")
         try:
-            pairs[path] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"{override!r}: the value is not valid YAML") from None
+            pairs[path] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None)
+            raise UsageError(f"{override!r}: the value is not valid YAML{f': {why}' if why else ''}") from None
     return pairs
 
 
@@ -267,7 +282,7 @@ def _with(content: dict[str, Any], path: list[str], value: Any) -> dict[str, Any
 
 
 def _message(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
+    path = [part for part in map(str, error["loc"]) if not re.fullmatch(r"str|dict\[.*\]", part)]  # kinds of data.train
     name = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])
@@ -276,6 +291,9 @@ def _message(error: Any) -> str:
         return f"there is no field {name}{meant}; there are {', '.join(fields)}"
     if error["type"] == "missing":
         return f"the field {name} is missing; give it in the file or as {name}=VALUE"
+    if error["type"] == "string_type" and isinstance(error["input"], int | float | date):
+        kind, value = type(error["input"]).__name__, error["input"]
+        return f"{name}={value} is read as {kind}, not as text; write '{name}=\"{value}\"'"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

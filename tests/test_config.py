@@ -46,11 +46,28 @@ def test_a_wrong_field_lists_the_fields_there_are_and_the_nearest() -> None:
         ("precision=fp8", "precision='fp8'"),
         ("steps", "not of the form field.name=value"),
         ("data={}", r"the field data\.train is missing"),
+        ("data.train={}", r"data\.train={}: dictionary should have at least 1 item"),
+        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
+        ('run_dir=""', "run_dir='': string should have at least 1 character"),
+        ("run_dir=2026-11-26", r"""read as date, not as text; write 'run_dir="2026-11-26"'"""),
+        ("data.train=7", r"""data\.train=7 is read as int, not as text; write 'data\.train="7"'"""),
+        ("data.train={a: 1, b: 1, a: 2}", "the value is not valid YAML: a is given twice"),
     ],
 )
 def test_a_wrong_value_says_what_would_do(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_recipe(SMALL, [override])
+
+
+def test_text_that_looks_like_a_number_is_taken_in_quotes() -> None:
+    assert load_recipe(SMALL, ['run_dir="2026-11-26"']).run_dir == "2026-11-26"
+
+
+def test_a_field_that_is_given_twice_is_refused(tmp_path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: tiny-64\noptimizer: {peak_lr: 1.0e-3}\nsteps: 1\noptimizer: {weight_decay: 0}\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml is not valid YAML: optimizer is given twice .* line 4"):
+        load_recipe(path)
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:

@@ -130,6 +130,7 @@ class _Run:
         self._introduce()
         numbers: dict[str, Any] = {}
         skipped_in_a_row = 0
+        is_due = False
         with (
             self._metrics() as metrics,
             Progress("training", recipe.steps, "steps") as progress,
@@ -149,8 +150,10 @@ class _Run:
                 note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
                 progress.advance(1, note)
                 number = int(all_max(stop_signal())[0])
-                if is_last or number or self.step % recipe.checkpoint.every == 0:
+                is_due |= self.step % recipe.checkpoint.every == 0
+                if is_last or number or (is_due and numbers["is_applied"]):  # weights may be why a loss is not finite
                     self._save()
+                    is_due = False
                 if is_last or number:
                     self.checkpoints.wait()  # the others are written while training goes on
                 if not is_last and number:
@@ -240,6 +243,7 @@ class _Run:
     def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
         """What a new run begins with, a weight at a time: those of a folder, or drawn ones."""
         source = weights_folder(self.recipe)
+        say(f"a new run, from {'random weights' if source is None else f'the weights of {source}'}")
         if source is None:
             return lambda name, shape: initial_weight(name, shape, self.config, seed=self.recipe.seed)
         stored = fit(self.config, open_weights(source))
@@ -258,10 +262,14 @@ class _Run:
             shutil.copytree(self.tokenizer, self.run_dir / "tokenizer")
 
     def _save(self) -> None:
+        """Saves in the background; at once where the save before has failed, and then it must not fail again."""
         if self.claim.renew():
             self._write_down()
-            with contextlib.suppress(Exception):  # a save under way lost its files too
-                self.checkpoints.wait()
+        try:
+            self.checkpoints.wait()
+            is_again = False
+        except Exception:  # it has been said, and the state is here still
+            is_again = True
         meta = {
             "step": self.step,
             "tokens": self.tokens,
@@ -271,9 +279,17 @@ class _Run:
             "data": self.fingerprints,
         }
         self.checkpoints.save(self.step, self._state(), meta)
+        if is_again:
+            self.checkpoints.wait()
 
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
+        if (before := meta["model_config"]) != (now := self.config.to_json()):
+            raise PunaError(
+                f"{checkpoint} is of a model with {_differences(before, now)} in the config.json of "
+                f"{weights_folder(self.recipe)}: put it back as it was, or begin a new run from these weights: "
+                f"puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
+            )
         for folder, fingerprint in meta.get("data", {}).items():
             if self.fingerprints.get(folder) != fingerprint:
                 raise PunaError(

@@ -342,8 +342,6 @@ def test_what_cannot_be_trained_is_refused_at_once(recipe: Make, change: dict[st
 
 
 def test_data_of_a_larger_vocabulary_is_refused(recipe: Make, prepared: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "other"
     shutil.copytree(prepared, folder)
     info = read_json(folder / "dataset.json")
@@ -447,3 +445,15 @@ def test_tensorboard_events_are_written_when_asked_for(recipe: Make) -> None:
     pytest.importorskip("tensorboard")
     result = puna.train(recipe(log={"tensorboard": True}))
     assert list((Path(result["run_dir"]) / "tensorboard").glob("events.out.tfevents*"))
+
+
+def test_whose_weights_a_new_run_begins_with_is_said(
+    recipe: Make, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    puna.train(recipe(steps=2))
+    assert "a new run, from random weights\n" in capsys.readouterr().err
+    puna.train(recipe(steps=3))
+    assert "a new run" not in capsys.readouterr().err
+    shutil.copytree(tiny_model_folder, tmp_path / "start", ignore=shutil.ignore_patterns("token*"))
+    puna.train(recipe(steps=2, start=str(tmp_path / "start"), run_dir=str(tmp_path / "other")))
+    assert f"a new run, from the weights of {tmp_path / 'start'}\n" in capsys.readouterr().err

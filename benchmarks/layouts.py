@@ -25,20 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from record import record
-from train_step import LR, _batch
+from train_step import LR, _batch, puna_step
 
 from puna import devices
-from puna.config import Optimizer, Parallel
+from puna.config import Parallel
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
-from puna.model.llama import Llama, init_weights, initial_weight
-from puna.model.recompute import prepare_layers
+from puna.model.llama import Llama, init_weights
 from puna.parallel.layout import Layout
-from puna.parallel.mesh import Ranks
-from puna.parallel.model import DistributedModel
-from puna.train.gradients import Gradients
-from puna.train.optimizer import AdamW
-from puna.train.step import train_step
 
 RANKS = 2
 ALONE, SHARED, PEER = "puna, one process", "puna, dp_shard 2", "transformers, fully_shard"
@@ -128,16 +122,17 @@ def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connect
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
         share = args.rows // RANKS
         batch = batch[rank * share : (rank + 1) * share]
+    step_of = partial(puna_step, shape(args), batch, dtype(args), torch.device("cpu"))
     for is_compiled in (False,) if args.eager else (False, True):
         how = "compiled" if is_compiled else "eager"
         if rank is None:
-            contenders[f"{ALONE}, {how}"] = puna_step(args, batch, Layout(), Parallel(), is_compiled=is_compiled)
+            contenders[f"{ALONE}, {how}"] = step_of(layout=Layout(), is_compiled=is_compiled)
             continue
         for reshard in (True, False):
             more = f"{how}, gathered {'twice' if reshard else 'once'}"
             settings = Parallel(dp_shard=RANKS, reshard=reshard)
-            contenders[f"{SHARED}, {more}"] = puna_step(
-                args, batch, Layout(dp_shard=RANKS), settings, is_compiled=is_compiled
+            contenders[f"{SHARED}, {more}"] = step_of(
+                layout=Layout(dp_shard=RANKS), settings=settings, is_compiled=is_compiled
             )
             contenders[f"{PEER}, {more}"] = peer_step(args, batch, reshard=reshard, is_compiled=is_compiled)
     end.send(list(contenders))
@@ -147,22 +142,6 @@ def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connect
         end.send((contenders[name](update), time.process_time() - started))
     if rank is not None:
         dist.destroy_process_group()
-
-
-def puna_step(args: argparse.Namespace, batch: Batch, layout: Layout, settings: Parallel, *, is_compiled: bool) -> Step:
-    """One of puna's, under a layout."""
-    device, config = torch.device("cpu"), shape(args)
-    model = DistributedModel.build(
-        config, Ranks.of(layout, device), settings, device, dtype=torch.float32, compute_dtype=compute_dtype(args),
-        prepare=partial(prepare_layers, recompute="none", is_compiled=is_compiled),
-    )  # fmt: skip
-    model.fill(lambda name, whole: initial_weight(name, whole, config, seed=0))
-    gradients = Gradients(AdamW(model.weights.items(), Optimizer(weight_decay=0.0), seed=0))
-    return lambda update: (
-        train_step(
-            model, gradients, batch, update=update, lr=LR, micro_batch_rows=len(batch.tokens), max_grad_norm=1.0
-        ).loss
-    )
 
 
 def peer_step(args: argparse.Namespace, batch: Batch, *, reshard: bool, is_compiled: bool) -> Step:
@@ -176,7 +155,7 @@ def peer_step(args: argparse.Namespace, batch: Batch, *, reshard: bool, is_compi
     start = Llama(config)
     init_weights(start, seed=0)
     model.load_state_dict(start.state_dict())
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(args), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype(args), reduce_dtype=torch.float32)
     for layer in model.model.layers:
         if is_compiled:
             layer.compile()
@@ -203,9 +182,9 @@ def shape(args: argparse.Namespace) -> ModelConfig:
     return replace(preset("tiny-512"), vocab_size=args.vocab)
 
 
-def compute_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """Of activations; None: that of the weights, which are fp32."""
-    return torch.bfloat16 if args.precision == "bf16" else None
+def dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of activations."""
+    return torch.bfloat16 if args.precision == "bf16" else torch.float32
 
 
 if __name__ == "__main__":

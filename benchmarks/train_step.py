@@ -63,7 +63,8 @@ def main() -> None:
     contenders: dict[str, Callable[[int], float]] = {}
     for is_compiled in (False, True):
         how = "compiled" if is_compiled else "eager"
-        contenders[f"puna, {how}"] = puna_step(config, batch, at_once, dtype, device, is_compiled=is_compiled)
+        layout = Layout(rows_per_rank=args.rows, micro_batches=args.rows // at_once)
+        contenders[f"puna, {how}"] = puna_step(config, batch, dtype, device, is_compiled=is_compiled, layout=layout)
         contenders[f"transformers, {how}"] = transformers_step(
             config, batch, at_once, dtype, device, is_compiled=is_compiled
         )
@@ -100,17 +101,25 @@ def main() -> None:
 
 
 def puna_step(
-    config: ModelConfig, batch: Batch, at_once: int, dtype: torch.dtype, device: torch.device, *, is_compiled: bool
+    config: ModelConfig,
+    batch: Batch,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_compiled: bool,
+    layout: Layout,
+    settings: Parallel | None = None,
 ) -> Callable[[int], float]:
-    """A function that takes one step of puna's and returns the loss."""
-    layout = Layout(rows_per_rank=len(batch.tokens), micro_batches=len(batch.tokens) // at_once)
+    """A function that takes one step of puna's and returns the loss; `batch` is this rank's share of it."""
+    settings = settings or Parallel()
     model = DistributedModel.build(
-        config, Ranks(layout, None, None, None), Parallel(), device, dtype=torch.float32,
+        config, Ranks.of(layout, device), settings, device, dtype=torch.float32,
         compute_dtype=None if dtype == torch.float32 else dtype,
         prepare=partial(prepare_layers, recompute="none", is_compiled=is_compiled),
     )  # fmt: skip
     model.fill(lambda name, shape: initial_weight(name, shape, config, seed=0))
     gradients = Gradients(AdamW(model.weights.items(), Optimizer(weight_decay=0.0), seed=0))
+    at_once = len(batch.tokens) // layout.micro_batches
     return lambda update: (
         train_step(
             model, gradients, batch, update=update, lr=LR, micro_batch_rows=at_once, max_grad_norm=1.0

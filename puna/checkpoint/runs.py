@@ -177,9 +177,10 @@ class Checkpoints:
             for part in meetings.hold(lambda: list(staged.result()), make_room):
                 write_sharded(aside / part, staged.result().get(part, {}), meetings)
             meetings.hold(lambda: _fingerprints(aside, meetings.rank), finish)
-        except BaseException:
+        except BaseException as error:
             if meetings.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
+                progress.say(f"{path.name} could not be saved: {error}")  # now: who hears of it can make room
             raise
 
 

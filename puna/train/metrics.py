@@ -4,8 +4,9 @@ A run that continues cuts the file back to its checkpoint, so the file reads as 
 """
 
 import json
+from io import FileIO
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from puna.errors import PunaError
 from puna.files import file_aside
@@ -29,22 +30,29 @@ class Metrics:
         with file_aside(self._path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = self._opened()
+        self._waiting = b""
         self._board = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, numbers: dict[str, Any]) -> None:
-        """Writes one step's numbers; `numbers["step"]` says which."""
-        if self._path.parent.is_dir() and not self._path.exists():  # the folder was removed, and made again
-            self._file.close()
-            self._file = self._opened()
-        self._file.write(json.dumps(numbers) + "\n")
-        self._file.flush()
+        """Writes one step's numbers; `numbers["step"]` says which. What finds no room waits in memory for the next."""
+        is_first = not self._waiting
+        self._waiting += f"{json.dumps(numbers)}\n".encode()
+        try:
+            if self._path.parent.is_dir() and not self._path.exists():  # the folder was removed, and made again
+                self._file.close()
+                self._file = self._opened()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:  # a full disk ends no training: numbers are little, and the state is in memory
+            if is_first:
+                say(f"{self._path} cannot be written to ({error.strerror}); its lines wait in memory")
         if self._board is not None:
             for name, value in numbers.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, numbers["step"])
 
-    def _opened(self) -> TextIO:
-        return open(self._path, "a", encoding="utf-8")
+    def _opened(self) -> FileIO:
+        return open(self._path, "ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self

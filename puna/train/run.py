@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from puna.data.loader import Batch, Loader, stack
 from puna.data.rows import Row, open_rows
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
-from puna.files import file_aside, write_json
+from puna.files import file_aside, folder_aside, write_json
 from puna.model.attention import Documents, way_of_attention
 from puna.model.config import PRESETS, ModelConfig, preset
 from puna.model.flops import attended_length, flops_per_token
@@ -259,7 +259,8 @@ class _Run:
         with file_aside(self.run_dir / "recipe.yaml", "w") as file:
             file.write(self.recipe.to_yaml())
         if self.tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():
-            shutil.copytree(self.tokenizer, self.run_dir / "tokenizer")
+            with folder_aside(self.run_dir / "tokenizer") as aside:
+                shutil.copytree(self.tokenizer, aside, dirs_exist_ok=True)
 
     def _save(self) -> None:
         """Saves in the background; at once where the save before has failed, and then it must not fail again."""
@@ -284,10 +285,11 @@ class _Run:
 
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
-        if (before := meta["model_config"]) != (now := self.config.to_json()):
+        before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
+        if changed := _changes(asdict(before), asdict(self.config)):
             raise PunaError(
-                f"{checkpoint} is of a model with {_differences(before, now)} in the config.json of "
-                f"{weights_folder(self.recipe)}: put it back as it was, or begin a new run from these weights: "
+                f"{weights_folder(self.recipe) or self.recipe.model} is another model than when {checkpoint} was saved "
+                f"({'; '.join(changed)}); put its config.json back as it was, or begin a new run with the weights: "
                 f"puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
             )
         for folder, fingerprint in meta.get("data", {}).items():
@@ -418,8 +420,11 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
     stored = run_dir / "recipe.yaml"
     if not stored.is_file():
         return
-    before, now = _flat(load_recipe(stored).model_dump()), _flat(recipe.model_dump())
-    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    before, now = load_recipe(stored), recipe
+    changed = _changes(before.model_dump(), now.model_dump())
+    was, order = list(before.data.weights), list(now.data.weights)
+    if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
+        changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
     forbidden = [change for change in changed if re.split("[.:]", change)[0] not in MAY_CHANGE | {"run_dir"}]
     if forbidden:
         raise UsageError(
@@ -428,6 +433,12 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was, a text for each field."""
+    old, new = _flat(before), _flat(now)
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:

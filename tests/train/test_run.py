@@ -1,11 +1,13 @@
 """A run is a folder: it learns, continues to the last bit, and refuses what would spoil it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -14,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ import torch
 import yaml
 
 import puna
-from puna.checkpoint import load_checkpoint, newest_checkpoint
+from puna.checkpoint import load_checkpoint, newest_checkpoint, save_model, sharded
+from puna.checkpoint.runs import checkpoints
 from puna.data.shards import Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
@@ -367,6 +371,110 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert [line["step"] for line in _numbers(result["run_dir"])] == list(range(1, 9))
     assert puna.train(recipe(steps=8))["step"] == 8
     assert "raise steps to train further" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("weights", "change"), [([1, 3], "data.train: "), ([3], "data.train.")])
+def test_another_mixture_is_refused_in_a_run_folder_and_so_is_another_order_of_it(
+    recipe: Make, prepared: Path, tmp_path: Path, weights: list[int], change: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    folders = [str(prepared), str(write_random_folder(tmp_path / "data", seed=1))]
+    puna.train(recipe(data={"train": dict(zip(folders, [3, 1], strict=True))}, steps=2))
+    others = dict(zip(folders[::-1] if len(weights) > 1 else folders, weights, strict=False))
+    with pytest.raises(UsageError, match=re.escape(f"holds a run of another recipe ({change}")):
+        puna.train(recipe(data={"train": others}, steps=3))
+
+
+def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_model(Llama(preset("tiny-64")), model)
+    puna.train(recipe(model=str(model), steps=2))
+    fields = read_json(model / "config.json")
+    write_json(model / "config.json", {**fields, "rope_theta": 1e4})
+    with pytest.raises(PunaError, match=r"another model than when .*step-00000002 was saved \(rope_theta: 1000000"):
+        puna.train(recipe(model=str(model), steps=3))
+    write_json(model / "config.json", fields)
+    assert puna.train(recipe(model=str(model), steps=3))["step"] == 3
+
+
+def test_the_state_is_saved_though_the_save_before_has_failed(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = sharded.write_sharded
+
+    def full_once(path: Path, *arguments: Any) -> None:
+        if "step-00000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(sharded, "write_sharded", full_once)
+    content = recipe(steps=6, checkpoint={"every": 2, "keep": 9})
+    assert puna.train(content)["step"] == 6
+    assert list(checkpoints(content["run_dir"])) == [4, 6]
+    assert "step-00000002 could not be saved: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_a_second_save_that_fails_ends_the_run(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(sharded, "write_sharded", full)
+    content = recipe(steps=9, checkpoint={"every": 2})
+    with pytest.raises(OSError, match="No space left"):
+        puna.train(content)
+    assert len(read_metrics(Path(content["run_dir"]))) == 4
+
+
+def test_weights_that_are_not_finite_do_not_replace_those_that_were(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run_module.train_step
+
+    def spoiling(model: DistributedModel, *arguments: Any, update: int, **options: Any) -> StepResult:
+        if update == 4:
+            model.weights["model.norm.weight"].data.fill_(math.nan)
+        return real(model, *arguments, update=update, **options)
+
+    monkeypatch.setattr(run_module, "train_step", spoiling)
+    content = recipe(steps=9, checkpoint={"every": 1, "keep": 2})
+    with pytest.raises(PunaError, match="not finite 4 steps in a row"):
+        puna.train(content)
+    assert list(checkpoints(content["run_dir"])) == [2, 3]
+    assert all(weight.isfinite().all() for weight in _weights(content["run_dir"]).values())
+
+
+def test_a_checkpoint_that_is_due_at_a_skipped_step_is_saved_at_the_next(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run_module.train_step
+
+    def skipping(*arguments: Any, update: int, **options: Any) -> StepResult:
+        result = real(*arguments, update=update, **options)
+        return replace(result, is_applied=update != 3)
+
+    monkeypatch.setattr(run_module, "train_step", skipping)
+    content = recipe(steps=8, checkpoint={"every": 3, "keep": 9})
+    puna.train(content)
+    assert list(checkpoints(content["run_dir"])) == [4, 6, 8]
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run_and_costs_no_numbers(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = run_module.Metrics.write
+
+    def with_full_disk(self: Any, numbers: dict[str, Any]) -> None:
+        if numbers["step"] not in (2, 3):
+            write(self, numbers)
+            return
+        with open("/dev/full", "ab", buffering=0) as full, monkeypatch.context() as patched:
+            patched.setattr(self, "_file", full)
+            write(self, numbers)
+
+    monkeypatch.setattr(run_module.Metrics, "write", with_full_disk)
+    result = puna.train(recipe(steps=5))
+    assert [line["step"] for line in read_metrics(Path(result["run_dir"]))] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written to (No space left on device)") == 1
 
 
 def test_a_folder_that_is_removed_while_it_is_trained_in_is_made_again(

@@ -51,7 +51,7 @@ def export(
 
     steps = _steps(run_dir, step)
     if step is None:
-        newest_sound(run_dir, steps, attempt)
+        newest_sound(run_dir, lambda: checkpoints(run_dir), attempt)
         return output
     try:
         attempt(steps[step])

@@ -207,27 +207,37 @@ def newest_checkpoint(run_dir: Path | str, say: Callable[[str], None] = progress
 
 
 def newest_sound(
-    run_dir: Path | str, steps: Iterable[int], attempt: Callable[[Path], T], say: Callable[[str], None] = progress.say
+    run_dir: Path | str,
+    steps: Callable[[], Iterable[int]],
+    attempt: Callable[[Path], T],
+    say: Callable[[str], None] = progress.say,
 ) -> T | None:
     """What `attempt` gives for the newest of a run's checkpoints for which it does not raise `Damaged`.
 
     Args:
-        run_dir: the run's folder.
-        steps: of the checkpoints, oldest first.
+        run_dir: the run's folder, which may be trained in meanwhile.
+        steps: gives those of the checkpoints that there are now.
         attempt: is given a checkpoint's folder.
         say: is told of every damaged checkpoint that is passed over.
 
     Raises:
         PunaError: there are checkpoints and all are damaged.
     """
-    steps = list(steps)
-    for step in reversed(steps):
+    tried: set[int] = set()
+    while untried := set(steps()) - tried:
+        step = max(untried)
+        tried.add(step)
+        path = _path(run_dir, step)
         try:
-            return attempt(_path(run_dir, step))
+            return attempt(path)
         except Damaged as damaged:
-            say(f"{damaged}; taking the checkpoint before it")
-    if steps:
-        raise PunaError(f"every checkpoint in {_folder(run_dir)} is damaged; remove the folder to start the run afresh")
+            gone = f"{path} was removed meanwhile, as training removes old ones; taking another"
+            say(f"{damaged}; taking the checkpoint before it" if path.exists() else gone)
+    if tried:
+        raise PunaError(
+            f"every checkpoint in {_folder(run_dir)} is damaged or cannot be read; what was said of each says why. "
+            f"Where none can be mended, remove the folder to start the run afresh"
+        )
     return None
 
 
@@ -252,6 +262,7 @@ def checked_meanwhile(path: Path, part: str) -> Iterator[None]:
         yield
     except Exception:
         _raise_if(path, found.result())  # that is why
+        _raise_if(path, None if path.exists() else "it was removed meanwhile")
         raise
     _raise_if(path, found.result())
 
@@ -276,7 +287,7 @@ def _newest(run_dir: Path | str, say: Callable[[str], None], meetings: Meetings)
         _raise_if(path, _damage(path, "", meetings))
         return path
 
-    return newest_sound(run_dir, meetings.first(lambda: list(checkpoints(run_dir))), sound, say)
+    return newest_sound(run_dir, lambda: meetings.first(lambda: list(checkpoints(run_dir))), sound, say)
 
 
 def _raise_if(path: Path, reason: str | None) -> None:

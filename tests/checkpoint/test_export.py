@@ -1,13 +1,14 @@
 """Export: the run's weights to the last bit, without its optimizer, in little memory."""
 
 import json
+import time
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.checkpoint import export, load, load_model
+from puna.checkpoint import export, load, load_model, sharded
 from puna.checkpoint.runs import Checkpoints
 from puna.checkpoint.sharded import open_sharded
 from puna.cli import run
@@ -168,6 +169,27 @@ def test_bytes_that_were_changed_are_found_while_they_are_copied(run_dir, tmp_pa
     assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
 
 
+@pytest.mark.parametrize("moment", ["before it is checked", "after it was checked"])
+def test_a_checkpoint_that_training_replaces_meanwhile_gives_way_to_the_newer_one(
+    run_dir, tmp_path, monkeypatch, capsys, moment
+):
+    opened = sharded.open_sharded
+
+    def replacing(path, key):
+        if "step-00000020" in str(path):
+            if moment.startswith("after"):
+                time.sleep(0.2)
+            keep_model(run_dir, tiny_model(3), step=30, keep=1)
+        return opened(path, key)
+
+    monkeypatch.setattr(sharded, "open_sharded", replacing)
+    export(run_dir, tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(3).lm_head.weight)
+    said = capsys.readouterr().err
+    assert "step-00000020 was removed meanwhile" in said
+    assert "damaged" not in said
+
+
 def test_an_error_that_damage_explains_is_called_damage(run_dir, tmp_path):
     file = run_dir / "checkpoints" / "step-00000020" / "model" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
@@ -195,16 +217,16 @@ def test_the_command_prints_the_folder(run_dir, tmp_path, capsys):
     assert "there are fp32, bf16, fp16" in capsys.readouterr().err
 
 
-def save(folder, step, state, meta):
-    run = Checkpoints(folder)
+def save(folder, step, state, meta, **options):
+    run = Checkpoints(folder, **options)
     path = run.save(step, state, meta)
     run.wait()
     return path
 
 
-def keep_model(folder, model, step=1, optimizer_copies=1):
+def keep_model(folder, model, step=1, optimizer_copies=1, **options):
     """Saves a checkpoint as training does."""
     state = {"model": model.state_dict(), "optimizer": {}}
     for number in range(optimizer_copies):
         state["optimizer"][f"moment{number}"] = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    save(folder, step, state, {"model_config": model.config.to_json()})
+    save(folder, step, state, {"model_config": model.config.to_json()}, **options)

@@ -51,6 +51,9 @@ from puna.train.optimizer import AdamW
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 
+#: The resolved recipe, in the run's folder.
+RECIPE = "recipe.yaml"
+
 #: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
 MAX_SKIPPED = 3
 
@@ -79,7 +82,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         config, run_dir = model_config(recipe), Path(recipe.run_dir)
         layout = Layout.of(recipe, config, world_size())
         with only_run_in(run_dir) as claim:
-            _check_continues(recipe, run_dir)
+            if (run_dir / RECIPE).is_file():
+                _check_continues(load_recipe(run_dir / RECIPE), recipe)
             run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
             try:
                 return run_.go()
@@ -121,6 +125,7 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.model.fill(self._first_weights())
+        if checkpoint is None or not (run_dir / RECIPE).is_file():
             self._write_down()
         self.peak_flops = devices.peak_flops(device, self.model.dtype)
 
@@ -256,7 +261,7 @@ class _Run:
         """What a run's folder holds from the start: its recipe, and the tokenizer of its data."""
         if not is_first_rank():
             return
-        with file_aside(self.run_dir / "recipe.yaml", "w") as file:
+        with file_aside(self.run_dir / RECIPE, "w") as file:
             file.write(self.recipe.to_yaml())
         if self.tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():
             with folder_aside(self.run_dir / "tokenizer") as aside:
@@ -292,6 +297,8 @@ class _Run:
                 f"({'; '.join(changed)}); put its config.json back as it was, or begin a new run with the weights: "
                 f"puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
             )
+        if not (self.run_dir / RECIPE).is_file():
+            _check_continues(load_recipe(meta["recipe"]), self.recipe)
         for folder, fingerprint in meta.get("data", {}).items():
             if self.fingerprints.get(folder) != fingerprint:
                 raise PunaError(
@@ -415,12 +422,8 @@ def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:
         )
 
 
-def _check_continues(recipe: Recipe, run_dir: Path) -> None:
+def _check_continues(before: Recipe, now: Recipe) -> None:
     """Refuses to continue a run under a recipe that would make it another run."""
-    stored = run_dir / "recipe.yaml"
-    if not stored.is_file():
-        return
-    before, now = load_recipe(stored), recipe
     changed = _changes(before.model_dump(), now.model_dump())
     was, order = list(before.data.weights), list(now.data.weights)
     if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
@@ -428,8 +431,8 @@ def _check_continues(recipe: Recipe, run_dir: Path) -> None:
     forbidden = [change for change in changed if re.split("[.:]", change)[0] not in MAY_CHANGE | {"run_dir"}]
     if forbidden:
         raise UsageError(
-            f"{run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir to start a new "
-            f"run, or remove that folder"
+            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir to start a "
+            f"new run, or remove that folder"
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")

@@ -373,6 +373,38 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_a_folder_of_which_only_checkpoints_were_copied_is_known_as_the_run_it_holds(recipe: Make) -> None:
+    run_dir = Path(puna.train(recipe())["run_dir"])
+    (run_dir / "recipe.yaml").unlink()
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        puna.train(recipe(steps=8, seed=1))
+    assert puna.train(recipe(steps=8))["step"] == 8
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        puna.train(recipe(steps=9, seed=1))
+
+
+def test_a_run_that_is_killed_as_it_begins_has_its_whole_tokenizer_in_the_end(
+    recipe: Make, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, copytree = tmp_path / "data", shutil.copytree
+    copytree(prepared, data)
+    for name in ("a", "b"):
+        (data / "tokenizer").mkdir(exist_ok=True)
+        (data / "tokenizer" / name).write_text(name)
+
+    def dying(source: Path, target: Path, **options: Any) -> None:
+        copytree(source, target, ignore=lambda *_: ["b"], **options)
+        raise KeyboardInterrupt
+
+    content = recipe(data={"train": str(data)}, steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", dying)
+        with pytest.raises(KeyboardInterrupt):
+            puna.train(content)
+    run_dir = Path(puna.train(content)["run_dir"])
+    assert sorted(file.name for file in (run_dir / "tokenizer").iterdir()) == ["a", "b"]
+
+
 @pytest.mark.parametrize(("weights", "change"), [([1, 3], "data.train: "), ([3], "data.train.")])
 def test_another_mixture_is_refused_in_a_run_folder_and_so_is_another_order_of_it(
     recipe: Make, prepared: Path, tmp_path: Path, weights: list[int], change: str

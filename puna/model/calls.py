@@ -7,12 +7,15 @@ which hold addresses, are all made again by one call (`calls.c`).
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,7 +71,8 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         super().__init__()
-        self._kept: list[object] = []  # so that nothing else comes to lie where its tensors lay
+        #: Where its tensors lie, and nothing else may; and the one that does last, as long as calls may be told of it.
+        self._rooms: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[np.uint8]]]] = []
         calls: list[Any] = []
         before = _CALLS.set(calls)
         try:
@@ -89,8 +93,17 @@ class Recording(TorchDispatchMode):
             if not func.is_view and func not in _MAKE_ROOM:
                 raise NotRepeatable(str(func))
             out = func(*args, **(kwargs or {}))
-            self._kept.append(out)
+            if not func.is_view:
+                out = self._room_of(out.nbytes).view(out.dtype).as_strided(out.shape, out.stride())
         return out
+
+    def _room_of(self, nbytes: int) -> Tensor:
+        """Room for so many bytes, where a tensor lay of which no later call can be told, or new."""
+        place = next((i for i, (room, last) in enumerate(self._rooms) if len(room) == nbytes and last() is None), None)
+        room = torch.empty(nbytes, dtype=torch.uint8).numpy() if place is None else self._rooms.pop(place)[0]
+        lent = room[:]
+        self._rooms.append((room, weakref.ref(lent)))
+        return torch.from_numpy(lent)
 
 
 #: Where the calls of this thread are taken down; None: nowhere.

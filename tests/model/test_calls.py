@@ -19,17 +19,26 @@ void add(const long *x, long *out, long count, long a, long b, long c, long d, l
 #pragma omp for schedule(static)
     for (long at = 0; at < count; at++) out[at] += x[at] + a + b + c + d + e + f + g + h + 1000 * i;
 }
+void more(const long *x, long *out, long count) {
+#pragma omp for schedule(static)
+    for (long at = 0; at < count; at++) out[at] = x[at] + 1;
+}
 """
 
 
 @pytest.fixture(scope="module")
-def add(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensor], Tensor]:
-    """Rows of int64 with 1000 * 9 + 36 more."""
-    file = tmp_path_factory.mktemp("source") / "add.c"
+def functions(tmp_path_factory: pytest.TempPathFactory) -> calls.Library:
+    file = tmp_path_factory.mktemp("source") / "functions.c"
     file.write_text(SOURCE)
     found = library(file, ())
     assert found is not None
-    function = found["add"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def add(functions: calls.Library) -> Callable[[Tensor], Tensor]:
+    """Rows of int64 with 1000 * 9 + 36 more."""
+    function = functions["add"]
 
     def add(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
@@ -57,6 +66,29 @@ def test_recorded_calls_are_made_with_what_tensors_hold_by_then(add: Callable[[T
     recording.replay()  # `add` adds to what stands there: of the inner call, what it left the first time
     assert torch.equal(recording.output, 2 * (x[20:].view(8, 10) + 9036) - 1 + 9036)
     assert all((other == 7).all() for other in others)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_of_a_recording_lie_where_those_lay_that_are_gone(functions: calls.Library, inference: bool) -> None:
+    x = torch.arange(100)
+
+    def more(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        functions["more"](x.data_ptr(), out.data_ptr(), x.numel())
+        return out
+
+    def chain() -> Tensor:
+        kept = more(x).view(10, 10)  # the view alone holds what it shows
+        out = more(kept)
+        for _ in range(20):
+            out = more(out)
+        return more(kept)
+
+    with torch.inference_mode(inference):
+        recording = Recording(chain)
+    recording.replay()
+    assert torch.equal(recording.output, x.view(10, 10) + 2)
+    assert len(recording._rooms) == 3, "of what is kept, and two in turn"
 
 
 @pytest.mark.parametrize("inference", [False, True])

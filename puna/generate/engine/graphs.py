@@ -24,7 +24,7 @@ from puna.model.llama import Llama
 #: Rows beyond which a step is not recorded: its products take longer than their launches.
 MOST_ROWS = 256
 
-#: On a CPU likewise; each keeps what its layers computed, some 100 kB a row and layer.
+#: On a CPU likewise, where launches take some 2 ms.
 MOST_ROWS_ON_CPU = 8
 
 #: Of the compiler: kernels of its own for products of one row, which read weights at 74 to 103 % of the rate of a large

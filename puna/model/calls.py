@@ -71,7 +71,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         super().__init__()
-        #: Where its tensors lie, and nothing else may; and the one that does last, as long as calls may be told of it.
+        #: Where its tensors lie and nothing else may; and what the last one there holds, as long as it or a view lives.
         self._rooms: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[np.uint8]]]] = []
         calls: list[Any] = []
         before = _CALLS.set(calls)

@@ -50,7 +50,7 @@ def evaluate(
     from puna.devices import pick_device
     from puna.evaluate.programs import Programs
     from puna.evaluate.spread import Replicas
-    from puna.evaluate.stored import Stored, loaded
+    from puna.evaluate.stored import Stored, loaded, mark_in_memory
     from puna.files import check_writable, mark_of, write_json  # here, so that the sandbox needs no more than Python
 
     module = benchmarks.find(benchmark)
@@ -73,8 +73,11 @@ def evaluate(
         model = Stored(name, dtype, pick_device(device))
     elif model is not None and name is None:
         loaded(model, tokenizer)  # it is; has it a tokenizer?
-    if name is not None and "name" in inspect.signature(module.evaluate).parameters:
-        options |= {"name": name, "weights": mark_of(Path(name).glob("*.safetensors"))}
+    if "name" in inspect.signature(module.evaluate).parameters:
+        if name is not None:
+            options |= {"name": name, "weights": mark_of(Path(name).glob("*.safetensors")), "dtype": dtype}
+        elif model is not None and output is not None:
+            options["weights"] = mark_in_memory(model)
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:
         result = {"benchmark": result["benchmark"], "model": name} | result

@@ -132,6 +132,7 @@ class Programs(ABC):
         complete: Completes | None = None,
         name: str | None = None,
         weights: str | None = None,
+        dtype: Any = None,
     ) -> dict[str, Any]:
         """Share of the tasks whose tests pass.
 
@@ -155,6 +156,7 @@ class Programs(ABC):
             complete: instead of a model, a function from asks and seeds to answers.
             name: what the model is called.
             weights: what tells its weights from others, so that a folder of another model is not gone on with.
+            dtype: that its weights are loaded with, likewise; None: as stored.
 
         Returns:
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
@@ -187,6 +189,7 @@ class Programs(ABC):
                 "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
                 if samples is not None
                 else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
+                | ({} if dtype is None else {"dtype": str(dtype)})
                 | ({} if cache_dtype is None else {"cache_dtype": cache_dtype})
                 | (_gap_settings(order, complete) if self._fills_gaps(tasks) else {}),
             }
@@ -249,7 +252,8 @@ class Programs(ABC):
 def _named(complete: Completes | None, name: str | None, weights: str | None) -> dict[str, Any]:
     if isinstance(complete, RemoteCompleter):
         return {"model": complete.model}
-    return {} if name is None else {"model": name, "weights": weights}
+    named = {} if name is None else {"model": name}
+    return named | ({} if weights is None else {"weights": weights})
 
 
 def _gap_settings(order: str, complete: Completes | None) -> dict[str, Any]:
@@ -420,10 +424,10 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     path = folder / "settings.json"
     if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
         old, new = _flat(read_json(path)), _flat(settings)
-        if changed := [name for name in new if new[name] != old.get(name)]:
+        if changed := [name for name in {**new, **old} if new.get(name) != old.get(name)]:
             name = changed[0]
             raise PunaError(
-                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {new[name]}; "
+                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {new.get(name)}; "
                 "choose another folder"
             )
     else:

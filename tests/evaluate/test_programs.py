@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import puna
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
@@ -99,6 +101,35 @@ def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(
     shutil.copytree(second, first, dirs_exist_ok=True)
     with pytest.raises(PunaError, match=r"answers of another run: its weights is "):
         evaluate("humaneval", str(first), **options)
+
+
+@pytest.mark.parametrize("option", [{"cache_dtype": "int8"}, {"dtype": "bf16"}])
+def test_answers_of_other_numbers_are_not_gone_on_with_even_where_none_are_named(
+    bubblewrap: str, data: Path, tmp_path: Path, tiny_model_folder: Path, option: dict[str, str]
+) -> None:
+    options: dict[str, Any] = {"data": data, "max_tokens": 2, "device": "cpu", "output": tmp_path / "run"}
+    evaluate("humaneval", str(tiny_model_folder), **options, **option)
+    (name,) = option
+    with pytest.raises(PunaError, match=f"another run: its answers.{name} is {option[name]}, this one's None"):
+        evaluate("humaneval", str(tiny_model_folder), **options)
+
+
+@pytest.mark.parametrize("kind", ["plain", "for inference", "int8"])
+def test_answers_of_a_model_in_memory_are_not_those_of_the_same_after_training(
+    bubblewrap: str, data: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    if kind == "int8":
+        puna.quantize(folder, folder := tmp_path / "int8", scheme="int8")
+    dtype = "bf16" if kind == "for inference" else None
+    model, tokenizer = puna.load(folder, dtype=dtype, for_inference=kind != "plain")
+    options: dict[str, Any] = {"data": data, "max_tokens": 2, "tokenizer": tokenizer, "output": tmp_path / "run"}
+    first = evaluate("humaneval", model, **options)
+    assert evaluate("humaneval", model, **options)["weights"] == first["weights"]
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1.01)
+    with pytest.raises(PunaError, match="answers of another run: its weights is "):
+        evaluate("humaneval", model, **options)
 
 
 def test_each_answer_has_a_seed_of_its_own_that_depends_on_task_and_number_alone(

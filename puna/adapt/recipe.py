@@ -35,8 +35,19 @@ STEPS, LARGEST_BATCH_ROWS = 200, 32
 #: Rows are no longer than Code Llama's, and short enough that the code fills at least so many.
 LONGEST_ROW, SHORTEST_ROW, FEWEST_ROWS = 4096, 256, 64
 
+#: Of code, about: rows are chosen before it is encoded.
+BYTES_A_TOKEN = 3
+
 #: Tokens with which rows are the longest and batches the largest.
 MUCH_CODE = 2 * STEPS * LARGEST_BATCH_ROWS * LONGEST_ROW
+
+
+def row_length(config: ModelConfig, tokens: float) -> int:
+    """Tokens of a row of a model's, for so many tokens of code."""
+    length = min(LONGEST_ROW, config.max_position_embeddings)
+    while length > SHORTEST_ROW and tokens < FEWEST_ROWS * length:
+        length //= 2
+    return length
 
 
 def check_recipe(at: "Places", epochs: float, device: str | None, overrides: Mapping[str, Any]) -> None:
@@ -47,9 +58,9 @@ def check_recipe(at: "Places", epochs: float, device: str | None, overrides: Map
         PunaError: there is not even memory for the shortest rows.
     """
     try:
-        _first_that_fits(at, 0, epochs, device, overrides)
+        _first_that_fits(at, 0, None, epochs, device, overrides)
     except UsageError:  # or right for longer rows and more steps
-        _first_that_fits(at, MUCH_CODE, epochs, device, overrides)
+        _first_that_fits(at, MUCH_CODE, None, epochs, device, overrides)
 
 
 def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Mapping[str, Any]) -> Recipe:
@@ -65,16 +76,19 @@ def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Ma
         UsageError: an override is wrong.
         PunaError: none of `WAYS` fits; the message says by how much, and what would.
     """
-    return _first_that_fits(at, read_json(at.data / "dataset.json")["tokens"], epochs, device, overrides)
+    info = read_json(at.data / "dataset.json")
+    length = info["settings"]["options"].get("fim_tokens")  # rows hold what was cut for infilling
+    return _first_that_fits(at, info["tokens"], length, epochs, device, overrides)
 
 
 def _first_that_fits(
-    at: "Places", tokens: int, epochs: float, device: str | None, overrides: Mapping[str, Any]
+    at: "Places", tokens: int, length: int | None, epochs: float, device: str | None, overrides: Mapping[str, Any]
 ) -> Recipe:
     config = ModelConfig.from_json(read_json(at.model / "config.json"), str(at.model))
+    length = length or row_length(config, tokens)
     place = pick_device(device)
     memory_gib = free_memory_bytes(place) / 2**30
-    content = _content(at, config, tokens, epochs, place.type if device is None else device)
+    content = _content(at, config, tokens, length, epochs, place.type if device is None else device)
     nearest = math.inf
     for way in WAYS:
         recipe = load_recipe(content, {**way, **overrides})
@@ -92,10 +106,7 @@ def _first_that_fits(
     )
 
 
-def _content(at: "Places", config: ModelConfig, tokens: int, epochs: float, device: str) -> dict[str, Any]:
-    length = min(LONGEST_ROW, config.max_position_embeddings)
-    while length > SHORTEST_ROW and tokens < FEWEST_ROWS * length:
-        length //= 2
+def _content(at: "Places", config: ModelConfig, tokens: int, length: int, epochs: float, device: str) -> dict[str, Any]:
     batch_rows = max(1, min(LARGEST_BATCH_ROWS, round(tokens * epochs / length / STEPS)))
     steps = max(1, math.ceil(tokens * epochs / (batch_rows * length)))
     peak_lr = next(rate for weights, rate in PEAK_LR.items() if config.parameter_count >= weights)

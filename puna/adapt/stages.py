@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import puna
-from puna.adapt.recipe import LONGEST_ROW
+from puna.adapt.recipe import BYTES_A_TOKEN, row_length
 from puna.checkpoint import load_config
 from puna.checkpoint.huggingface import open_weights
 from puna.config import Recipe, load_recipe
+from puna.data.corpora.code import language_of
+from puna.data.folders import files_of
 from puna.devices import pick_device
 from puna.errors import PunaError
 from puna.evaluate.benchmarks.humaneval import HumanEval
@@ -63,7 +65,8 @@ def prepare(at: Places, held_out: float) -> Outcome:
     options: dict[str, Any] = {"tokenizer": at.model, "held_out": held_out}
     if tokenizer.infilling is not None:
         options["fim_rate"] = FIM_RATE
-        options["fim_tokens"] = min(LONGEST_ROW, load_config(at.model).max_position_embeddings)
+        there = sum(file.size for file in files_of(at.code, respect_gitignore=True) if language_of(file.name))
+        options["fim_tokens"] = row_length(load_config(at.model), there / BYTES_A_TOKEN)
     info = puna.prepare("code", at.code, at.data, near_duplicates=True, **options)
     kept = info.get("held_out", {}).get("documents", 0)
     if not kept or not info["documents"]:

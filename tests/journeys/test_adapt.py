@@ -11,6 +11,7 @@ import puna
 from puna.adapt.recipe import WAYS, check_recipe, choose_recipe
 from puna.adapt.stages import Places
 from puna.cli import run
+from puna.config import load_recipe
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.story import FILE
@@ -76,7 +77,8 @@ def test_what_is_scored_was_not_learned_not_even_as_a_near_copy(adapted: Path) -
     kept = puna.evaluate("completion", str(adapted / "model"), corpus=adapted / "data", cases=1, device="cpu")
     info = read_json(adapted / "data/dataset.json")
     assert kept["documents"] == info["held_out"]["documents"]
-    assert info["settings"]["options"]["fim_tokens"] == 2048  # the context of this model, which no row is longer than
+    recipe = load_recipe(adapted / "run/recipe.yaml")
+    assert recipe.sequence_length == 512 == info["settings"]["options"]["fim_tokens"]  # rows hold what was cut
     left_out = [json.loads(line) for line in (adapted / "data/left_out.jsonl").read_text().splitlines()]
     assert any("glob" in line["id"] for line in left_out)  # of glob.py and its near-copy, one stays
     assert info["documents"] + info["held_out"]["documents"] + len(left_out) == len(MODULES) + 1
@@ -133,7 +135,7 @@ def prepared(tmp_path: Path) -> Places:
 
     (at.model / "config.json").write_text(json.dumps(preset("codellama-7b").to_json()))
     at.data.mkdir()
-    (at.data / "dataset.json").write_text(json.dumps({"tokens": 50_000_000}))
+    (at.data / "dataset.json").write_text(json.dumps({"tokens": 50_000_000, "settings": {"options": {}}}))
     return at
 
 

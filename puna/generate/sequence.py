@@ -98,11 +98,7 @@ class Sequence:
         self.spelled = config.vocab_size if tokenizer is None else tokenizer.vocab_size
         self.sampling = sampling
         self._stop_ids = _stop_ids(sampling, config, tokenizer)
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._is_seen = torch.zeros(config.vocab_size, dtype=torch.bool)
-        self._is_seen[self.tokens] = True
-        is_counted = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-        self._counts = torch.zeros(config.vocab_size) if is_counted else None
+        self._choosing: _Choosing | None = None
         self._logprobs: list[Logprobs] = []
         if sampling.logit_bias and (highest := max(sampling.logit_bias)) >= config.vocab_size:
             raise UsageError(f"logit_bias names id {highest}, but the model's vocabulary has {config.vocab_size} ids")
@@ -116,17 +112,20 @@ class Sequence:
     def takes_likeliest(self) -> bool:
         """Whether the next token is that of the greatest logit, whatever came before."""
         s = self.sampling
-        changes = s.repetition_penalty != 1 or s.logit_bias or self._counts is not None or s.logprobs is not None
+        changes = s.repetition_penalty != 1 or s.logit_bias or _counts(s) or s.logprobs is not None
         return s.temperature == 0 and not changes and not self._must_spell
 
     def take(self, logits: Tensor) -> None:
         """Chooses the next token by its logits (V,), on the CPU, and finishes if that was the last."""
         check_numbers(logits)
         logits[self.spelled :] = -torch.inf
-        id = choose(self._compatible(logits), self._is_seen, self.sampling, self._generator, self._counts)
+        if self._choosing is None:
+            self._choosing = _Choosing.of(self.tokens, self.prompt_tokens, len(logits), self.sampling)
+        by = self._choosing
+        id = choose(self._compatible(logits), by.is_seen, self.sampling, by.generator, by.counts)
         if self.sampling.logprobs is not None and id not in self._stop_ids:
             logprobs = logits.float().log_softmax(0)
-            best = logprobs.topk(self.sampling.logprobs)
+            best = logprobs.topk(min(self.sampling.logprobs, self.spelled, len(logprobs)))
             likeliest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             self._logprobs.append(Logprobs(logprobs[id].item(), likeliest))
         self.take_id(id)
@@ -139,9 +138,8 @@ class Sequence:
         self.tokens.append(id)
         if self._must_spell and self._tokenizer:
             self._must_spell = self._must_spell[len(self._tokenizer.decode_bytes([id], leading_space=False)) :]
-        self._is_seen[id] = True
-        if self._counts is not None:
-            self._counts[id] += 1
+        if self._choosing is not None:
+            self._choosing.note(id)
         if self._stream:
             self._give(self._text.push(self._stream.push(id)))
         if self._text.is_stopped:
@@ -165,6 +163,7 @@ class Sequence:
         return torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(ids), logits[ids])
 
     def _end(self, finish: Literal["stop", "length"]) -> None:
+        self._choosing = None
         if self._stream:
             self._give(self._text.push(self._stream.finish()))
             self._give(self._text.finish())
@@ -173,6 +172,40 @@ class Sequence:
     def _give(self, text: str) -> None:
         if text and self._on_text:
             self._on_text(self.index, text)
+
+
+@dataclass
+class _Choosing:
+    """What `choose` goes by; as large as the vocabulary, so there while a sequence chooses: many more wait, or ended.
+
+    Attributes:
+        generator: the sequence's own.
+        is_seen: (V,) bool, tokens of prompt and completion.
+        counts: (V,) how often the completion holds each; None: no penalty asks.
+    """
+
+    generator: torch.Generator
+    is_seen: Tensor
+    counts: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: list[int], prompt_tokens: int, vocab_size: int, sampling: Sampling) -> "_Choosing":
+        """At the first token that is chosen."""
+        is_seen = torch.zeros(vocab_size, dtype=torch.bool)
+        is_seen[tokens] = True
+        chosen = torch.tensor(tokens[prompt_tokens:], dtype=torch.long)
+        counts = chosen.bincount(minlength=vocab_size).float() if _counts(sampling) else None
+        return cls(torch.Generator().manual_seed(sampling.seed), is_seen, counts)
+
+    def note(self, id: int) -> None:
+        """Of a token that was chosen."""
+        self.is_seen[id] = True
+        if self.counts is not None:
+            self.counts[id] += 1
+
+
+def _counts(sampling: Sampling) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
 def _check_prompt(index: int, prompt: list[int], config: ModelConfig) -> None:

@@ -413,6 +413,11 @@ def test_log_probabilities_are_those_of_the_model(model: Llama) -> None:
             assert list(found.likeliest.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+def test_more_log_probabilities_than_there_are_ids_are_all_of_them(model: Llama) -> None:
+    (found,) = complete(model, None, [[1]], Sampling(max_tokens=1, ignore_eos=True, logprobs=10_000))
+    assert sorted(found.logprobs[0].likeliest) == list(range(model.config.vocab_size))
+
+
 def test_prompts_that_begin_alike_are_read_once(model: Llama) -> None:
     engine = Engine(model, cache_tokens=512, block_tokens=8, step_tokens=200)
     settings = Sampling(max_tokens=4, ignore_eos=True)
@@ -502,3 +507,15 @@ def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
     assert [other.sequence.completion() for other in others] == expected
     assert told == [None, None]
     assert_all_free(engine)
+
+
+def test_sequences_that_wait_or_have_ended_hold_nothing_of_the_vocabularys_size() -> None:
+    config = tiny_model(vocab_size=32_000).config
+    sampling = Sampling(max_tokens=1, temperature=1.0, frequency_penalty=0.1)
+    logits = torch.zeros(config.vocab_size)
+    with PeakAnonymousMemory() as peak:
+        sequences = [Sequence(0, [1], sampling, config, None) for _ in range(1000)]
+        for sequence in sequences:
+            sequence.take(logits)
+    assert all(sequence.finish == "length" for sequence in sequences)
+    assert peak.grown_bytes < 30e6, "with what they choose by, each would hold 160 kB"

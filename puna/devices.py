@@ -108,6 +108,29 @@ BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 #: Numbers of glibc's settings: the free end of its heap that it gives back, and how many pieces may lie outside of it.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
+
+@dataclass(frozen=True)
+class _ControlGroup:
+    """Where a container is told how much memory it may use, and how much it does.
+
+    Attributes:
+        files: the row of memory.stat that counts what the kernel can drop.
+    """
+
+    folder: Path
+    limit: str
+    used: str
+    files: str
+
+
+#: Of the second and the first version, as containers see them.
+CONTROL_GROUPS = (
+    _ControlGroup(Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    _ControlGroup(
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    ),
+)
+
 #: How long the CPU's rate is measured.
 MEASURE_SECONDS = 0.25
 
@@ -209,20 +232,36 @@ def memory_gib(device: "torch.device") -> float:
 def free_memory_bytes(device: "torch.device") -> int:
     """What could still be allocated: of an accelerator's memory and torch's reserve of it, or of this machine's."""
     if device.type == "cpu":
-        return _free_host_bytes()
+        return free_host_bytes()
     import torch
 
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):  # it shares the machine's
-        return _free_host_bytes()
+        return free_host_bytes()
     reserve = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return int(module.mem_get_info(device)[0]) + reserve
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
+    """What could still be allocated of this machine's memory, or of the control group's where that is less.
+
+    Of the group's pages those count as free that hold files, which the kernel drops when it needs room.
+    """
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, *map(_free_bytes_of, CONTROL_GROUPS), sys.maxsize)
+
+
+def _free_bytes_of(group: _ControlGroup) -> int:
+    try:
+        limit, used, rows = (
+            (group.folder / name).read_text(encoding="ascii") for name in (group.limit, group.used, "memory.stat")
+        )
+    except OSError:
+        return sys.maxsize
+    files = dict(row.split() for row in rows.splitlines()).get(group.files, "0")
+    return max(0, int(limit) - int(used) + int(files)) if limit.strip().isdigit() else sys.maxsize
 
 
 def has_fast_bf16(device: "torch.device") -> bool:

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,3 +233,20 @@ def test_an_accelerator_of_another_name_is_taken(monkeypatch):
     assert devices.pick_device().index == 3
     assert devices.device_names() == ["cpu", *(f"npu:{i}" for i in range(8))]
     assert not devices.takes_cuda_kernels("npu")
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_control_groups_limit_counts_less_what_it_uses_but_for_files(tmp_path, monkeypatch, kind):
+    group = replace(devices.CONTROL_GROUPS[kind], folder=tmp_path)
+    monkeypatch.setattr(devices, "CONTROL_GROUPS", ())
+    machine = devices.free_host_bytes()
+    monkeypatch.setattr(devices, "CONTROL_GROUPS", (group,))
+    assert devices.free_host_bytes() == pytest.approx(machine, rel=0.2)  # no such group
+    (tmp_path / group.used).write_text("700000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\n{group.files} 50000\nactive_file 3\n")
+    (tmp_path / group.limit).write_text("max\n")
+    assert devices.free_host_bytes() == pytest.approx(machine, rel=0.2)
+    (tmp_path / group.limit).write_text("1000000\n")
+    assert devices.free_host_bytes() == 350_000
+    (tmp_path / group.used).write_text("1200000\n")
+    assert devices.free_host_bytes() == 0

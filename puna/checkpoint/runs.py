@@ -33,12 +33,16 @@ from torch import Tensor
 
 from puna import progress
 from puna.checkpoint.meetings import Meetings
+from puna.devices import free_host_bytes
 from puna.errors import PunaError
 from puna.files import ASIDE, checksum_of, read_json, sync_folder, write_json
 
 #: Version of `run.json`.
 FORMAT = 1
 MANIFEST = "run.json"
+
+#: Of a host's free memory, what copies of the state may take: training takes some, too.
+ROOM_SHARE = 0.8
 
 #: The top-level key of a state that is kept apart, so that export reads it alone; the others go together.
 MODEL, REST = "model", "rest"
@@ -55,7 +59,8 @@ class Checkpoints:
 
     Every rank of the process group makes one, and calls the same methods in the same order; what goes wrong on one rank
     is raised on all. Without a process group it serves one process. From the first save on, a rank's part of the state
-    is held a second time, in host memory: each save copies into the memory of the one before.
+    is held a second time, in host memory: each save copies into the memory of the one before. Where a host has no room
+    for that, training waits until the state is written.
 
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
@@ -70,6 +75,7 @@ class Checkpoints:
         self.run_dir, self._keep, self._keep_every = Path(run_dir), keep, keep_every
         self._meetings = Meetings.of_run()
         self._copies: dict[str, Tensor] = {}
+        self._has_room: bool | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         if self._meetings.size > 1:
@@ -77,6 +83,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Waits for the save before, copies the state, and writes it in the background.
+
+        Where host memory has no room for the copy, the state is written as it stands before this returns.
 
         Args:
             step: optimizer steps taken.
@@ -92,11 +100,14 @@ class Checkpoints:
         """
         self.wait()
         staged: Future[dict[str, dict[str, Any]]] = Future()
+        has_room = self._find_room(state)
         try:
-            staged.set_result(self._stage(state))
+            staged.set_result(self._stage(state, is_copied=has_room))
         except Exception as error:
             staged.set_exception(error)  # raised in the background, where the other ranks hear of it
         self._saving = self._writer.submit(self._write, step, staged, copy.deepcopy(meta))
+        if not has_room:
+            concurrent.futures.wait([self._saving])  # what went wrong is raised where it always is
         return _path(self.run_dir, step)
 
     def wait(self) -> None:
@@ -133,8 +144,29 @@ class Checkpoints:
         self.wait()
         return _load(Path(path), state, self._meetings)
 
-    def _stage(self, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Copies of this rank's pieces and values by part and name, in the memory of the last save's."""
+    def _find_room(self, state: dict[str, Any]) -> bool:
+        """Whether every host has room for its ranks' copies; all ranks get the same answer, and rank 0 says it if not.
+
+        Once they are there, they stay.
+        """
+        if self._has_room:
+            return True
+
+        def scarcest(rooms: list[tuple[int, int]]) -> list[tuple[int, int]]:
+            return [max(rooms, key=lambda room: room[0] - ROOM_SHARE * room[1])] * self._meetings.size
+
+        needed, free = self._meetings.hold(lambda: (_copies_bytes(state), free_host_bytes()), scarcest)
+        has_room = needed <= ROOM_SHARE * free
+        if not has_room and self._has_room is None and self._meetings.is_first:
+            progress.say(
+                f"training waits while checkpoints are written: copies of the state would take {needed / 2**30:,.1f} "
+                f"GiB of a host's memory, which has {free / 2**30:,.1f} GiB free"
+            )
+        self._has_room = has_room
+        return has_room
+
+    def _stage(self, state: dict[str, Any], *, is_copied: bool) -> dict[str, dict[str, Any]]:
+        """What this rank has by part and name: its pieces, or copies of them in the memory of the last save's."""
         from puna.checkpoint.sharded import Piece, flat, local_piece
 
         copies: dict[str, Tensor] = {}
@@ -147,8 +179,11 @@ class Checkpoints:
                     values[name] = copy.deepcopy(value)
                 elif (piece := local_piece(value)) is not None:
                     is_far |= piece.values.device.type != "cpu"
-                    copies[name] = _copied(piece.values, self._copies.get(name))
-                    values[name] = Piece(copies[name], piece.offsets, piece.shape)
+                    if is_copied:
+                        own = copies[name] = _copied(piece.values, self._copies.get(name))
+                    else:
+                        own = piece.values.contiguous()
+                    values[name] = Piece(own, piece.offsets, piece.shape)
         if is_far:
             torch.accelerator.synchronize()
         self._copies = copies
@@ -377,6 +412,19 @@ def _folder(run_dir: Path | str) -> Path:
 
 def _path(run_dir: Path | str, step: int) -> Path:
     return _folder(run_dir) / f"step-{step:08d}"
+
+
+def _copies_bytes(state: dict[str, Any]) -> int:
+    """What copies of the state take in host memory, of this rank and of those beside it.
+
+    Page-locked memory, which an accelerator's tensors are copied to, torch gives out in powers of two.
+    """
+    from puna.checkpoint.sharded import flat, local_piece
+
+    tensors = [value for value in flat(state).values() if isinstance(value, Tensor)]
+    pieces = [piece.values for piece in map(local_piece, tensors) if piece is not None and piece.values.numel()]
+    own = sum(x.nbytes if x.device.type == "cpu" else 1 << (x.nbytes - 1).bit_length() for x in pieces)
+    return own * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _copied(values: Tensor, kept: Tensor | None) -> Tensor:

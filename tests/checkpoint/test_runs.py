@@ -210,6 +210,27 @@ def test_one_save_waits_for_the_other_and_uses_its_memory_again(tmp_path):
         assert_same(load(path), some_state(seed=step))
 
 
+def test_without_room_for_a_copy_the_state_is_written_before_training_goes_on(tmp_path, monkeypatch, capfd):
+    free = [1000]
+    monkeypatch.setattr(runs, "free_host_bytes", lambda: free[0])
+    run, state = Checkpoints(tmp_path), some_state(seed=1)
+    for step in (1, 2):
+        path = run.save(step, state, {})
+        assert (newest_checkpoint(tmp_path), run._copies) == (path, {})
+    said = capfd.readouterr().err
+    assert said.count("training waits while checkpoints are written: copies of the state would take") == 1
+    state["model"]["weight"].zero_()
+    assert_same(load(path), some_state(seed=1))
+    with monkeypatch.context() as broken:
+        broken.setattr(runs, "write_json", full)
+        run.save(3, state, {})
+    with pytest.raises(OSError, match="No space left"):
+        run.wait()
+    for free[0] in (1 << 40, 0):  # copies that are there stay
+        run.save(4, state, {})
+        assert run._copies
+
+
 def test_what_fails_in_the_background_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
     run = Checkpoints(tmp_path)
     with monkeypatch.context() as broken:

@@ -294,8 +294,7 @@ class _Run:
         if changed := _changes(asdict(before), asdict(self.config)):
             raise PunaError(
                 f"{weights_folder(self.recipe) or self.recipe.model} is another model than when {checkpoint} was saved "
-                f"({'; '.join(changed)}); put its config.json back as it was, or begin a new run with the weights: "
-                f"puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
+                f"({'; '.join(changed)}); put its config.json back as it was, or begin {_run_from(self.run_dir)}"
             )
         if not (self.run_dir / RECIPE).is_file():
             _check_continues(load_recipe(meta["recipe"]), self.recipe)
@@ -303,7 +302,7 @@ class _Run:
             if self.fingerprints.get(folder) != fingerprint:
                 raise PunaError(
                     f"{folder} holds other data than when {checkpoint} was saved; prepare it again as it was, or begin "
-                    f"a new run with the weights: puna export {self.run_dir} -o DIR, then start=DIR and another run_dir"
+                    f"{_run_from(self.run_dir)}"
                 )
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
@@ -335,8 +334,8 @@ class _Run:
         write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
         raise PunaError(
             f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); "
-            f"{self.gradients.if_not_finite}, the batches' rows are in {path}. Try a lower optimizer.peak_lr, or "
-            f"`puna inspect` the rows"
+            f"{self.gradients.if_not_finite}, the batches' rows are in {path}. `puna inspect` the rows, or try a lower "
+            f"optimizer.peak_lr in {_run_from(self.run_dir)}"
         )
 
 
@@ -396,15 +395,16 @@ def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
 
 
 def _verified(recipe: Recipe) -> dict[str, str]:
-    """What tells the data apart that is learned from, by folder; the ranks share out the reading of all of it.
+    """What tells the data apart that is learned from, by folder; the ranks share out the reading of all data.
 
     Raises:
         PunaError: a shard is damaged.
     """
-    datasets = {folder: Dataset.open(folder) for folder in recipe.data.weights}
+    measured = [recipe.data.valid] if recipe.data.valid else []
+    datasets = {folder: Dataset.open(folder) for folder in (*recipe.data.weights, *measured)}
     for dataset in datasets.values():
         dataset.verify(rank=world_rank(), size=world_size())
-    return {folder: dataset.fingerprint for folder, dataset in datasets.items()}
+    return {folder: datasets[folder].fingerprint for folder in recipe.data.weights}
 
 
 def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:
@@ -431,11 +431,16 @@ def _check_continues(before: Recipe, now: Recipe) -> None:
     forbidden = [change for change in changed if re.split("[.:]", change)[0] not in MAY_CHANGE | {"run_dir"}]
     if forbidden:
         raise UsageError(
-            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir to start a "
-            f"new run, or remove that folder"
+            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "
+            f"that folder, or begin {_run_from(now.run_dir)}"
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")
+
+
+def _run_from(run_dir: Path | str) -> str:
+    """How the weights of a run go on where the run itself cannot."""
+    return f"a new run with its weights: puna export {run_dir} -o DIR, then start=DIR and another run_dir"
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

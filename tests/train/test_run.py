@@ -201,14 +201,17 @@ def test_data_that_was_made_anew_meanwhile_is_told(recipe: Make, tmp_path: Path)
         puna.train({**content, "steps": 4})
 
 
-def test_damaged_data_is_not_learned_from(recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use", ["train", "valid"])
+def test_damaged_data_is_neither_learned_from_nor_measured(
+    recipe: Make, prepared: Path, tmp_path: Path, use: str
+) -> None:
     (tmp_path / "data").mkdir()
     shard = write_random_folder(tmp_path / "data", seed=1) / "shard-00000.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(PunaError, match=r"shard-00000\.arrow is damaged"):
-        puna.train(recipe(data={"train": str(tmp_path / "data")}))
+        puna.train(recipe(data={"train": str(prepared), use: str(tmp_path / "data")}))
 
 
 def test_what_rows_lose_of_long_dialogs_is_said(

@@ -86,7 +86,7 @@ def generate(
     """Continue texts; one alone is printed while it grows."""
     leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
-    records = _records(prompts or [], file, keep_going=keep_going) if is_first else []
+    asked_for = _records(prompts or [], file, keep_going=keep_going) if is_first else {}
     if is_first and output is not None:
         check_file(output)
     from puna.devices import pick_device
@@ -113,8 +113,9 @@ def generate(
     check_one_source(lookup=lookup, draft=draft)
     storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
-        records = of_first_rank(records)
         loaded, tokenizer = open_model(model, dtype, device)
+        context = loaded.config.max_position_embeddings
+        records = of_first_rank(_those_that_fit(asked_for, tokenizer, context, keep_going=keep_going))
         guesses = {"lookup": lookup, "draft": None if draft is None else open_draft(draft, tokenizer, dtype, device)}
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
@@ -363,23 +364,46 @@ def _line(content: Any) -> str:
     return line.encode("utf-8", "backslashreplace").decode()  # JSON can spell half of a surrogate pair, UTF-8 cannot
 
 
-def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> list[dict[str, Any]]:
+def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> dict[str, dict[str, Any]]:
+    """Where a prompt stands, for messages -> the prompt and what came with it."""
     if bool(prompts) == (file is not None):
         raise UsageError('give prompts as arguments, or --file with JSON lines, or "-" for standard input')
     if file is None:
-        return [{"prompt": read_text(Path("-")) if prompt == "-" else prompt} for prompt in prompts]
-    lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
-    records = []
-    for number, line in lines:
+        texts = (read_text(Path("-")) if prompt == "-" else prompt for prompt in prompts)
+        return {f"prompt {number}": {"prompt": text} for number, text in enumerate(texts, 1)}
+    lines = [(f"{file}:{number}", line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+    records = {}
+    for place, line in lines:
         try:
-            records.append(_record(line, f"{file}:{number}"))
+            records[place] = _record(line, place)
         except PunaError as error:
-            if not keep_going:
-                raise PunaError(f"{error}; mend it, or leave it out with --keep-going") from None
-            say(f"left out: {error}")
+            _leave_out(error, keep_going=keep_going)
     if not records:
         raise PunaError(f"{file} holds no prompts")
     return records
+
+
+def _those_that_fit(
+    records: dict[str, dict[str, Any]], tokenizer: "Tokenizer", context: int, *, keep_going: bool
+) -> list[dict[str, Any]]:
+    """The prompts that leave room for a completion in a context of so many tokens."""
+    fitting = []
+    for place, record in records.items():
+        length = len(tokenizer.encode(record["prompt"], bos=True))
+        if length < context:
+            fitting.append(record)
+        else:
+            error = PunaError(f"{place} has {length} tokens and the model's context {context}; shorten it")
+            _leave_out(error, keep_going=keep_going)
+    if records and not fitting:
+        raise PunaError(f"no prompt leaves room for a completion in the model's context of {context} tokens")
+    return fitting
+
+
+def _leave_out(error: PunaError, *, keep_going: bool) -> None:
+    if not keep_going:
+        raise PunaError(f"{error}; mend it, or leave it out with --keep-going") from None
+    say(f"left out: {error}")
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

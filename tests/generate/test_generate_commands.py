@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,23 @@ def test_completions_of_any_characters_are_found_again(tmp_path: Path) -> None:
         results.put(3, {"completion": "g"})
     lines = (tmp_path / "out").read_text().split("\n")
     assert [json.loads(line) for line in lines if line] == [*ones, {"completion": "g"}]
+
+
+def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
+    tiny_model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = [{"prompt": "x"}, {"prompt": "x 1 " * 2048}, {"prompt": "y"}]
+    source.write_text("\n\n".join(map(json.dumps, records)))
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "2"]
+    assert run([*words, "--n", "2"]) == 1
+    assert re.search(r"in.jsonl:3 has \d+ tokens and the model's context 2048; shorten it", capsys.readouterr().err)
+    assert run([*words, "--keep-going"]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["x", "y"]
+    source.write_text(json.dumps(records[1]))
+    assert run([*words, "--keep-going"]) == 1
+    assert "no prompt leaves room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changed", ["prompts", "options", "weights"])

@@ -42,6 +42,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
         },
         "dp_shard 2, in bf16": {"dp_shard": 2, "micro_batch_rows": 4, "precision": "bf16"},
+        "dp_shard 2, all in bf16": {"dp_shard": 2, "micro_batch_rows": 1, "precision": "bf16-pure"},
+        "pp 2, all in bf16": {"pp": 2, "micro_batch_rows": 2, "precision": "bf16-pure"},
     },
     4: {
         "dp_shard 4": {"dp_shard": 4, "layers_per_unit": 2, "reshard": False},
@@ -58,6 +60,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "tie_word_embeddings": True,
         },
         "dp_replicate 2, dp_shard 2": {"dp_replicate": 2, "dp_shard": 2},
+        "dp_replicate 2, dp_shard 2, all in bf16": {"dp_replicate": 2, "dp_shard": 2, "precision": "bf16-pure"},
         "dp_replicate 2, dp_shard 2, gradients on the host": {
             "dp_replicate": 2, "dp_shard": 2, "optimizer.in_backward": True,
         },

@@ -114,8 +114,8 @@ def generate(
     storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
         loaded, tokenizer = open_model(model, dtype, device)
-        context = loaded.config.max_position_embeddings
-        records = of_first_rank(_those_that_fit(asked_for, tokenizer, context, keep_going=keep_going))
+        longest = loaded.config.max_position_embeddings
+        records = of_first_rank(_those_that_fit(asked_for, tokenizer, longest, keep_going=keep_going))
         guesses = {"lookup": lookup, "draft": None if draft is None else open_draft(draft, tokenizer, dtype, device)}
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None

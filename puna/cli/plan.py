@@ -79,7 +79,18 @@ def _tables(each: dict[str, Any]) -> list[str]:
     width = max(map(len, left))
     height = max(len(left), len(right))
     pairs = zip(left + [""] * (height - len(left)), right + [""] * (height - len(right)), strict=True)
-    return [f"    {one:<{width}}    {other}".rstrip() for one, other in pairs]
+    return [*(f"    {one:<{width}}    {other}".rstrip() for one, other in pairs), *_host(each["host_memory"])]
+
+
+def _host(rows: dict[str, float]) -> list[str]:
+    """What the host of a device needs, and what it may lack."""
+    from puna.plan.host import COPIES
+
+    needed = [f"{gib:,.2f} GiB of {name}" for name, gib in rows.items() if gib >= 0.005 and name != COPIES]
+    lines = [f"    host memory a device: {' and '.join(needed)}"] if needed else []
+    if rows[COPIES] >= 0.005:
+        lines.append(f"    {COPIES}: {rows[COPIES]:,.2f} GiB of host memory a device, or training waits for each")
+    return lines
 
 
 def _misfits(result: dict[str, Any]) -> list[str]:

@@ -39,10 +39,10 @@ def state_shapes(
     return {kind: kept for moment in MOMENTS for kind, kept in ((moment, codes), (f"{moment}_scales", scales))}
 
 
-def state_bytes(shape: tuple[int, ...], state_bits: int, *, weight_dtype: str = "float32") -> int:
-    """Bytes of the optimizer's state of one weight, or of a rank's part of it; arguments as for `state_shapes`."""
+def state_sizes(shape: tuple[int, ...], state_bits: int, *, weight_dtype: str = "float32") -> list[int]:
+    """Bytes of each tensor of the state of a weight, or of a rank's part of it; arguments as for `state_shapes`."""
     kept = state_shapes(shape, state_bits, weight_dtype=weight_dtype).values()
-    return sum(math.prod(size) * ITEM_BYTES[dtype] for size, dtype in kept)
+    return [math.prod(size) * ITEM_BYTES[dtype] for size, dtype in kept]
 
 
 def misfit(shape: tuple[int, ...], state_bits: int, *, column_parts: int = 1) -> str | None:

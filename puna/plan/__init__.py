@@ -52,8 +52,8 @@ def plan(
 
     Returns:
         {"fits", "own", "best", "nearest", "help", …}: layouts as {"overrides", "memory_gib", "memory", "moment",
-        "seconds", "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "days", …}; "own" is the
-        recipe's, with "reason" where it is impossible.
+        "host_memory", "seconds", "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "days",
+        …}; "own" is the recipe's, with "reason" where it is impossible. Memory is in GiB, of a device.
 
     Raises:
         UsageError: the recipe or an argument is wrong.
@@ -138,6 +138,7 @@ def _own(search: "Search") -> dict[str, Any]:
 
 
 def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
+    from puna.plan.host import host_memory
     from puna.plan.search import overrides_of
 
     fast = judged.speed
@@ -149,6 +150,7 @@ def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
         "memory_gib": judged.memory.gib,
         "memory": {name: size / 2**30 for name, size in judged.memory.rows.items()},
         "moment": judged.memory.moment,
+        "host_memory": {name: size / 2**30 for name, size in host_memory(judged.case, judged.recompute).items()},
         "pp_rank": judged.memory.pp_rank,
         "step_seconds": fast.step_seconds,
         "seconds": fast.rows,

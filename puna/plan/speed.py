@@ -262,10 +262,9 @@ def _sending(case: Case, cluster: Cluster) -> float:
 
 def _host(case: Case, device: Profile, micro: float) -> float:
     """Seconds that gradients take to the host and back beyond what the passes hide."""
-    optimizer, layout = case.recipe.optimizer, case.layout
-    m = layout.micro_batches
-    if not optimizer.in_backward or (optimizer.max_grad_norm is None and m == 1):
+    if not case.has_gradients_on_host:
         return 0.0
+    m = case.layout.micro_batches
     own = case.weights.weight_bytes * _own(case)
     pass_ = own / (device.host_rate * 1e9 * LINK_SHARE)
     hidden = 0.6 * micro  # the backward pass

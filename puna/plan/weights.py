@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from puna.model.config import ModelConfig
-from puna.model.optimizer_state import misfit, state_bytes
+from puna.model.optimizer_state import misfit, state_sizes
 from puna.model.split import split_dim
 
 Shape = tuple[int, ...]
@@ -22,12 +22,15 @@ class Part:
         own: numbers that the rank keeps.
         largest: numbers of the largest weight that it keeps.
         state: bytes of the optimizer's state of its numbers.
+        locked, locked_state: bytes of page-locked memory that copies of weights and of state take.
     """
 
     gathered: int
     own: int
     largest: int
     state: int
+    locked: int
+    locked_state: int
 
 
 class Weights:
@@ -53,11 +56,14 @@ class Weights:
             cut = [_cut(name, shape, tp) for name, shape in self._shapes[kind].items()]
             own = [(math.ceil(shape[0] / shards), *shape[1:]) for shape in cut]
             dtype = "float32" if self.weight_bytes == 4 else "bfloat16"
+            kept = [size for shape in own for size in state_sizes(shape, self.state_bits, weight_dtype=dtype)]
             self._parts[key] = Part(
                 gathered=sum(map(math.prod, cut)),
                 own=sum(map(math.prod, own)),
                 largest=max(map(math.prod, own), default=0),
-                state=sum(state_bytes(shape, self.state_bits, weight_dtype=dtype) for shape in own),
+                state=sum(kept),
+                locked=sum(page_locked(self.weight_bytes * math.prod(shape)) for shape in own),
+                locked_state=sum(map(page_locked, kept)),
             )
         return self._parts[key]
 
@@ -80,6 +86,14 @@ class Weights:
             if reason := misfit(shape, self.state_bits, column_parts=parts):
                 return f"optimizer.state_bits={self.state_bits}: {reason}"
         return None
+
+
+def page_locked(size_bytes: float) -> int:
+    """What torch's allocator of page-locked host memory takes for so many bytes: the next power of two.
+
+    Source: torch's `CachingHostAllocator.h`.
+    """
+    return 1 << (math.ceil(size_bytes) - 1).bit_length() if size_bytes > 0 else 0
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:

@@ -7,13 +7,14 @@ models below. The resolved recipe is stored in the run folder and in every check
 """
 
 import difflib
+import os
 import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from puna.errors import UsageError
 
@@ -23,6 +24,9 @@ RECIPES = Path(__file__).parent / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+#: A path, or a name; ~ is the home folder.
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -31,9 +35,9 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """What is learned from."""
 
-    train: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    train: Place | Annotated[dict[Place, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """A prepared folder, or several with their weights: {data/mine: 0.9, data/chat: 0.1}."""
-    valid: str | None = None
+    valid: Place | None = None
     """A prepared folder that is only measured; null: none."""
     fill: Literal["auto", "end-to-end", "whole-documents"] = "auto"
     """How documents fill rows; auto: as the prepared folder says (whole documents for dialogs and infilling)."""
@@ -130,13 +134,13 @@ class Log(_Strict):
 class Recipe(_Strict):
     """A training run."""
 
-    model: str
+    model: Place
     """A preset (random weights) or a folder in Hugging Face layout (its weights)."""
-    start: str | None = None
+    start: Place | None = None
     """A folder in Hugging Face layout whose weights and config.json are taken instead; null: as `model` says."""
     data: Data
     sequence_length: Annotated[int, Field(ge=2)] = 4096
-    run_dir: Annotated[str, Field(min_length=1)]
+    run_dir: Place
     steps: Positive
     batch_tokens: Positive
     """Tokens of one optimizer step over all devices; a multiple of `sequence_length`."""
@@ -201,16 +205,19 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(name: str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    name: Recipe | str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] | None = None
+) -> Recipe:
     """Reads a recipe, applies overrides and checks it.
 
     Args:
-        name: a shipped recipe's name, a YAML file, or the content itself.
+        name: a shipped recipe's name, a YAML file, or the content itself, checked already or not.
         overrides: `["optimizer.peak_lr=1e-5", …]` or {"optimizer.peak_lr": 1e-5, …}.
 
     Raises:
         UsageError: no such recipe, not YAML, an unknown field or a wrong value; lists what there is.
     """
+    name = name.model_dump() if isinstance(name, Recipe) else name
     content, where = (name, "recipe") if isinstance(name, dict) else (_read(name), str(name))
     for path, value in parse_overrides(overrides or {}).items():
         content = _with(content, path.split("."), value)

@@ -25,7 +25,7 @@ def train(
         UsageError: the recipe is wrong, or differs from the one that the run folder was made with.
         PunaError: data, weights or folder cannot be used; the loss is not finite several steps in a row.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides)
     from puna.train import run  # a wrong recipe is refused before torch is loaded
 
     return run.run(recipe)

@@ -28,6 +28,7 @@ import yaml
 import puna
 from puna.checkpoint import load_checkpoint, newest_checkpoint, save_model, sharded
 from puna.checkpoint.runs import checkpoints
+from puna.config import load_recipe
 from puna.data.shards import Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
@@ -75,6 +76,10 @@ def test_a_run_learns_and_writes_a_line_a_step(recipe: Make) -> None:
     expected = {"step", "loss", "grad_norm", "lr", "tokens", "targets", "tokens_per_second", "mfu", "memory_gib"}
     assert expected | {"seconds"} <= lines[0].keys()
     assert lines[-1]["tokens"] == 40 * 256
+
+
+def test_a_recipe_that_is_one_already_takes_overrides(recipe: Make) -> None:
+    assert puna.train(load_recipe(recipe()), {"steps": 3})["step"] == 3
 
 
 def test_a_killed_run_continues_to_the_last_bit(recipe: Make, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def _with(content: dict[str, Any], path: list[str], value: Any) -> dict[str, Any
 
 
 def _message(error: Any) -> str:
-    path = [part for part in map(str, error["loc"]) if not re.fullmatch(r"str|dict\[.*\]", part)]  # kinds of data.train
+    path = [part for part in map(str, error["loc"]) if not re.match(r"function-|dict\[", part)]  # kinds of data.train
     name = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])

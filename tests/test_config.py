@@ -63,6 +63,14 @@ def test_text_that_looks_like_a_number_is_taken_in_quotes() -> None:
     assert load_recipe(SMALL, ['run_dir="2026-11-26"']).run_dir == "2026-11-26"
 
 
+def test_a_path_may_begin_in_the_home_folder(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["run_dir=~/runs/x", "start=~/llama", "data.train={~/a: 1, b/~: 2}", "data.valid=~/v"]
+    recipe = load_recipe(SMALL, words)
+    assert (recipe.run_dir, recipe.start, recipe.data.valid) == ("/home/me/runs/x", "/home/me/llama", "/home/me/v")
+    assert list(recipe.data.weights) == ["/home/me/a", "b/~"]
+
+
 def test_a_field_that_is_given_twice_is_refused(tmp_path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("model: tiny-64\noptimizer: {peak_lr: 1.0e-3}\nsteps: 1\noptimizer: {weight_decay: 0}\n")

@@ -31,19 +31,29 @@ def plan(
     if as_json:
         print(json.dumps(result))
     else:
-        for line in _lines(result, shlex.join([recipe, *(overrides or [])])):
+        start, how_many = _command(devices, devices_per_node)
+        for line in _lines(result, shlex.join([recipe, *(overrides or [])]), start, how_many):
             print(line)
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-def _lines(result: dict[str, Any], recipe: str) -> list[str]:
+def _command(devices: int, devices_per_node: int) -> tuple[str, str]:
+    """What starts a recipe on so many devices: the words before it and its overrides, and those behind."""
+    if devices <= devices_per_node:
+        return "puna train", f" --nproc {devices}" if devices > 1 else ""
+    per_node = next(n for n in range(devices_per_node, 0, -1) if devices % n == 0)
+    return "puna launch", f" --nodes {devices // per_node} --gpus {per_node}"
+
+
+def _lines(result: dict[str, Any], recipe: str, start: str, how_many: str) -> list[str]:
     of = f"{result['devices']:,} x {result['device']} of {result['memory_gib']:,.1f} GiB"
     lines = [f"{recipe} on {of}, {result['precision']}", ""]
     lines += _own(result["own"], result["memory_gib"])
     if result["best"]:
         lines += ["", f"{result['fitting']:,} layouts fit; the fastest:", ""]
         lines += [
-            f"  {_summary(each)}\n    puna train {' '.join([recipe, *each['overrides']])}" for each in result["best"]
+            f"  {_summary(each)}\n    {start} {' '.join([recipe, *each['overrides']])}{how_many}"
+            for each in result["best"]
         ]
         lines += ["", f"the first of them ({result['best'][0]['layout']}) in full:", *_tables(result["best"][0])]
     lines += _misfits(result)

@@ -40,14 +40,31 @@ def test_layouts_that_are_proposed_are_accepted_and_fit_and_their_rows_add_up() 
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_the_commands_that_are_printed_are_taken_by_a_shell_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["data.train={it's $HOME: 0.9, 'a b': 0.1}", "batch_tokens=8192"]
-    assert run(["plan", "tiny-pretrain", *given, "--devices", "4", "--device", "h100"]) == 0
-    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "puna train" in line]
+@pytest.mark.parametrize(
+    ("devices", "start", "how_many"),
+    [
+        (1, "train", ""),
+        (4, "train", "--nproc 4"),
+        (16, "launch", "--nodes 2 --gpus 8"),
+        (12, "launch", "--nodes 2 --gpus 6"),
+    ],
+)
+def test_the_commands_that_are_printed_are_taken_by_a_shell_as_they_are(
+    devices: int, start: str, how_many: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["data.train={it's $HOME: 0.9, 'a b': 0.1}", "batch_tokens=98304"]
+    assert run(["plan", "tiny-pretrain", *given, "--devices", str(devices), "--device", "h100"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("    puna ")]
     assert len(commands) == 5
     for words in commands:
-        assert words[:3] == ["puna", "train", "tiny-pretrain"]
-        assert load_recipe("tiny-pretrain", words[3:]).data.weights == {"it's $HOME": 0.9, "a b": 0.1}
+        assert words[:3] == ["puna", start, "tiny-pretrain"]
+        overrides = [word for word in words[3:] if "=" in word]
+        assert words[3:] == [*overrides, *how_many.split()]
+        recipe = load_recipe("tiny-pretrain", overrides)
+        assert recipe.data.weights == {"it's $HOME": 0.9, "a b": 0.1}
+        assert Layout.of(recipe, PRESETS[recipe.model], devices).devices == devices
+        if start == "launch":
+            assert run([*words[1:], "--master-addr", "node-0"]) == 0
 
 
 def test_only_what_a_recipe_may_say_is_proposed() -> None:

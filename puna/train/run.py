@@ -331,7 +331,8 @@ class _Run:
     def _give_up(self, in_a_row: int) -> None:
         path = self.run_dir / "not-finite.json"
         first = self.step - in_a_row
-        write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
+        if is_first_rank():
+            write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
         raise PunaError(
             f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); "
             f"{self.gradients.if_not_finite}, the batches' rows are in {path}. `puna inspect` the rows, or try a lower "

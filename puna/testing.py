@@ -111,6 +111,10 @@ class ScriptedModel:
         self.batch_sizes: list[int] = []
         self._first = prompt_tokens - 1
 
+    def state_dict(self) -> "dict[str, Tensor]":
+        """As of a module."""
+        return self.lm_head.state_dict()
+
     def hidden(
         self,
         tokens: "Tensor",

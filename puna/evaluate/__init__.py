@@ -50,7 +50,7 @@ def evaluate(
     from puna.devices import pick_device
     from puna.evaluate.programs import Programs
     from puna.evaluate.spread import Replicas
-    from puna.evaluate.stored import Stored, loaded, mark_in_memory
+    from puna.evaluate.stored import Stored, loaded
     from puna.files import check_writable, mark_of, write_json  # here, so that the sandbox needs no more than Python
 
     module = benchmarks.find(benchmark)
@@ -77,6 +77,8 @@ def evaluate(
         if name is not None:
             options |= {"name": name, "weights": mark_of(Path(name).glob("*.safetensors")), "dtype": dtype}
         elif model is not None and output is not None:
+            from puna.model.mark import mark_in_memory
+
             options["weights"] = mark_in_memory(model)
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:

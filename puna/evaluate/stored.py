@@ -1,6 +1,5 @@
 """A model that is loaded once all else is known to be right: a wrong file is said before a large model is read."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +41,3 @@ def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
             "or give tokenizer=puna.load_tokenizer(folder)"
         )
     return model, tokenizer
-
-
-def mark_in_memory(model: Any) -> str:
-    """What tells the weights of a model from others, as after more training: some numbers of each tensor, hashed.
-
-    Layers that are packed for inference do not show theirs; the embedding and the norms do.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_mkldnn:
-            numbers = tensor.detach().flatten()
-            some = numbers[:: max(1, len(numbers) // 256)].float().cpu()
-            digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -136,6 +136,25 @@ def test_a_known_beginning_is_not_computed_again(model: Llama) -> None:
     assert first == again
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_was_computed_with_other_weights_is_not_known(tokenizer: Tokenizer, is_streamed: bool) -> None:
+    model, sampling = tiny_model(), Sampling(max_tokens=10, ignore_eos=True)
+    engine = Engine(model, tokenizer, cache_tokens=256, block_tokens=4)
+
+    async def stream() -> str:
+        return "".join([piece async for piece in engine.stream(SHARED, max_tokens=10, ignore_eos=True)])
+
+    for number in range(3):
+        text = asyncio.run(stream()) if is_streamed else engine.generate([SHARED], sampling)[0].text
+        assert text == complete(model, tokenizer, [SHARED], sampling)[0].text
+        generator = torch.Generator().manual_seed(number)
+        for weight in model.model.layers[number % 2].parameters():
+            weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)  # unseen by version counters
+        while engine._thread is not None:
+            time.sleep(0.001)
+    assert_all_free(engine)
+
+
 def test_decoding_goes_on_while_a_long_prompt_is_read(model: Llama) -> None:
     engine = Engine(model, cache_tokens=512, block_tokens=8, step_tokens=10, max_rows=4)
     short = engine._new(engine._sequence(0, [5, 6], Sampling(max_tokens=50, ignore_eos=True), None))

@@ -82,6 +82,13 @@ class BlockPool:
         if key not in self._known and block not in self._key_of:
             self._known[key], self._key_of[block] = block, key
 
+    def forget(self) -> None:
+        """Makes all blocks unknown; who holds one still does."""
+        self._known.clear()
+        self._key_of.clear()
+        self._free.update(self._kept)
+        self._kept.clear()
+
     def release(self, block: int) -> None:
         """One holder less."""
         self._holders[block] -= 1

@@ -20,6 +20,7 @@ from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText, Sequence
 from puna.model.llama import Llama
+from puna.model.mark import mark_in_memory
 from puna.parallel.collectives import all_min
 from puna.parallel.inference import group_of
 from puna.tokenizer import Tokenizer
@@ -41,6 +42,8 @@ class Engine:
 
     A completion depends on its prompt and its sampling alone, whatever else is in the batch, whenever it came, and
     whether the beginning of its prompt was known already (but for the rounding of sums).
+
+    The model may go on training between requests: what is known of prompts is then forgotten.
 
     Where ranks share the model (`puna.parallel.inference`), each has an engine of its own that is given the same
     prompts; logits are equal to the last bit, so all take the same steps.
@@ -82,6 +85,7 @@ class Engine:
         self._group = group_of(model)
         n_blocks = -(-(cache_tokens or self._room(max_rows, draft, cache_dtype)) // block_tokens)
         self.pool = BlockPool(n_blocks, block_tokens)
+        self._mark = mark_in_memory(model)
         self._runner = Runner(
             model, n_blocks, block_tokens, choices=self._spelled, cache_dtype=cache_dtype, compile=compile
         )
@@ -125,6 +129,7 @@ class Engine:
         added = [self._new(sequence) for sequence in sequences]
         try:
             with self._lock:
+                self._look_at_weights()
                 for running in added:
                     self.scheduler.add(running)
                 pending = set(added)
@@ -179,6 +184,8 @@ class Engine:
 
     def _serve(self) -> None:
         """Takes steps for `stream` while there is work."""
+        with self._lock:
+            self._look_at_weights()
         while True:
             with self._lock:
                 self._let_in()
@@ -195,6 +202,12 @@ class Engine:
                         running.is_cancelled = True
                         if running.on_end is not None:
                             running.on_end(error)
+
+    def _look_at_weights(self) -> None:
+        """Forgets what is known of prompts if it is not what the model would compute now."""
+        if self.scheduler.is_idle and not all_min(int(self._mark == (mark := mark_in_memory(self.model))), self._group):
+            self.pool.forget()
+            self._mark = mark
 
     def _let_in(self) -> None:
         while self._incoming:

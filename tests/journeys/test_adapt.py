@@ -141,7 +141,7 @@ def prepared(tmp_path: Path) -> Places:
 
 def test_the_plainest_recipe_that_fits_is_taken(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    for gib in (4000, 160, 100, 60):
+    for gib in (4000, 240, 150, 90):
         monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place, gib=gib: gib << 30)
         recipe = choose_recipe(prepared, 2.0, "cpu", {"precision": "bf16"} if gib == 4000 else {})
         chosen.append((recipe.recompute, recipe.precision))
@@ -150,6 +150,15 @@ def test_the_plainest_recipe_that_fits_is_taken(prepared: Places, monkeypatch: p
     assert recipe.optimizer.peak_lr == 1e-5
     assert (recipe.sequence_length, recipe.batch_rows) == (4096, 32)
     assert recipe.steps == -(-100_000_000 // recipe.batch_tokens)
+
+
+def test_a_processor_keeps_room_for_what_its_process_holds_beyond_tensors(
+    prepared: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 160 << 30)
+    recipe = choose_recipe(prepared, 2.0, "cpu", {})
+    own = puna.plan(recipe, device="cpu", memory_gib=160, layout=True)["own"]
+    assert 1.45 * own["memory_gib"] < 160
 
 
 def test_where_nothing_fits_it_says_by_how_much(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,7 +429,10 @@ def _check_continues(before: Recipe, now: Recipe) -> None:
     was, order = list(before.data.weights), list(now.data.weights)
     if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
         changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
-    forbidden = [change for change in changed if re.split("[.:]", change)[0] not in MAY_CHANGE | {"run_dir"}]
+    may_change = MAY_CHANGE | {"run_dir"}
+    if now.arithmetic == "mindformers":
+        may_change -= {"micro_batch_rows"}  # whose means its loss is the mean of
+    forbidden = [change for change in changed if re.split("[.:]", change)[0] not in may_change]
     if forbidden:
         raise UsageError(
             f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "

@@ -381,6 +381,15 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_micro_batches_may_change_where_the_loss_does_not_hang_on_them(recipe: Make, tmp_path: Path) -> None:
+    puna.train(recipe())
+    assert puna.train(recipe(steps=7, micro_batch_rows=2))["step"] == 7
+    content = recipe(arithmetic="mindformers", run_dir=str(tmp_path / "means"))
+    puna.train(content)
+    with pytest.raises(UsageError, match="micro_batch_rows: 1 -> 2"):
+        puna.train({**content, "steps": 7, "micro_batch_rows": 2})
+
+
 def test_a_folder_of_which_only_checkpoints_were_copied_is_known_as_the_run_it_holds(recipe: Make) -> None:
     run_dir = Path(puna.train(recipe())["run_dir"])
     (run_dir / "recipe.yaml").unlink()

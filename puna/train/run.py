@@ -26,7 +26,7 @@ import torch
 from puna import devices
 from puna.checkpoint import is_hub_id, load_config, resolve
 from puna.checkpoint.huggingface import fit, open_weights
-from puna.checkpoint.runs import Checkpoints
+from puna.checkpoint.runs import Checkpoints, checkpoints, read_meta
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, Loader, stack
 from puna.data.rows import Row, open_rows
@@ -79,7 +79,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         devices.keep_freed_memory()
     with process_group(device):
         recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
-        config, run_dir = model_config(recipe), Path(recipe.run_dir)
+        run_dir = Path(recipe.run_dir)
+        config = _config_of_run(recipe, run_dir)
         layout = Layout.of(recipe, config, world_size())
         with only_run_in(run_dir) as claim:
             if (run_dir / RECIPE).is_file():
@@ -98,7 +99,7 @@ class _Run:
     def __init__(self, recipe: Recipe, config: ModelConfig, claim: Claim, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.config, self.claim, self.ranks, self.device = recipe, config, claim, ranks, device
         self.run_dir = run_dir = Path(recipe.run_dir)
-        self.tokenizer = _check_data(recipe, self.config)
+        self.tokenizer = _check_data(recipe, self.config, is_new=not checkpoints(run_dir))
         self.fingerprints = _verified(recipe)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
@@ -293,7 +294,7 @@ class _Run:
         before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
         if changed := _changes(asdict(before), asdict(self.config)):
             raise PunaError(
-                f"{weights_folder(self.recipe) or self.recipe.model} is another model than when {checkpoint} was saved "
+                f"{self.recipe.start or self.recipe.model} is another model than when {checkpoint} was saved "
                 f"({'; '.join(changed)}); put its config.json back as it was, or begin {_run_from(self.run_dir)}"
             )
         if not (self.run_dir / RECIPE).is_file():
@@ -346,6 +347,18 @@ def model_config(recipe: Recipe) -> ModelConfig:
     return preset(recipe.model) if source is None else load_config(source)
 
 
+def _config_of_run(recipe: Recipe, run_dir: Path) -> ModelConfig:
+    """As `model_config`; a run that has checkpoints no longer needs the folder of weights that it began with."""
+    try:
+        return model_config(recipe)
+    except PunaError as error:
+        saved = list(checkpoints(run_dir).values())
+        if not saved:
+            raise
+        say(f"{error}; the model is that of {saved[-1]}")
+        return ModelConfig.from_json(read_meta(saved[-1])["model_config"], str(saved[-1]))
+
+
 def weights_folder(recipe: Recipe) -> Path | None:
     """The folder that a recipe's weights come from; None: random weights."""
     if recipe.start is not None:
@@ -376,7 +389,7 @@ def _precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
+def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
     """Refuses data that the model cannot read; returns the folder of the data's tokenizer."""
     folders = [*recipe.data.weights, *([recipe.data.valid] if recipe.data.valid else [])]
     tokenizers = {folder: Dataset.open(folder).info["tokenizer"] for folder in folders}
@@ -389,8 +402,7 @@ def _check_data(recipe: Recipe, config: ModelConfig) -> Path:
             f"{first[0]} was prepared with a tokenizer of {first[1]['vocab_size']} ids, the model {recipe.model} has "
             f"{config.vocab_size}; prepare the data with the model's own tokenizer"
         )
-    source = weights_folder(recipe)
-    if source is not None:
+    if is_new and (source := weights_folder(recipe)) is not None:
         _check_tokenizer(source, first[0], first[1]["sha256"])
     return Path(first[0]) / "tokenizer"
 

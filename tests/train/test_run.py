@@ -35,6 +35,7 @@ from puna.files import read_json, write_json
 from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
+from puna.testing import tiny_model
 from puna.train import claim
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
@@ -436,7 +437,7 @@ def test_another_mixture_is_refused_in_a_run_folder_and_so_is_another_order_of_i
 
 def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    save_model(Llama(preset("tiny-64")), model)
+    save_model(tiny_model(), model)
     puna.train(recipe(model=str(model), steps=2))
     fields = read_json(model / "config.json")
     write_json(model / "config.json", {**fields, "rope_theta": 1e4})
@@ -444,6 +445,22 @@ def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, t
         puna.train(recipe(model=str(model), steps=3))
     write_json(model / "config.json", fields)
     assert puna.train(recipe(model=str(model), steps=3))["step"] == 3
+
+
+def test_a_run_goes_on_without_the_folder_that_it_began_with(
+    recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    save_model(tiny_model(rms_norm_eps=1e-3), model)
+    content = recipe(model="tiny-64", start=str(model), schedule={"name": "constant"})
+    puna.train({**content, "run_dir": str(tmp_path / "whole")})
+    puna.train({**content, "steps": 3})
+    shutil.rmtree(model)
+    puna.train(content)
+    assert "there is no folder" in capsys.readouterr().err
+    _assert_same_weights(_weights(content["run_dir"]), _weights(tmp_path / "whole"))
+    with pytest.raises(PunaError, match="there is no folder"):
+        puna.train({**content, "run_dir": str(tmp_path / "new")})
 
 
 def test_the_state_is_saved_though_the_save_before_has_failed(

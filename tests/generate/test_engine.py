@@ -262,6 +262,12 @@ def test_an_error_in_a_step_reaches_every_stream(model: Llama, tokenizer: Tokeni
         asyncio.run(read())
 
 
+@pytest.mark.parametrize("name", ["max_rows", "block_tokens", "cache_tokens"])
+def test_an_engine_without_room_is_refused(model: Llama, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}=0 must be 1 or more"):
+        Engine(model, **{"cache_tokens": 64, name: 0})
+
+
 def test_what_cannot_be_served_is_refused_before_anything_runs(model: Llama) -> None:
     engine = Engine(model, cache_tokens=64, block_tokens=8)
     with pytest.raises(

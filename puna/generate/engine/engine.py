@@ -80,6 +80,9 @@ class Engine:
         compile: bool = False,
     ) -> None:
         check_one_source(lookup=lookup, draft=draft)
+        for name, number in (("max_rows", max_rows), ("block_tokens", block_tokens), ("cache_tokens", cache_tokens)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}={number} must be 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
         self._group = group_of(model)

@@ -7,6 +7,7 @@ So the folder is made again and training goes on, unless another run has begun t
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,10 @@ from puna.files import try_lock
 from puna.parallel.collectives import of_first_rank
 from puna.parallel.mesh import is_first_rank
 from puna.progress import say
+
+#: How long, under torchrun, another process may keep the folder, and the time between two looks: a file server holds
+#: the lock of a machine that was lost for some 90 seconds more.
+PATIENCE_SECONDS, LOOK_SECONDS = 150, 1.0
 
 
 @contextlib.contextmanager
@@ -68,10 +73,21 @@ class Claim:
         self.let_go()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._held = open(self._path, "a")  # noqa: SIM115 - closed in let_go
-        is_ours = try_lock(self._held)
+        is_ours = self._lock_in_time(self._held)
         if is_ours is None:
             say(f"the file system of {self._run_dir} has no locks: see to it that no second process trains there")
         return is_ours is not False
+
+    def _lock_in_time(self, file: IO[str]) -> bool | None:
+        """As `try_lock`; under torchrun, which starts processes again, those before have time to let go."""
+        is_ours = try_lock(file)
+        if is_ours is False and "TORCHELASTIC_RUN_ID" in os.environ:
+            say(f"waiting up to {PATIENCE_SECONDS} seconds for another process to leave {self._run_dir}")
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while is_ours is False and time.monotonic() < deadline:
+                time.sleep(LOOK_SECONDS)
+                is_ours = try_lock(file)
+        return is_ours
 
     def _is_lost(self) -> bool:
         try:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -599,6 +600,25 @@ def test_two_processes_cannot_train_in_one_folder(recipe: Make) -> None:
         only_run_in(Path(content["run_dir"])),
         pytest.raises(PunaError, match="another process is training"),
     ):
+        puna.train(content)
+
+
+def test_processes_that_torchrun_starts_again_wait_for_those_before(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(claim, "LOOK_SECONDS", 0.05)
+    content = recipe(steps=2)
+    run_dir = Path(content["run_dir"])
+    with contextlib.ExitStack() as before:
+        before.enter_context(only_run_in(run_dir))
+        leaves = threading.Timer(0.3, before.close)
+        leaves.start()
+        assert puna.train(content)["step"] == 2
+        leaves.join()
+    assert capsys.readouterr().err.count(f"for another process to leave {run_dir}") == 1
+    monkeypatch.setattr(claim, "PATIENCE_SECONDS", 0.2)
+    with only_run_in(run_dir), pytest.raises(PunaError, match="another process is training"):
         puna.train(content)
 
 

@@ -35,6 +35,7 @@ from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
 from puna.prompts import chat_template, infill_document
+from puna.prompts.templates import TEMPLATE_FILE
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: So many units, of two megabytes each, this process has worked off in about the time in which fresh ones start.
@@ -141,6 +142,13 @@ class _Job:
             "options": self.options,
         }
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's files; dialogs bring the layout along that they were made with, if it can be said."""
+        self.tokenizer.save(folder)
+        if "template" in self.options and (source := chat_template(self.options["template"]).jinja) is not None:
+            with file_aside(folder / TEMPLATE_FILE, "w") as file:
+                file.write(source)
+
     @property
     def work(self) -> Path:
         """The folder that is there until all is done."""
@@ -222,7 +230,7 @@ def _claim(job: _Job) -> None:
         return
     if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
         raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
-    job.tokenizer.save(job.output / "tokenizer")
+    job.save_tokenizer(job.output / "tokenizer")
     write_json(settings_file, job.settings)
 
 
@@ -309,7 +317,7 @@ def _finish(job: _Job) -> dict[str, Any]:
     info["train"] |= {"left_out": dict(sorted(reasons.items())), "languages": dict(sorted(languages.items()))}
     if "held_out" in info:
         info["held_out"]["fill"] = "whole-documents" if _has_dialogs(job, info["held_out"]) else "end-to-end"
-        job.tokenizer.save(job.output / PARTS["held_out"] / "tokenizer")
+        job.save_tokenizer(job.output / PARTS["held_out"] / "tokenizer")
         write_json(job.output / PARTS["held_out"] / DATASET_FILE, info["held_out"])
         info["train"]["held_out"] = {name: info["held_out"][name] for name in ("documents", "tokens", "bytes")}
     write_json(job.output / DATASET_FILE, info["train"])

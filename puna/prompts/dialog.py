@@ -64,10 +64,12 @@ class ChatTemplate(ABC):
 
     Attributes:
         name: as `chat_template` knows it.
+        jinja: the layout in the language in which models ship theirs, or None; what is tuned on it is exported with it.
         stop_strings: texts that end an answer, beside the ids of `stops`.
     """
 
     name: str
+    jinja: str | None = None
     stop_strings: tuple[str, ...] = ()
 
     @abstractmethod

@@ -38,7 +38,7 @@ class JinjaTemplate(ChatTemplate):
     """
 
     def __init__(self, source: str, *, name: str, specials: dict[str, str]) -> None:
-        self.name, self.specials = name, specials
+        self.name, self.specials, self.jinja = name, specials, source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:

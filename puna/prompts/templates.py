@@ -11,6 +11,9 @@ from puna.prompts import chat
 from puna.prompts.chat.alpaca import alpaca_prompt
 from puna.prompts.dialog import ChatTemplate
 
+#: What a model's folder ships.
+TEMPLATE_FILE = "chat_template.jinja"
+
 __all__ = ["alpaca_prompt", "chat_template", "template_names"]
 
 
@@ -49,8 +52,8 @@ def chat_template(name_or_folder: str | Path) -> ChatTemplate:
 
 
 def _source(folder: Path, settings: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     source = settings.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")

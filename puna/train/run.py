@@ -390,9 +390,10 @@ def _precision(asked: str, device: torch.device) -> str:
 
 
 def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
-    """Refuses data that the model cannot read; returns the folder of the data's tokenizer."""
+    """Refuses data that the model cannot read; returns the folder of the data's tokenizer, with a layout of dialogs."""
     folders = [*recipe.data.weights, *([recipe.data.valid] if recipe.data.valid else [])]
-    tokenizers = {folder: Dataset.open(folder).info["tokenizer"] for folder in folders}
+    infos = {folder: Dataset.open(folder).info for folder in folders}
+    tokenizers = {folder: info["tokenizer"] for folder, info in infos.items()}
     first, *others = tokenizers.items()
     for folder, tokenizer in others:
         if tokenizer["sha256"] != first[1]["sha256"]:
@@ -404,7 +405,9 @@ def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
         )
     if is_new and (source := weights_folder(recipe)) is not None:
         _check_tokenizer(source, first[0], first[1]["sha256"])
-    return Path(first[0]) / "tokenizer"
+    options = {folder: info.get("settings", {}).get("options", {}) for folder, info in infos.items()}
+    of_dialogs = (folder for folder in recipe.data.weights if "template" in options[folder])
+    return Path(next(of_dialogs, first[0])) / "tokenizer"
 
 
 def _verified(recipe: Recipe) -> dict[str, str]:

@@ -317,3 +317,48 @@ def test_an_unknown_template_is_refused_with_the_list(tmp_path):
         chat_template("vicuna2")
     with pytest.raises(PunaError, match="ships no chat template; name one of alpaca, codellama"):
         chat_template(tmp_path)
+
+
+JINJA = [name for name in template_names() if chat_template(name).jinja is not None]
+
+
+def as_shipped(name, folder, tokenizer):
+    """The template of a model that was tuned on a layout."""
+    pieces = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(pieces))
+    (folder / "chat_template.jinja").write_text(chat_template(name).jinja)
+    return chat_template(folder)
+
+
+@pytest.mark.parametrize("name", JINJA)
+def test_what_a_tuned_model_ships_lays_dialogs_out_as_it_was_tuned(code_llama_tokenizer, tmp_path, name):
+    ours, shipped = chat_template(name), as_shipped(name, tmp_path, code_llama_tokenizer)
+    same = 0
+    asked_before = {"role": "user", "content": alpaca_prompt("Add.", "1 and 2")}
+    for dialog in [*DIALOGS, [asked_before], [asked_before, ADDED]]:
+        try:
+            expected = ours.encode(code_llama_tokenizer, dialog)
+        except UnusableDialog:
+            with pytest.raises(UnusableDialog):
+                shipped.encode(code_llama_tokenizer, dialog)
+            continue
+        assert shipped.encode(code_llama_tokenizer, dialog).tokens == expected.tokens
+        same += 1
+    assert same >= 4
+    assert shipped.stops(code_llama_tokenizer) == ours.stops(code_llama_tokenizer)
+
+
+@settings(max_examples=50, deadline=None)
+@given(contents=st.lists(words, min_size=1, max_size=4), system=st.none() | words)
+@pytest.mark.parametrize("name", ["codellama", "vicuna"])
+def test_any_words_are_laid_out_so(code_llama_tokenizer, tmp_path_factory, name, contents, system):
+    dialog = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    dialog = dialog if system is None else [{"role": "system", "content": system}, *dialog]
+    assume(not any(tag in message["content"] for message in dialog for tag in TAGS))
+    shipped = as_shipped(name, tmp_path_factory.mktemp("shipped"), code_llama_tokenizer)
+    expected = chat_template(name).encode(code_llama_tokenizer, dialog).tokens
+    assert shipped.encode(code_llama_tokenizer, dialog).tokens == expected
+
+
+def test_only_70bs_layout_cannot_be_said_so():
+    assert set(template_names()) - set(JINJA) == {"codellama-70b"}

@@ -35,7 +35,10 @@ from puna.errors import PunaError
 HELP = "Dialogs: Alpaca, ShareGPT or messages."
 OPTIONS = (
     Option(
-        "template", str, "codellama", "Layout: codellama, codellama-70b, alpaca, vicuna, plain, or a model's folder."
+        "template",
+        str,
+        "codellama",
+        "Layout, which a model tuned on it ships: codellama, codellama-70b, alpaca, vicuna, plain, or a model's folder.",
     ),
     HELD_OUT,
 )

@@ -8,6 +8,7 @@ The layout has no system message and no second turn. A question that `alpaca_pro
 Source: tatsu-lab/stanford_alpaca, `train.py`, `PROMPT_DICT`.
 """
 
+import json
 from collections.abc import Sequence
 
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, only_turn
@@ -24,6 +25,25 @@ _WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
+JINJA = (
+    r"""
+{%- if messages[0]['role'] != 'user' or messages | length > 2 -%}
+{{ raise_exception('one question and one answer') }}
+{%- endif -%}
+{%- set asked = messages[0]['content'] -%}
+{%- if asked.startswith('Below is an instruction that describes a task') and asked.endswith('\n\n### Response:') -%}
+{{ bos_token + asked }}
+{%- else -%}
+{{ bos_token + BEFORE + asked + BEHIND }}
+{%- endif -%}
+{%- if messages | length == 2 -%}
+{{ messages[1]['content'] + eos_token }}
+{%- endif -%}
+""".strip()
+    .replace("BEFORE", json.dumps(_WITHOUT_INPUT.partition("{instruction}")[0]))
+    .replace("BEHIND", json.dumps(_WITHOUT_INPUT.partition("{instruction}")[2]))
+)
+
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """The prompt of an Alpaca record, with its second paragraph where it has an input."""
@@ -34,6 +54,7 @@ class Alpaca(ChatTemplate):
     """See the module."""
 
     name = "alpaca"
+    jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         """Lays out a dialog; see `ChatTemplate`."""

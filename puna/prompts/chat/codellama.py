@@ -14,6 +14,21 @@ from collections.abc import Sequence
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog, read_dialog
 from puna.tokenizer import Tokenizer
 
+JINJA = r"""
+{%- set has_system = messages[0]['role'] == 'system' -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('user and assistant must take turns') }}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{{ ' ' + message['content'] | trim + ' ' + eos_token }}
+{%- else -%}
+{%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' if has_system and loop.first else '' -%}
+{{ bos_token + '[INST] ' + (system + message['content']) | trim + ' [/INST]' }}
+{%- endif -%}
+{%- endfor -%}
+""".strip()
+
 #: Texts that a message may not hold, as in the reference: the model could not tell them from the layout's own.
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 
@@ -22,6 +37,7 @@ class CodeLlama(ChatTemplate):
     """See the module."""
 
     name = "codellama"
+    jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         """Lays out a dialog; see `ChatTemplate`."""

@@ -8,11 +8,22 @@ from collections.abc import Sequence
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, only_turn
 from puna.tokenizer import Tokenizer
 
+JINJA = r"""
+{%- if messages[0]['role'] != 'user' or messages | length > 2 -%}
+{{ raise_exception('one question and one answer') }}
+{%- endif -%}
+{{ bos_token + messages[0]['content'] }}
+{%- if messages | length == 2 -%}
+{{ messages[1]['content'] + eos_token }}
+{%- endif -%}
+""".strip()
+
 
 class Plain(ChatTemplate):
     """See the module."""
 
     name = "plain"
+    jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         """Lays out a dialog; see `ChatTemplate`."""

@@ -38,7 +38,7 @@ OPTIONS = (
         "template",
         str,
         "codellama",
-        "Layout, which a model tuned on it ships: codellama, codellama-70b, alpaca, vicuna, plain, or a model's folder.",
+        "Layout, which the tuned model ships: codellama, codellama-70b, alpaca, vicuna, plain, or a model's folder.",
     ),
     HELD_OUT,
 )

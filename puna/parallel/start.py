@@ -1,9 +1,11 @@
 """Starting the processes of one machine, as torchrun does, without its restarts: `puna train RECIPE --nproc 4`.
 
 Each process is the same command with its rank in the environment. Ctrl-C, SIGTERM and the end of the terminal reach all
-of them; when one fails, the others are stopped, and its exit code is the command's.
+of them; when one fails, the others are stopped, and its exit code is the command's. On Linux they are told to end, too,
+when the process that started them is killed.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +19,9 @@ from puna.progress import complain, leave_terminal
 
 #: How long the others may take to leave once one has failed.
 GRACE_SECONDS = 20.0
+
+#: The number of Linux' setting for the signal that a process gets when the one that started it has ended.
+PR_SET_PDEATHSIG = 1
 
 #: What Python runs in each process.
 PUNA = ["-m", "puna"]
@@ -47,6 +52,7 @@ def start_processes(command: list[str], n_processes: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_cores() // n_processes))),
     }
     processes: list[subprocess.Popen[bytes]] = []
+    starter = os.getpid()
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to all of them
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(processes, number)),
@@ -65,7 +71,7 @@ def start_processes(command: list[str], n_processes: int) -> int:
                 subprocess.Popen(
                     [sys.executable, *PUNA, *command],
                     env={**os.environ, **shared, **own},
-                    preexec_fn=_heed_interrupts,
+                    preexec_fn=lambda: _prepare(starter),
                 )
             )
         return _wait(processes)
@@ -75,8 +81,13 @@ def start_processes(command: list[str], n_processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _heed_interrupts() -> None:
+def _prepare(starter: int) -> None:
+    """In a process that is started, before it becomes the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != starter:  # it was killed before it could be heard of
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

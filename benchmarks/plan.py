@@ -8,6 +8,7 @@ with state in host memory have no counterpart in puna: they are listed, and not 
 were fitted to these runs: this says how well a few constants explain them, not how well a new run is foretold.
 """
 
+import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,6 +156,7 @@ RUNS = [
 
 def main() -> None:
     """Predicts every run and records."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [_row(run) for run in RUNS]
     predicted = [row for row in rows if "error" in row]
     missed = [f"{row['source']} {row['model']}@{row['length']}" for row in predicted if abs(row["error"]) > GOAL]

@@ -150,12 +150,15 @@ def _processor() -> Iterator[Finding]:
 
 def _memory_gib() -> float | None:
     """Memory that this process may use: the machine's, or its control group's where that is less."""
+    from puna.devices import CONTROL_GROUPS
+
     if not hasattr(os, "sysconf"):
         return None
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-        size = min(size, int(text))
+    for group in CONTROL_GROUPS:
+        limit = group.folder / group.limit
+        if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+            size = min(size, int(text))
     return size / 2**30
 
 

@@ -62,7 +62,7 @@ def plan(
     from puna.plan.search import Found, Search
     from puna.plan.speed import Cluster
 
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides)
     if devices < 1 or devices_per_node < 1:
         raise UsageError(f"devices={devices} and devices_per_node={devices_per_node} must be 1 or more")
     if memory_gib is not None and not 0 < memory_gib < math.inf:

@@ -89,6 +89,8 @@ def generate(
     asked_for = _records(prompts or [], file, keep_going=keep_going) if is_first else {}
     if is_first and output is not None:
         check_file(output)
+        if output.is_file() and output.stat().st_size:
+            raise PunaError(f"{output} exists already; choose another place or remove it first")
     from puna.devices import pick_device
     from puna.generate import Sampling
     from puna.generate.engine.drafts import check_one_source

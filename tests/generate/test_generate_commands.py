@@ -218,6 +218,18 @@ def test_json_lines_go_in_and_come_out_with_their_other_fields(
     ]
 
 
+def test_completions_that_are_there_are_not_replaced(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    output.touch()  # as mktemp does
+    words = ["generate", str(tiny_model_folder), QUESTION, "-o", str(output), "--max-tokens", "2"]
+    assert run(words) == 0
+    before = output.read_bytes()
+    assert before
+    assert run([*words, "--seed", "5", "--temperature", "1"]) == 1
+    assert f"{output} exists already; choose another place or remove it first" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
 def test_a_killed_run_continues_with_the_completions_it_has(
     loaded, tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -277,6 +289,7 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
     assert "left out: " in capsys.readouterr().err
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["x", "y"]
     source.write_text(json.dumps(records[1]))
+    output.unlink()
     assert run([*words, "--keep-going"]) == 1
     assert "no prompt leaves room" in capsys.readouterr().err
 

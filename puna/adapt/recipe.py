@@ -25,9 +25,8 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"recompute": "block", "precision": "bf16-pure", "optimizer.state_bits": 8},
 )
 
-#: Of a CPU's free memory, what tensors may take: a process was measured to hold 1.4 to 1.5 times as much, for the C
-#: library keeps what is freed (see `puna.devices.keep_freed_memory`), and there are libraries and mapped files.
-CPU_SHARE = 2 / 3
+#: Of a CPU's free memory, what a plan may take: others use the machine, and recomputed blocks take more than planned.
+CPU_SHARE = 0.85
 
 #: At least so many weights -> peak learning rate. The first is Code Llama's own for fine-tuning; the others are those
 #: that this project's small models learn well with.

@@ -158,7 +158,8 @@ def test_a_processor_keeps_room_for_what_its_process_holds_beyond_tensors(
     monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 160 << 30)
     recipe = choose_recipe(prepared, 2.0, "cpu", {})
     own = puna.plan(recipe, device="cpu", memory_gib=160, layout=True)["own"]
-    assert 1.45 * own["memory_gib"] < 160
+    assert own["memory"]["runtime"] > 10
+    assert own["memory_gib"] <= 0.85 * 160
 
 
 def test_where_nothing_fits_it_says_by_how_much(prepared: Places, monkeypatch: pytest.MonkeyPatch) -> None:

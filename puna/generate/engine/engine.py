@@ -88,7 +88,7 @@ class Engine:
         self._group = group_of(model)
         n_blocks = -(-(cache_tokens or self._room(max_rows, draft, cache_dtype)) // block_tokens)
         self.pool = BlockPool(n_blocks, block_tokens)
-        self._mark = mark_in_memory(model)
+        self._mark = ""  # of the weights, from the first request on
         self._runner = Runner(
             model, n_blocks, block_tokens, choices=self._spelled, cache_dtype=cache_dtype, compile=compile
         )

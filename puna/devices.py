@@ -7,6 +7,7 @@ about itself needs none.
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import re
@@ -121,6 +122,14 @@ class _ControlGroup:
     limit: str
     used: str
     files: str
+
+    def limit_bytes(self) -> int:
+        """How much it may use; sys.maxsize: it is not there, or not limited."""
+        try:
+            text = (self.folder / self.limit).read_text(encoding="ascii").strip()
+        except OSError:
+            return sys.maxsize
+        return int(text) if text.isdigit() else sys.maxsize
 
 
 #: Of the second and the first version, as containers see them.
@@ -254,14 +263,23 @@ def free_host_bytes() -> int:
 
 
 def _free_bytes_of(group: _ControlGroup) -> int:
+    limit = group.limit_bytes()
+    if limit == sys.maxsize:
+        return limit
     try:
-        limit, used, rows = (
-            (group.folder / name).read_text(encoding="ascii") for name in (group.limit, group.used, "memory.stat")
-        )
+        used, rows = ((group.folder / name).read_text(encoding="ascii") for name in (group.used, "memory.stat"))
     except OSError:
         return sys.maxsize
     files = dict(row.split() for row in rows.splitlines()).get(group.files, "0")
-    return max(0, int(limit) - int(used) + int(files)) if limit.strip().isdigit() else sys.maxsize
+    return max(0, limit - int(used) + int(files))
+
+
+def page_locked(size_bytes: float) -> int:
+    """What torch's allocator of page-locked host memory takes for so many bytes: the next power of two.
+
+    Source: torch's `CachingHostAllocator.h`.
+    """
+    return 1 << (math.ceil(size_bytes) - 1).bit_length() if size_bytes > 0 else 0
 
 
 def has_fast_bf16(device: "torch.device") -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from puna import progress
 from puna.checkpoint.meetings import Meetings
-from puna.devices import free_host_bytes
+from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
 from puna.files import ASIDE, checksum_of, read_json, sync_folder, write_json
 
@@ -417,13 +417,13 @@ def _path(run_dir: Path | str, step: int) -> Path:
 def _copies_bytes(state: dict[str, Any]) -> int:
     """What copies of the state take in host memory, of this rank and of those beside it.
 
-    Page-locked memory, which an accelerator's tensors are copied to, torch gives out in powers of two.
+    An accelerator's tensors are copied to page-locked memory.
     """
     from puna.checkpoint.sharded import flat, local_piece
 
     tensors = [value for value in flat(state).values() if isinstance(value, Tensor)]
     pieces = [piece.values for piece in map(local_piece, tensors) if piece is not None and piece.values.numel()]
-    own = sum(x.nbytes if x.device.type == "cpu" else 1 << (x.nbytes - 1).bit_length() for x in pieces)
+    own = sum(x.nbytes if x.device.type == "cpu" else page_locked(x.nbytes) for x in pieces)
     return own * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

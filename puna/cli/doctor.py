@@ -155,11 +155,7 @@ def _memory_gib() -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for group in CONTROL_GROUPS:
-        limit = group.folder / group.limit
-        if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-            size = min(size, int(text))
-    return size / 2**30
+    return min(size, *(group.limit_bytes() for group in CONTROL_GROUPS)) / 2**30
 
 
 def _devices() -> Iterator[Finding]:

@@ -92,11 +92,15 @@ class Case:
         return self.layout.shard_size * self.layout.dp_replicate > 1
 
     @cached_property
+    def uses_gradients_at_once(self) -> bool:
+        """Whether the backward pass itself updates the weights."""
+        optimizer = self.recipe.optimizer
+        return optimizer.in_backward and optimizer.max_grad_norm is None and self.layout.micro_batches == 1
+
+    @cached_property
     def has_gradients_on_host(self) -> bool:
         """Whether gradients wait in host memory for the update: they leave the device, and are not used at once."""
-        optimizer = self.recipe.optimizer
-        is_at_once = optimizer.max_grad_norm is None and self.layout.micro_batches == 1
-        return optimizer.in_backward and not is_at_once and not self.is_cpu
+        return self.recipe.optimizer.in_backward and not self.uses_gradients_at_once and not self.is_cpu
 
     @cached_property
     def exchanges_heads(self) -> bool:

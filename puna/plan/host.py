@@ -4,8 +4,8 @@ Page-locked memory, which an accelerator reads by itself, torch gives out in pow
 elsewhere, and copies are as large as what they copy.
 """
 
+from puna.devices import page_locked
 from puna.plan.case import Case, Recompute
-from puna.plan.weights import page_locked
 
 #: What is there from the first save on, if there is room for it; else training waits for each.
 COPIES = "copies for checkpoints"

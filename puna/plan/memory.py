@@ -369,7 +369,7 @@ class _Rank:
         case, rows = self.case, dict(self._always)
         c, (_, _, F) = case.compute_bytes, case.widths
         exchanged = self.hidden if case.layout.tp > 1 else 0
-        down = 0 if self._are_used_at_once() else c * case.config.hidden_size * F
+        down = 0 if self.case.uses_gradients_at_once else c * case.config.hidden_size * F
         rows["working memory"] = 2 * c * F * case.tokens + down + exchanged + case.stream_bytes
         rows["gradients"] = self._gradients(done, accumulates)
         if case.is_sharded:
@@ -412,18 +412,13 @@ class _Rank:
     def _all_gradients(self) -> float:
         return self.gradient_bytes * self.own
 
-    def _are_used_at_once(self) -> bool:
-        """Whether the backward pass itself updates the weights."""
-        optimizer = self.case.recipe.optimizer
-        return optimizer.in_backward and optimizer.max_grad_norm is None and self.case.layout.micro_batches == 1
-
     def _leaving(self) -> float | None:
         """Gradients on the device where they do not stay; None: they stay."""
         optimizer = self.case.recipe.optimizer
         if not optimizer.in_backward:
             return None
         largest = self.gradient_bytes * self._largest
-        if self._are_used_at_once():
+        if self.case.uses_gradients_at_once:
             return largest
         if self.case.is_cpu:
             return None

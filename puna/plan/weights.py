@@ -6,6 +6,7 @@ Four kinds of parts make up any stage: a layer, the embedding, the final norm an
 import math
 from dataclasses import dataclass
 
+from puna.devices import page_locked
 from puna.model.config import ModelConfig
 from puna.model.optimizer_state import misfit, state_sizes
 from puna.model.split import split_dim
@@ -86,14 +87,6 @@ class Weights:
             if reason := misfit(shape, self.state_bits, column_parts=parts):
                 return f"optimizer.state_bits={self.state_bits}: {reason}"
         return None
-
-
-def page_locked(size_bytes: float) -> int:
-    """What torch's allocator of page-locked host memory takes for so many bytes: the next power of two.
-
-    Source: torch's `CachingHostAllocator.h`.
-    """
-    return 1 << (math.ceil(size_bytes) - 1).bit_length() if size_bytes > 0 else 0
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:

@@ -9,9 +9,9 @@ import puna
 from puna.checkpoint.huggingface import parameter_shapes
 from puna.checkpoint.runs import _copies_bytes
 from puna.cli import run
+from puna.devices import page_locked
 from puna.model.config import PRESETS
 from puna.model.optimizer_state import state_shapes
-from puna.plan.weights import page_locked
 
 ONE_GPU = "codellama-34b-finetune-1gpu"
 

@@ -11,6 +11,10 @@ dimension are few; they keep fp32. No torch is needed to read this.
 
 import math
 
+from puna.model.config import ModelConfig
+from puna.model.shapes import weight_shapes
+from puna.model.split import split_dim
+
 #: Numbers that share a scale; a shorter row is one block.
 BLOCK = 64
 
@@ -64,6 +68,16 @@ def misfit(shape: tuple[int, ...], state_bits: int, *, column_parts: int = 1) ->
             f"its {columns} columns, split over {column_parts} ranks, are not whole blocks of {block} each; use a "
             f"parallel.tp for which {columns} / tp is a multiple of {block}, or optimizer.state_bits=32"
         )
+    return None
+
+
+def state_misfit(config: ModelConfig, state_bits: int, tp: int) -> str | None:
+    """Why the state of a model's weights cannot have so few bits where `tp` ranks share each; None: it can."""
+    if state_bits == 32:
+        return None
+    for name, shape in weight_shapes(config)["layer"].items():
+        if reason := misfit(shape, state_bits, column_parts=tp if split_dim(name) == 1 else 1):
+            return f"optimizer.state_bits={state_bits}: {name}: {reason}"
     return None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from puna.config import Recipe
 from puna.errors import UsageError
 from puna.model.config import ModelConfig
+from puna.model.optimizer_state import state_misfit
 from puna.model.split import divisors, split_misfit
 
 #: Names of the axes, outermost first.
@@ -111,7 +112,8 @@ class Layout:
                 f"sequence_length={recipe.sequence_length} is beyond the model's context of "
                 f"{config.max_position_embeddings} (max_position_embeddings); use that or less"
             )
-        if reason := split_misfit(config, self.tp, "parallel.tp"):
+        state_bits = recipe.optimizer.state_bits
+        if reason := split_misfit(config, self.tp, "parallel.tp") or state_misfit(config, state_bits, self.tp):
             yield reason
         if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's
             yield "parallel.tp > 1 does not work with compile=true; use parallel.dp_shard instead, or compile=false"

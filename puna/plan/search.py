@@ -97,8 +97,6 @@ class Search:
             UsageError: it is impossible.
         """
         layout = Layout.of(recipe, self.config, self.devices)
-        if reason := self.weights.misfit(layout.tp):
-            raise UsageError(reason)
         case = self._case(recipe, layout)
         return Judged(case, case.recompute, memory(case), Pace(case, self.cluster))
 
@@ -163,8 +161,6 @@ class Search:
             )
             try:
                 layout = Layout.of(recipe, self.config, self.devices)
-                if reason := self.weights.misfit(layout.tp):
-                    raise UsageError(reason)
             except UsageError as error:
                 _count(found.impossible, str(error))
                 continue

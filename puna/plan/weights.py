@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from puna.devices import page_locked
 from puna.model.config import ModelConfig
-from puna.model.optimizer_state import misfit, state_sizes
+from puna.model.optimizer_state import state_sizes
+from puna.model.shapes import Shape, weight_shapes
 from puna.model.split import split_dim
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Weights:
         self._shapes = weight_shapes(config)
         self._parts: dict[tuple[str, int, int], Part] = {}
         self._all_parts: dict[tuple[int, int], dict[str, Part]] = {}
-        self._misfits: dict[int, str | None] = {}
 
     def part(self, kind: str, tp: int, shards: int) -> Part:
         """The part called "layer", "embedding", "norm" or "head", cut by `tp` and then into `shards`."""
@@ -74,48 +72,6 @@ class Weights:
         if key not in self._all_parts:
             self._all_parts[key] = {kind: self.part(kind, tp, shards) for kind in self._shapes}
         return self._all_parts[key]
-
-    def misfit(self, tp: int) -> str | None:
-        """Why the optimizer's state cannot be kept under so much tensor parallelism; None: it can."""
-        if tp not in self._misfits:
-            self._misfits[tp] = self._misfit(tp)
-        return self._misfits[tp]
-
-    def _misfit(self, tp: int) -> str | None:
-        for name, shape in self._shapes["layer"].items():
-            parts = tp if split_dim(name) == 1 else 1
-            if reason := misfit(shape, self.state_bits, column_parts=parts):
-                return f"optimizer.state_bits={self.state_bits}: {reason}"
-        return None
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:
-    """Kind of part -> name of a weight -> its whole shape; layers are all alike, and named as the first."""
-    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (q, d, config.attention_bias),
-        "self_attn.k_proj": (kv, d, config.attention_bias),
-        "self_attn.v_proj": (kv, d, config.attention_bias),
-        "self_attn.o_proj": (d, q, config.attention_output_bias),
-        "mlp.gate_proj": (f, d, config.mlp_bias),
-        "mlp.up_proj": (f, d, config.mlp_bias),
-        "mlp.down_proj": (d, f, config.mlp_bias),
-    }
-    layer: dict[str, Shape] = {}
-    for name, (rows, columns, has_bias) in linears.items():
-        layer[f"model.layers.0.{name}.weight"] = (rows, columns)
-        if has_bias:
-            layer[f"model.layers.0.{name}.bias"] = (rows,)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        layer[f"model.layers.0.{name}.weight"] = (d,)
-    head = {} if config.tie_word_embeddings else {"lm_head.weight": (v, d)}
-    return {
-        "layer": layer,
-        "embedding": {"model.embed_tokens.weight": (v, d)},
-        "norm": {"model.norm.weight": (d,)},
-        "head": dict(head),
-    }
 
 
 def _cut(name: str, shape: Shape, tp: int) -> Shape:

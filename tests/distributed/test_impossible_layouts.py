@@ -47,6 +47,11 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
             r"recompute_layers=49 is more than the 48 .*use 48 or less",
         ),
         (2, {"parallel": {"pp": 2, "schedule": "1f1b", "stages_per_rank": 2}}, r"needs stages_per_rank of 1"),
+        (
+            8,
+            {"model": "codellama-7b", "parallel": {"tp": 8}, "optimizer": {"state_bits": 8}},
+            r"state_bits=8: .*down_proj.weight: its 11008 columns, .* are not whole blocks of 64 .*state_bits=32",
+        ),
     ],
 )
 def test_an_impossible_layout_is_refused_with_a_way_out(devices: int, changes: dict[str, Any], message: str) -> None:

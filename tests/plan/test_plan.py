@@ -14,8 +14,8 @@ from puna.cli import run
 from puna.config import load_recipe
 from puna.errors import UsageError
 from puna.model.config import PRESETS, preset
+from puna.model.shapes import weight_shapes
 from puna.parallel.layout import Layout
-from puna.plan.weights import weight_shapes
 
 
 @pytest.mark.parametrize("name", ["tiny-64", "codellama-7b", "codellama-34b", "codellama-70b"])

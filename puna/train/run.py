@@ -10,7 +10,6 @@ stopped: everything that happens at a step is a function of the recipe, the step
 """
 
 import contextlib
-import re
 import shutil
 import signal
 import time
@@ -57,10 +56,10 @@ RECIPE = "recipe.yaml"
 #: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
 MAX_SKIPPED = 3
 
-#: Fields that may change when a run continues; any other change would make it another run.
+#: Fields that may change when a run continues, and all below them; any other change would make it another run.
 MAY_CHANGE = {
-    "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "validation", "checkpoint",
-    "log", "device",
+    "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "data.valid",
+    "validation", "checkpoint", "log", "device",
 }  # fmt: skip
 
 
@@ -78,13 +77,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if device.type == "cpu":
         devices.keep_freed_memory()
     with process_group(device):
-        recipe = recipe.model_copy(update={"precision": _precision(recipe.precision, device)})
         run_dir = Path(recipe.run_dir)
+        before = _recipe_before(run_dir)
+        asked = before.precision if before is not None and recipe.precision == "auto" else recipe.precision
+        recipe = recipe.model_copy(update={"precision": _precision(asked, device)})
         config = _config_of_run(recipe, run_dir)
         layout = Layout.of(recipe, config, world_size())
         with only_run_in(run_dir) as claim:
-            if (run_dir / RECIPE).is_file():
-                _check_continues(load_recipe(run_dir / RECIPE), recipe)
+            if before is not None:
+                _check_continues(before, recipe)
             run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
             try:
                 return run_.go()
@@ -126,8 +127,7 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.model.fill(self._first_weights())
-        if checkpoint is None or not (run_dir / RECIPE).is_file():
-            self._write_down()
+        self._write_down()
         self.peak_flops = devices.peak_flops(device, self.model.dtype)
 
     def go(self) -> dict[str, Any]:
@@ -189,9 +189,7 @@ class _Run:
         layout = self.ranks.layout
         batch = self.loader.batch(self.step, rank=self.ranks.dp_rank, world_size=layout.dp_size)
         update, is_mindformers = self.step + 1, recipe.arithmetic == "mindformers"
-        lr = learning_rate(
-            update - is_mindformers, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps
-        )
+        lr = _rate(recipe, update)
         result = train_step(
             self.model, self.gradients, batch, update=update, lr=lr,
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
@@ -297,8 +295,6 @@ class _Run:
                 f"{self.recipe.start or self.recipe.model} is another model than when {checkpoint} was saved "
                 f"({'; '.join(changed)}); put its config.json back as it was, or begin {_run_from(self.run_dir)}"
             )
-        if not (self.run_dir / RECIPE).is_file():
-            _check_continues(load_recipe(meta["recipe"]), self.recipe)
         for folder, fingerprint in meta.get("data", {}).items():
             if self.fingerprints.get(folder) != fingerprint:
                 raise PunaError(
@@ -307,6 +303,9 @@ class _Run:
                 )
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
+        was, now = (_rate(recipe, self.step + 1) for recipe in (load_recipe(meta["recipe"]), self.recipe))
+        if was != now:
+            say(f"the learning rate goes on at {now:.3g} instead of {was:.3g}, for the schedule follows steps")
 
     def _introduce(self) -> None:
         recipe, config = self.recipe, self.config
@@ -339,6 +338,20 @@ class _Run:
             f"{self.gradients.if_not_finite}, the batches' rows are in {path}. `puna inspect` the rows, or try a lower "
             f"optimizer.peak_lr in {_run_from(self.run_dir)}"
         )
+
+
+def _rate(recipe: Recipe, update: int) -> float:
+    """The learning rate of an update, counted from 1."""
+    number = update - (recipe.arithmetic == "mindformers")
+    return learning_rate(number, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
+
+
+def _recipe_before(run_dir: Path) -> Recipe | None:
+    """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none."""
+    if (run_dir / RECIPE).is_file():
+        return load_recipe(run_dir / RECIPE)
+    saved = list(checkpoints(run_dir).values())
+    return load_recipe(read_meta(saved[-1])["recipe"]) if saved else None
 
 
 def model_config(recipe: Recipe) -> ModelConfig:
@@ -444,10 +457,11 @@ def _check_continues(before: Recipe, now: Recipe) -> None:
     was, order = list(before.data.weights), list(now.data.weights)
     if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
         changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
-    may_change = MAY_CHANGE | {"run_dir"}
+    may_change = MAY_CHANGE
     if now.arithmetic == "mindformers":
-        may_change -= {"micro_batch_rows"}  # whose means its loss is the mean of
-    forbidden = [change for change in changed if re.split("[.:]", change)[0] not in may_change]
+        may_change = may_change - {"micro_batch_rows"}  # whose means its loss is the mean of
+    free = tuple(name + end for name in may_change for end in ".:")
+    forbidden = [change for change in changed if not change.startswith(free)]
     if forbidden:
         raise UsageError(
             f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "

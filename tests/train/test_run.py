@@ -383,6 +383,29 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_what_a_run_goes_on_with_is_written_down_and_a_rate_that_jumps_is_said(
+    recipe: Make, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(steps=2, data={"train": str(prepared)}, schedule={"final_fraction": 0.0})
+    puna.train(content)
+    capsys.readouterr()
+    result = puna.train({**content, "steps": 4, "data": {"train": str(prepared), "valid": str(prepared)}})
+    assert "the learning rate goes on at 0.00146 instead of 0, for the schedule" in capsys.readouterr().err
+    assert result["valid_loss"] > 0
+    written = load_recipe(Path(result["run_dir"]) / "recipe.yaml")
+    assert (written.steps, written.data.valid) == (4, str(prepared))
+    with pytest.raises(UsageError, match=r"data\.train: "):
+        puna.train({**content, "data": {"train": str(tmp_path)}})
+
+
+def test_a_run_keeps_its_precision_where_the_recipe_leaves_it_open(recipe: Make) -> None:
+    run_dir = Path(puna.train(recipe(steps=1, precision="bf16-pure"))["run_dir"])
+    puna.train(recipe(steps=2, precision="auto"))
+    assert load_recipe(run_dir / "recipe.yaml").precision == "bf16-pure"
+    with pytest.raises(UsageError, match="precision: bf16-pure -> fp32"):
+        puna.train(recipe(steps=3, precision="fp32"))
+
+
 def test_micro_batches_may_change_where_the_loss_does_not_hang_on_them(recipe: Make, tmp_path: Path) -> None:
     puna.train(recipe())
     assert puna.train(recipe(steps=7, micro_batch_rows=2))["step"] == 7

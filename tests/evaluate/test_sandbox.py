@@ -37,6 +37,7 @@ def answer(sandbox: Sandbox, program: str, expected: object) -> Judgement:
         ("raise ValueError('at import')", "error", "ValueError: at import"),
         ("def g(x): return 'pqr'", "error", "KeyError: 'f'"),
         ("import torch", "error", "No module named 'torch'"),
+        ("def f(x: List[int]): return 'pqr'", "error", "NameError: name 'List' is not defined"),
         ("def f(x): return f(x)", "error", "RecursionError"),
         ("def f(x): return bytearray(2 << 30)", "memory", "MemoryError"),
         ("x = [0] * (1 << 30)", "memory", "MemoryError"),

@@ -26,7 +26,8 @@ def hold(program: str, entry_point: str, pipe: Pipe) -> None:
     module = sys.modules["candidate"] = type(sys)("candidate")
     try:
         seed_random(program)
-        exec(compile(program, "<program>", "exec"), module.__dict__)
+        # Not with this file's own future, in which no annotation need be defined.
+        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
         function = module.__dict__[entry_point]
     except BaseException as error:
         pipe.send(_raised(error))

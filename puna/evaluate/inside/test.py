@@ -53,7 +53,7 @@ def test(task: Task, pipe: Pipe, verdicts: int) -> NoReturn:
 @lru_cache(maxsize=2)  # the two of one task, whose samples are mostly judged one after the other
 def compiled(source: str, name: str) -> CodeType:
     """The code of one of a task's own texts, which are trusted."""
-    return compile(source, name, "exec")
+    return compile(source, name, "exec", dont_inherit=True)
 
 
 def compile_ahead(task: Task) -> None:

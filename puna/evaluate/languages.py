@@ -1,6 +1,7 @@
 """Languages other than Python: how a program that holds its own tests is compiled and run, and ends with a word.
 
-A program passes when it has come to its end, so a word that nobody can guess is printed behind its tests.
+A program passes when it has come to its end, so a word that nobody can guess is printed behind its tests. It stands
+there in two halves: a shell whose quoted text never ends prints the rest of the file, and that is not the word.
 """
 
 import os
@@ -27,7 +28,7 @@ class Language:
         file: name of the program's file.
         commands: each a tool and its arguments.
         package: Debian's name of what holds the tools.
-        ending: a program and a word -> the program that prints the word when its tests are passed.
+        ending: a program and a word -> the program that prints the word, of which it holds halves, behind its tests.
         signs: texts in the output that say that a test failed.
     """
 
@@ -39,7 +40,7 @@ class Language:
 
 
 def _behind(line: str) -> Callable[[str, str], str]:
-    return lambda program, word: f"{program}\n{line.format(word)}\n"
+    return lambda program, word: f"{program}\n{_in_halves(line, word)}\n"
 
 
 def _before_brace(line: str, braces: int) -> Callable[[str, str], str]:
@@ -49,13 +50,18 @@ def _before_brace(line: str, braces: int) -> Callable[[str, str], str]:
         at = len(program)
         for _ in range(braces):
             at = max(0, program.rfind("}", 0, at))
-        return f"{program[:at]}\n{line.replace('WORD', word)}\n{program[at:]}"
+        return f"{program[:at]}\n{_in_halves(line, word)}\n{program[at:]}"
 
     return ending
 
 
+def _in_halves(line: str, word: str) -> str:
+    half = len(word) // 2
+    return line.replace("HALF", word[:half], 1).replace("HALF", word[half:], 1)
+
+
 def _cpp(program: str, word: str) -> str:
-    return "#include <cstdio>\n" + _before_brace('std::puts("WORD");', 1)(program, word)
+    return "#include <cstdio>\n" + _before_brace('std::puts("HALF" "HALF");', 1)(program, word)
 
 
 #: Language, as MultiPL-E calls it -> how to run it.
@@ -71,28 +77,28 @@ LANGUAGES = {
         file="main.js",
         commands=(("node", "main.js"),),
         package="nodejs",
-        ending=_behind("console.log('{}')"),
+        ending=_behind("console.log('HALF' + 'HALF')"),
         signs=("AssertionError", "Assertion failed"),
     ),
     "sh": Language(
         file="main.sh",
         commands=(("bash", "main.sh"),),
         package="bash",
-        ending=_behind("echo {}"),
+        ending=_behind('echo HALF""HALF'),
         signs=(),
     ),
     "java": Language(
         file="Problem.java",
         commands=(("javac", "-encoding", "UTF8", "Problem.java"), ("java", "-ea", "-cp", "/tmp", "Problem")),
         package="default-jdk-headless",
-        ending=_before_brace('System.out.println("WORD");', 2),
+        ending=_before_brace('System.out.println("HALF" + "HALF");', 2),
         signs=("AssertionError",),
     ),
     "php": Language(
         file="main.php",
         commands=(("php", "main.php"),),
         package="php-cli",
-        ending=_behind('echo "{}\\n";'),
+        ending=_behind('echo "HALF" . "HALF\\n";'),
         signs=("Exception: Test failed",),
     ),
 }

@@ -57,12 +57,15 @@ PHP = {
 COMPLETIONS: dict[str, dict[str, str]] = {
     "cpp": {
         "passed": "  return string.size();",
+        "prints": '  std::printf("no end of line"); return string.size();',
         "wrong": "  return string.size() + 1;",
         "does not compile": "  return strnig.size();",
         "leaves": '  std::puts("passed"); std::exit(0);',
     },
     "js": {
         "passed": "  return string.length;\n}",
+        "prints": "  process.stdout.write('no end of line'); return string.length;\n}",
+        "is warned of behind its tests": "  return new Buffer(string).length;\n}",
         "wrong": "  return string.length + 1;\n}",
         "does not compile": "  return string.length +;\n}",
         "leaves": "  process.exit(0);\n}",
@@ -70,8 +73,10 @@ COMPLETIONS: dict[str, dict[str, str]] = {
     },
     "sh": {
         "passed": '  echo "${#1}"',
+        "prints": "  printf 'no end of line' >&2; echo \"${#1}\"",
         "wrong": "  echo 7",
         "leaves": "  exit 0",
+        "prints the rest of its file": "  :\n}\ncat << EOF",
         "timeout": "  while true; do :; done",
     },
     "java": {
@@ -88,7 +93,13 @@ COMPLETIONS: dict[str, dict[str, str]] = {
 }
 
 #: What is expected where it is not what the key says.
-VERDICTS = {"does not compile": "error", "leaves": "error"}
+VERDICTS = {
+    "does not compile": "error",
+    "leaves": "error",
+    "prints": "passed",
+    "is warned of behind its tests": "passed",
+    "prints the rest of its file": "error",
+}
 
 
 @pytest.mark.parametrize("language", FILES)
@@ -151,7 +162,7 @@ def test_what_a_program_in_another_language_may_use_is_limited(patient: Sandbox)
         "memory": "error",
         "output": "output",
     }
-    assert "EPERM" in found["net"].detail
+    assert "EPERM" in found["net"].printed
     assert found["files"].verdict == "passed"  # it caught the refusal, and came to its end
 
 

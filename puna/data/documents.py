@@ -36,7 +36,8 @@ class Document:
     """One text, one dialog, or tokens that another tool made of either.
 
     Attributes:
-        id: names it within its source, whatever else is there: the held-out split and the infilling cuts depend on it.
+        id: names it within its source, whatever else is there: the infilling cuts and, for files of code, the held-out
+            split depend on it.
         source: the name of the source, its folder or file.
         text: the text, or None.
         messages: the dialog, or None.

@@ -43,7 +43,12 @@ def cut_for_infilling(text: str, *, seed: int, id: str, fim_rate: float, spm_rat
 
 
 def is_held_out(id: str, share: float) -> bool:
-    """Whether a document is kept from training; depends on its id alone, so that new documents move none."""
+    """Whether a document is kept from training; depends on its id alone, so that new documents move none.
+
+    Args:
+        id: the document's, or a hash of what it says, where that is to decide.
+        share: of all documents.
+    """
     return share > 0 and _draw(0, id, "held out") < share
 
 

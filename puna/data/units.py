@@ -5,6 +5,7 @@ order, by any process, and again after a crash. A unit is finished when its repo
 """
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from puna.data import corpora
@@ -181,9 +183,9 @@ class PrepareUnit:
             tokens = np.array(self.tokenizer.encode(document.text, bos=True, eos=True), np.int32)
         return self._part(document), tokens, is_target
 
-    def _part(self, document: Document | LeftOut) -> str:
+    def _part(self, document: Document) -> str:
         """Where a document goes."""
-        return "held_out" if is_held_out(document.id, self.options.get("held_out", 0.0)) else "train"
+        return "held_out" if is_kept(self.kind, document, self.options.get("held_out", 0.0)) else "train"
 
     def _checked_tokens(self, document: Document) -> _Encoded | LeftOut:
         tokens, is_target = document.tokens, document.is_target
@@ -217,7 +219,7 @@ class SketchUnit:
         sketcher = Sketcher()
         share = self.options["held_out"]
         return unit, [
-            (document.id, is_held_out(document.id, share), sketcher.sketch(document.text or ""))
+            (document.id, is_kept(self.kind, document, share), sketcher.sketch(document.text or ""))
             for document in read_unit(self.kind, self.options, unit)
             if isinstance(document, Document)
         ]
@@ -228,6 +230,24 @@ def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Docume
     read = corpora.find(kind).read
     for span in unit.spans:
         yield from read(span, span.load(), options)
+
+
+def is_kept(kind: str, document: Document, share: float) -> bool:
+    """Whether a document is kept from training: by the hash of its id, so that a file that is edited stays where it is.
+
+    Kinds that may hold a document twice go by what it says, so that no copy of a held-out one is trained on.
+    """
+    if share == 0:
+        return False
+    return is_held_out(document.id if corpora.find(kind).DISTINCT else _digest(document), share)
+
+
+def _digest(document: Document) -> str:
+    """The same for documents that say the same."""
+    if document.tokens is not None:
+        return xxhash.xxh3_128_hexdigest(document.tokens.tobytes())
+    said = json.dumps(document.messages) if document.text is None else document.text
+    return xxhash.xxh3_128_hexdigest(said.encode())
 
 
 def _batches(documents: Iterator[Document | LeftOut]) -> Iterator[list[Document | LeftOut]]:

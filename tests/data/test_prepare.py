@@ -165,6 +165,25 @@ def test_new_files_move_none_into_or_out_of_the_held_out_part(library, make, tmp
     assert before < after
 
 
+COPIES = {
+    "text": {f"{i}.txt": f"text {i % 40}" for i in range(120)},
+    "jsonl": {"a.jsonl": "".join(json.dumps({"text": f"text {i % 40}"}) + "\n" for i in range(120))},
+    "chat": {"a.json": json.dumps([{"instruction": f"question {i % 40}", "output": "answer"} for i in range(120)])},
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_no_copy_of_a_held_out_document_is_trained_on(make, tmp_path, kind):
+    (tmp_path / "src").mkdir()
+    for name, content in COPIES[kind].items():
+        (tmp_path / "src" / name).write_text(content)
+    make(kind, tmp_path / "src", tmp_path / "out", held_out=0.3)
+    train, held_out = ([*documents_of(place).values()] for place in (tmp_path / "out", tmp_path / "out/held_out"))
+    assert len(train) + len(held_out) == 120
+    assert len({*map(tuple, held_out)}) > 5
+    assert not {*map(tuple, train)} & {*map(tuple, held_out)}
+
+
 def test_no_near_copy_of_a_held_out_file_is_trained_on(library, make, tmp_path):
     pytest.importorskip("datasketch")
     source = tmp_path / "src"

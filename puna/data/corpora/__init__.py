@@ -2,7 +2,8 @@
 
     HELP                              one line for the command line
     OPTIONS                           the options that it takes: those below, and its own
-    DISTINCT                          whether only the first of several spans with the same bytes is taken
+    DISTINCT                          whether only the first of several spans with the same bytes is taken; documents
+                                      are then held out by their ids, else by what they say
     spans(source, options)            what there is to read, in a fixed order: `Span` or `LeftOut`
     read(span, data, options)         the documents in the bytes of one span: `Document` or `LeftOut`
 
@@ -59,7 +60,7 @@ FIM = Option("fim", bool, False, "Cut documents for infilling, as many as Code L
 FIM_RATE = Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0.")
 SPM_RATE = Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first.")
 FIM_TOKENS = Option("fim_tokens", int, 4096, "Longer documents are not cut; give the tokens of a row in training.", 2)
-HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; by hash of the id.")
+HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; copies go together.")
 NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch).")
 
 #: Share of documents that Code Llama's training cuts for infilling (arXiv:2308.12950, section 2.3).

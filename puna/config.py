@@ -120,7 +120,7 @@ class Checkpoint(_Strict):
     keep: Positive = 3
     """How many of the newest are kept."""
     keep_every: Positive | None = None
-    """Checkpoints at multiples of this step are kept for good."""
+    """The first checkpoint at or behind each multiple of this step is kept for good."""
 
 
 class Log(_Strict):

@@ -25,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ class Checkpoints:
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
         keep: how many of the newest stay.
-        keep_every: those whose step is a multiple of it stay for good; None: none do.
+        keep_every: the first one at or behind each multiple of it stays for good; None: none does.
 
     Raises:
         PunaError: a rank does not see the folder that rank 0 sees.
@@ -483,7 +484,9 @@ def _put_in_place(aside: Path, path: Path) -> None:
 def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
     paths = checkpoints(folder.parent)
     past = [s for s in paths if s <= step]
-    kept = set(past[-max(keep, 1) :]) | {s for s in past if keep_every and s % keep_every == 0}
+    kept = set(past[-max(keep, 1) :])
+    if keep_every:
+        kept |= {s for before, s in pairwise([0, *past]) if s // keep_every > before // keep_every}
     for s, path in paths.items():
         # A later one is from before the run was continued from an earlier step, which happens if it is damaged.
         is_spent = s not in kept if s <= step else damage(path) is not None

@@ -57,6 +57,12 @@ def test_the_newest_k_and_every_nth_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step-00000080"
 
 
+def test_one_that_is_due_at_a_skipped_step_is_kept_for_good_all_the_same(tmp_path):
+    for step in (10, 21, 30, 40, 50):
+        save(tmp_path, step, {"x": torch.ones(1)}, {}, keep=1, keep_every=20)
+    assert list(checkpoints(tmp_path)) == [21, 40, 50]
+
+
 def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "nothing") is None

@@ -251,7 +251,7 @@ def load_quantized_config(
         raise PunaError(f"{path} is not a JSON object")
     quantized = fields.get("quantization_config")
     quantization = Quantization.from_json(quantized, str(path)) if quantized else None
-    config = ModelConfig.from_json(fields if rope_theta is None else {"rope_theta": rope_theta, **fields}, str(path))
+    config = ModelConfig.from_json(fields, str(path), rope_theta=rope_theta)
     if rope_theta not in (None, config.rope_theta):
         raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
     return config, quantization

@@ -19,7 +19,10 @@ FAMILIES: dict[str, tuple[bool, bool]] = {
 }
 
 #: Family -> the sliding window of its attention where `config.json` does not speak of it.
-DEFAULT_WINDOWS = {"mistral": 4096}
+DEFAULT_WINDOWS = {"mistral": 4096, "qwen2": 4096}
+
+#: Families whose attention has a window only where `config.json` says `use_sliding_window`.
+WITHOUT_WINDOW = {"qwen2"}
 
 #: Rotary scalings that `rotary_frequencies` knows, and the numbers that each needs.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -76,15 +79,18 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
+    def from_json(
+        cls, fields: dict[str, Any], where: str = "config.json", *, rope_theta: float | None = None
+    ) -> "ModelConfig":
         """Reads the content of a Hugging Face `config.json`.
 
         Args:
             fields: the parsed file; both the layout with `rope_theta` and the newer `rope_parameters` are read.
             where: the file's name, for messages.
+            rope_theta: for a file that states none.
 
         Raises:
-            PunaError: a field is missing or describes a network that this one is not.
+            PunaError: a field is missing, stated twice in two ways, or describes a network that this one is not.
         """
         family = fields.get("model_type")
         if family not in FAMILIES:
@@ -95,7 +101,7 @@ class ModelConfig:
             value = fields.get(name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PunaError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
-        theta, scaling = _rope(fields, where)
+        theta, scaling = _rope(fields, where, rope_theta)
         if fields.get("hidden_act", "silu") != "silu":
             raise PunaError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported, only 'silu'")
         context = fields.get("max_position_embeddings", 2048)
@@ -166,16 +172,23 @@ class ModelConfig:
         return self.num_hidden_layers * layer + self.vocab_size * d
 
 
-def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    scaling = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    theta = fields.get("rope_theta", scaling.pop("rope_theta", None))
+def _rope(fields: dict[str, Any], where: str, rope_theta: float | None) -> tuple[float, dict[str, Any] | None]:
+    stated = [dict(fields[name]) for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    thetas = [theta for each in (fields, *stated) if (theta := each.get("rope_theta")) is not None]
+    for scaling in stated:
+        scaling.pop("rope_theta", None)
+        kind = scaling.pop("type", None) or "default"
+        scaling.setdefault("rope_type", kind)
+    for name, found in (("rope_theta", thetas), ("scaling of the rotary positions", stated)):
+        if found[1:] and found[0] != found[1]:
+            raise PunaError(f"{where} states the {name} twice, as {found[0]} and as {found[1]}; remove the wrong one")
+    theta, scaling = (thetas or [rope_theta])[0], (stated or [{"rope_type": "default"}])[0]
     if theta is None:
         raise PunaError(
             f'{where} has no "rope_theta"; write down the one the model was trained with '
             "(1000000 for Code Llama, 10000 for Llama 2 and for 70B-Instruct)"
         )
-    kind = scaling.pop("type", None) or "default"
-    kind = scaling.setdefault("rope_type", kind)
+    kind = scaling["rope_type"]
     if kind not in ROPE_TYPES:
         raise PunaError(f"{where}: rope_type {kind!r} is not supported, only {', '.join(ROPE_TYPES)}")
     for name, value in [("rope_theta", theta), *((name, scaling.get(name)) for name in ROPE_TYPES[kind])]:
@@ -186,7 +199,8 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
 
 def _refuse_sliding_window(fields: dict[str, Any], context: int, where: str) -> None:
     window = fields.get("sliding_window", DEFAULT_WINDOWS.get(fields["model_type"]))
-    if window is not None and window < context and fields.get("use_sliding_window", True):
+    is_used = fields.get("use_sliding_window", fields["model_type"] not in WITHOUT_WINDOW)
+    if window is not None and window < context and is_used:
         raise PunaError(
             f"{where}: sliding_window {window} is shorter than the context ({context}); not supported, unless it is "
             f"null there because the model was trained without"

@@ -123,13 +123,30 @@ def test_both_spellings_of_rope_are_read() -> None:
     assert ModelConfig.from_json({**FIELDS, "rope_scaling": {"rope_type": "default"}}).rope_scaling is None
 
 
+def test_a_rotary_base_stated_in_two_ways_is_refused() -> None:
+    default, linear = {"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "linear", "factor": 4.0}
+    same = {
+        **FIELDS,
+        "rope_parameters": {**linear, "rope_theta": 1e6},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    assert ModelConfig.from_json(same).rope_scaling == linear
+    with pytest.raises(PunaError, match=r"states the rope_theta twice, as 10000.0 and as 1000000.0; remove the wrong"):
+        ModelConfig.from_json({**FIELDS, "rope_theta": 1e4, "rope_parameters": default})
+    with pytest.raises(PunaError, match="states the scaling of the rotary positions twice"):
+        ModelConfig.from_json({**FIELDS, "rope_parameters": default, "rope_scaling": linear})
+
+
 def test_a_window_as_long_as_the_context_is_no_window() -> None:
     assert ModelConfig.from_json({**FIELDS, "model_type": "mistral", "sliding_window": 256}).model_type == "mistral"
     without = {**FIELDS, "model_type": "mistral", "sliding_window": None, "max_position_embeddings": 8192}
     assert ModelConfig.from_json(without).max_position_embeddings == 8192
-    qwen = {**FIELDS, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
-    config = ModelConfig.from_json(qwen)
-    assert (config.attention_bias, config.attention_output_bias) == (True, False)
+    qwen = {**FIELDS, "model_type": "qwen2", "max_position_embeddings": 8192}
+    for unused in ({}, {"sliding_window": 128}, {"sliding_window": 128, "use_sliding_window": False}):
+        config = ModelConfig.from_json({**qwen, **unused})
+        assert (config.attention_bias, config.attention_output_bias) == (True, False)
+    with pytest.raises(PunaError, match="sliding_window 4096 is shorter than the context"):
+        ModelConfig.from_json({**qwen, "use_sliding_window": True})
 
 
 def test_missing_kv_heads_mean_as_many_as_heads() -> None:

@@ -257,3 +257,8 @@ def checksum_of(path: Path | str) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def checksum_of_value(value: Any) -> str:
+    """Likewise of what JSON can hold, however it is laid out there."""
+    return xxhash.xxh3_128(json.dumps(value).encode()).hexdigest()

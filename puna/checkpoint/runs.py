@@ -3,7 +3,8 @@
     run_dir/checkpoints/step-00000100/model/__0_0.distcp    weights, one file a rank (torch.distributed.checkpoint)
                                             .metadata       which tensor, or which part of one, lies where
                                       rest/                 likewise what else a run needs: optimizer, generators
-                                      run.json              step, caller's notes, size and checksum of every file
+                                      run.json              step, caller's notes, size and checksum of every file, and
+                                                            a checksum of all this
     run_dir/checkpoints/step-00000200.aside/                a save that is going on, or was interrupted: the next save
                                                             clears it away
 
@@ -36,11 +37,14 @@ from puna import progress
 from puna.checkpoint.meetings import Meetings
 from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
-from puna.files import ASIDE, checksum_of, read_json, sync_folder, write_json
+from puna.files import ASIDE, checksum_of, checksum_of_value, read_json, sync_folder, write_json
 
 #: Version of `run.json`.
 FORMAT = 1
 MANIFEST = "run.json"
+
+#: Its field with the checksum of the others; those of earlier versions have none.
+CHECKSUM = "checksum"
 
 #: Of a host's free memory, what copies of the state may take: training takes some, too.
 ROOM_SHARE = 0.8
@@ -204,9 +208,13 @@ class Checkpoints:
 
         def finish(files: list[dict[str, Any]]) -> list[None]:
             written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
-            write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "meta": meta, "files": written})
+            manifest = {"format": FORMAT, "step": step, "meta": meta, "files": written}
+            write_json(aside / MANIFEST, {**manifest, CHECKSUM: checksum_of_value(manifest)})
             _put_in_place(aside, path)
-            _prune(aside.parent, step, self._keep, self._keep_every)
+            try:
+                _prune(aside.parent, step, self._keep, self._keep_every)
+            except OSError as error:  # what was to be saved is there
+                progress.say(f"checkpoints that need not be kept could not be removed: {error}")
             return [None] * meetings.size
 
         try:
@@ -339,16 +347,20 @@ def _damage(path: Path, part: str, meetings: Meetings) -> str | None:
 
 def _damage_of_share(path: Path, part: str, meetings: Meetings) -> str | None:
     try:
-        files = read_json(path / MANIFEST)["files"]
+        manifest = read_json(path / MANIFEST)
+        files = manifest["files"]
+        written = manifest.pop(CHECKSUM, None)
+        if written not in (None, checksum_of_value(manifest)):
+            return f"{MANIFEST} has other bytes than were written"
         names = [name for name in files if name.startswith(part)]
         names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size
         for name in names[meetings.rank :: meetings.size]:
-            written = files[name]
+            expected = files[name]
             if not (path / name).exists():
                 return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != written["size"]:
-                return f"{name} has {size:,} of {written['size']:,} bytes"
-            if _fingerprint(path / name) != written:
+            if (size := (path / name).stat().st_size) != expected["size"]:
+                return f"{name} has {size:,} of {expected['size']:,} bytes"
+            if _fingerprint(path / name) != expected:
                 return f"{name} has other bytes than were written"
     except PunaError as error:
         return str(error).removeprefix(f"{path}/")
@@ -467,8 +479,9 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _clear_leftovers(folder: Path) -> None:
+    """Removes what can be: on NFS a file that someone reads stays under another name until it is closed."""
     for path in folder.glob(f"*{ASIDE}"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
@@ -497,4 +510,4 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
 def _remove(path: Path) -> None:
     gone = path.with_name(f"{path.name}.gone{ASIDE}")  # first the name, so that no half of it is ever taken for whole
     os.rename(path, gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # the next save tries again

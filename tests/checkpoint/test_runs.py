@@ -87,6 +87,29 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, har
     assert re.match(rf"{newest} is damaged \(.*{file.name}.*\); taking the checkpoint before it", said[0])
 
 
+def test_a_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(tmp_path):
+    meta = {"step": 2, "model_config": {"rope_theta": 1e6}}
+    manifest = save(tmp_path, 2, some_state(), meta) / "run.json"
+    content = manifest.read_bytes()
+    harmless = 0
+    for place in range(0, 8 * len(content), 3):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        if damage(manifest.parent) is None:
+            harmless += 1
+            assert runs.read_meta(manifest.parent) == meta
+    assert harmless < len(content)  # spaces between fields
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
+    path = save(tmp_path, 2, some_state(), {})
+    manifest = json.loads((path / "run.json").read_text())
+    del manifest["checksum"]
+    (path / "run.json").write_text(json.dumps(manifest))
+    assert damage(path) is None
+
+
 def test_nothing_but_damaged_ones_is_an_error(tmp_path):
     path = save(tmp_path, 1, some_state(), {})
     (path / "model" / ".metadata").write_bytes(b"")
@@ -274,6 +297,23 @@ def test_a_failure_while_writing_leaves_the_ones_before(tmp_path, monkeypatch):
         save(tmp_path, 2, some_state(), {}, keep=1)
     assert list(before.parent.iterdir()) == [before]
     assert damage(before) is None
+
+
+def test_what_cannot_be_removed_ends_no_save_and_is_tried_again(tmp_path, monkeypatch, capfd):
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    save(tmp_path, 1, some_state(seed=1), {})
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rmdir", busy)  # as on NFS, where someone reads a file that is removed
+        for step in (2, 3):
+            assert_same(load(save(tmp_path, step, some_state(seed=step), {}, keep=1)), some_state(seed=step))
+        assert list(checkpoints(tmp_path)) == [3]
+        broken.setattr(runs, "_remove", busy)
+        save(tmp_path, 4, some_state(), {}, keep=1)
+    assert "checkpoints that need not be kept could not be removed: [Errno 16]" in capfd.readouterr().err
+    save(tmp_path, 5, some_state(), {}, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
 @pytest.mark.parametrize(

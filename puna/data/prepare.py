@@ -15,7 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def prepare(
         UsageError: no such kind or option.
         PunaError: a source or the tokenizer is missing; there is nothing in the sources; `output` holds something else.
     """
-    job = _Job(kind, sources, Path(output), load_tokenizer(Path(tokenizer)), options)
+    job = _Job(kind, sources, Path(output), _tokenizer_of(Path(tokenizer)), options)
     count = workers if workers is not None else cpu_cores()
     if count < 1:
         raise UsageError(f"workers must be at least 1, not {count}")
@@ -83,6 +83,7 @@ def prepare(
     began = time.monotonic()
     _claim(job)
     with _alone(job):
+        job.save_tokenizer(job.output / "tokenizer")
         try:
             _work(job, count, worth_starting=1 if workers or can_be_copied() else UNITS_WORTH_PROCESSES)
             info = _finish(job)
@@ -95,6 +96,16 @@ def prepare(
         f"({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s){_left_out_line(info, job.output)}"
     )
     return info
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    """Opens a tokenizer; in a model's folder without control pieces that the model has no embeddings for."""
+    tokenizer = load_tokenizer(path)
+    config = path / "config.json"
+    size = read_json(config).get("vocab_size") if config.is_file() else None
+    if isinstance(size, int):
+        tokenizer.check_vocab_size(size)
+    return tokenizer
 
 
 @seldom_collected()
@@ -124,9 +135,15 @@ class _Job:
         for path in self.paths:
             if not path.exists():
                 raise PunaError(f"{path} does not exist")
+        #: What files decide that stand beside those that are named, and may be edited.
+        self.beside: dict[str, Any] = {}
+        if tokenizer.path.suffix == ".json":
+            self.beside |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
         if "template" in self.options:
             hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            chat_template(self.options["template"]).encode(tokenizer, hello)  # type: ignore[arg-type]
+            template = chat_template(self.options["template"])
+            template.encode(tokenizer, hello)  # type: ignore[arg-type]
+            self.beside |= {"template_digest": template.digest} if template.digest else {}
         if self.options.get("fim_rate"):
             infill_document(tokenizer, "", "", "", order="psm")
         self.sources: dict[str, dict[str, Any]] = {}
@@ -140,6 +157,7 @@ class _Job:
             "sources": [str(path) for path in self.paths],
             "tokenizer": self.tokenizer.sha256,
             "options": self.options,
+            **self.beside,
         }
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -181,7 +199,7 @@ class _Job:
             for line in plan:
                 fields = json.loads(line)
                 unit = Unit(fields["number"], [Span(**span) for span in fields["spans"]], fields["digest"])
-                yield replace(unit, copies=self.copies.get(unit.number, {}))
+                yield unit.without(self.copies.get(unit.number, {}))
 
     def find_near_duplicates(self, count: int, size_bytes: int) -> None:
         """Finds the documents that are left out because they nearly are copies of others."""
@@ -228,10 +246,14 @@ def _claim(job: _Job) -> None:
     if settings_file.exists():
         _check_same(job, read_json(settings_file), "is being made")
         return
-    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
+    if job.output.exists() and (not job.output.is_dir() or any(map(_is_something, job.output.rglob("*")))):
         raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
-    job.save_tokenizer(job.output / "tokenizer")
     write_json(settings_file, job.settings)
+
+
+def _is_something(path: Path) -> bool:
+    """Not so folders, nor what a process that was killed had half written."""
+    return path.suffix != ASIDE and not path.is_dir()
 
 
 @contextlib.contextmanager

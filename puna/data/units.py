@@ -8,7 +8,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +43,7 @@ class Unit:
     Attributes:
         number: in the order of the sources.
         spans: what to read.
-        digest: of the spans, to know them again.
+        digest: of the spans and copies, to know them again.
         copies: number of a document in the unit -> the document that it nearly is a copy of.
     """
 
@@ -56,6 +56,13 @@ class Unit:
     def size_bytes(self) -> int:
         """Bytes to be read."""
         return sum(span.stop - span.start for span in self.spans)
+
+    def without(self, copies: dict[int, str]) -> "Unit":
+        """The same unit, of which these documents are left out."""
+        if not copies:
+            return self
+        told = f"{self.digest}\n{json.dumps(sorted(copies.items()))}"
+        return replace(self, copies=copies, digest=xxhash.xxh3_128_hexdigest(told.encode()))
 
 
 def report_path(output: Path, number: int) -> Path:
@@ -80,7 +87,8 @@ class PrepareUnit:
     output: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _loaded, (self.kind, self.options, self.output / "tokenizer" / self.tokenizer.path.name, self.output)
+        tokenizer = self.output / "tokenizer" / self.tokenizer.path.name
+        return _loaded, (self.kind, self.options, tokenizer, self.tokenizer.vocab_size, self.output)
 
     @cached_property
     def draft_tokenizer(self) -> DraftTokenizer:
@@ -201,8 +209,10 @@ class PrepareUnit:
         return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
 
 
-def _loaded(kind: str, options: dict[str, Any], tokenizer: Path, output: Path) -> PrepareUnit:
-    return PrepareUnit(kind, options, load_tokenizer(tokenizer), output)
+def _loaded(kind: str, options: dict[str, Any], path: Path, vocab_size: int, output: Path) -> PrepareUnit:
+    tokenizer = load_tokenizer(path)
+    tokenizer.check_vocab_size(vocab_size)
+    return PrepareUnit(kind, options, tokenizer, output)
 
 
 @dataclass

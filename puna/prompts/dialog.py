@@ -65,10 +65,12 @@ class ChatTemplate(ABC):
     Attributes:
         name: as `chat_template` knows it.
         jinja: the layout in the language in which models ship theirs, or None; what is tuned on it is exported with it.
+        digest: of a layout that comes from files, which may be edited; None for those that come with puna.
         stop_strings: texts that end an answer, beside the ids of `stops`.
     """
 
     name: str
+    digest: str | None = None
     jinja: str | None = None
     stop_strings: tuple[str, ...] = ()
 

@@ -22,6 +22,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+import xxhash
 
 from puna.errors import PunaError
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog, read_messages
@@ -39,6 +40,7 @@ class JinjaTemplate(ChatTemplate):
 
     def __init__(self, source: str, *, name: str, specials: dict[str, str]) -> None:
         self.name, self.specials, self.jinja = name, specials, source
+        self.digest = xxhash.xxh3_128_hexdigest(json.dumps([source, specials], sort_keys=True).encode())
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:

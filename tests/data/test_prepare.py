@@ -16,6 +16,7 @@ from puna.cli import run
 from puna.data import plan, shards
 from puna.data import prepare as preparing
 from puna.data.corpora import wikitext
+from puna.data.infilling import is_held_out
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
 from puna.data.workers import Workers
@@ -470,6 +471,63 @@ def test_sources_that_changed_in_between_are_found_out(library, make, tmp_path, 
     (source / "decoder.py").write_text("x = 1\n")
     with pytest.raises(PunaError, match=r"the sources changed since .*out was begun; remove it and start again"):
         make("code", source, tmp_path / "out")
+
+
+def test_killed_while_it_begins_it_begins_again(library, make, small_tokenizer, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((type(small_tokenizer), "save"), (preparing, "write_json")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                make("code", library / "json", tmp_path / name)
+        (tmp_path / name / "unfinished").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "unfinished/settings.json.1.aside").write_text("{")
+        make("code", library / "json", tmp_path / name)
+        assert load_tokenizer(tmp_path / name / "tokenizer").sha256 == small_tokenizer.sha256
+        assert len(documents_of(tmp_path / name)) > 3
+
+
+def test_a_layout_in_a_models_folder_that_was_edited_is_another(make, small_tokenizer, tmp_path, monkeypatch):
+    layout = tmp_path / "model/chat_template.jinja"
+    layout.parent.mkdir()
+    layout.write_text("{% for message in messages %}{{ message.content + '</s>' }}{% endfor %}")
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    options = {"template": str(layout.parent)}
+    make("chat", tmp_path / "a.jsonl", tmp_path / "finished", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_finish", lambda job: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make("chat", tmp_path / "a.jsonl", tmp_path / "unfinished", **options)
+    layout.write_text("{% for message in messages %}{{ message.role + message.content + '</s>' }}{% endfor %}")
+    with pytest.raises(PunaError, match=r"finished was made with template_digest .* choose another place"):
+        make("chat", tmp_path / "a.jsonl", tmp_path / "finished", **options)
+    with pytest.raises(PunaError, match="is being made with template_digest"):
+        make("chat", tmp_path / "a.jsonl", tmp_path / "unfinished", **options)
+
+
+def test_a_copy_of_what_is_held_out_later_does_not_stay_from_before(library, make, tmp_path, monkeypatch):
+    pytest.importorskip("datasketch")
+    source, options = shutil.copytree(library / "email", tmp_path / "src"), {"near_duplicates": True, "held_out": 0.5}
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_finish", lambda job: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make("code", source, tmp_path / "out", **options)
+    max((tmp_path / "out/unfinished").glob("unit-*")).unlink()  # it was killed before the last unit
+    trained_on = next(file for file in sorted(source.glob("*.py")) if not is_held_out(file.name, 0.5))
+    last = next(name for name in (f"zz{i}.py" for i in range(99)) if is_held_out(name, 0.5))
+    (source / last).write_text(f"# a copy\n{trained_on.read_text()}")
+    with pytest.raises(PunaError, match="the sources changed since"):
+        make("code", source, tmp_path / "out", **options)
+
+
+def test_pieces_that_the_model_has_no_embedding_for_are_not_counted(library, small_tokenizer, tmp_path):
+    shutil.copy(small_tokenizer.path, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 1024}')
+    (tmp_path / "config.json").write_text('{"vocab_size": 1024}')
+    info = prepare("code", library / "json", tmp_path / "out", tokenizer=tmp_path, workers=2)
+    assert info["tokenizer"]["vocab_size"] == 1024
 
 
 def test_a_folder_of_something_else_is_not_touched(library, make, tmp_path):

@@ -106,7 +106,8 @@ def _changes(at: Places) -> dict[str, dict[str, Any]]:
     for name, title in (("edit_similarity", "Edit similarity"), ("exact_match", "Exactly right")):
         values = [float(after[name]) - float(before[name]) for before, after in pairs]
         mean = sum(values) / len(values)
-        changes[name] = {"title": title, "difference": mean, "interval": bootstrap(values)}
+        interval = bootstrap(values, groups=[before["document"] for before, _ in pairs])
+        changes[name] = {"title": title, "difference": mean, "interval": interval}
     folders = (at.before / "humaneval", at.after / "humaneval")
     if all((folder / "result.json").exists() for folder in folders):
         compared = compare(*folders)
@@ -116,7 +117,10 @@ def _changes(at: Places) -> dict[str, dict[str, Any]]:
 
 
 def _cases(folder: Path) -> list[dict[str, Any]]:
-    return [line for _, line in read_lines(folder / "completion" / "cases.jsonl", {"kind": str, "target": str})]
+    return [
+        line
+        for _, line in read_lines(folder / "completion" / "cases.jsonl", {"kind": str, "document": str, "target": str})
+    ]
 
 
 def _samples(at: Places) -> list[dict[str, Any]]:

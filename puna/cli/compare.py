@@ -33,6 +33,8 @@ def compare(
         low, high = result["interval"]
         says = "more than chance" if low > 0 or high < 0 else "it may be chance"
         print(f"share that passes, 95 of 100: {low:+.4f} to {high:+.4f} over {result['tasks']} tasks: {says}")
+    for name, (one, other) in result["settings"].items():
+        print(f"they differ in {name}: {one} and {other}")
     for what in ("gained", "lost"):
         print(f"{what} {len(result[what])}: {_named(result[what])}" if result[what] else f"{what} none")
 

@@ -57,6 +57,7 @@ def evaluate(
 ) -> None:
     """Score models, or answers that were made before, on a benchmark; programs run in a sandbox."""
     from puna.evaluate import evaluate as score
+    from puna.evaluate.comparing import why_not
 
     options = {
         "samples": samples,
@@ -85,6 +86,9 @@ def evaluate(
         results.append(
             score(benchmark, model or None, dtype=dtype, device=device, output=folder, nproc=nproc, **options)
         )
+    for result in results[1:]:
+        if why := why_not(results[0], result):
+            say(f"{results[0]['model']} and {result['model']} do not compare: {why}")
     if output is not None:
         from puna.report.evaluation import write_evaluation
 

@@ -8,7 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 from puna.evaluate import benchmarks
 from puna.twins import make_callable
 
@@ -59,8 +59,10 @@ def evaluate(
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
+    weights = None if name is None else mark_of(Path(name).glob("*.safetensors"))
     if output is not None:
         check_writable(output)
+        _check_same(Path(output), {"benchmark": benchmark, "model": name, "weights": weights})
     if "cache_dtype" in options:
         from puna.generate.engine.storage import storage_dtype
 
@@ -75,14 +77,35 @@ def evaluate(
         loaded(model, tokenizer)  # it is; has it a tokenizer?
     if "name" in inspect.signature(module.evaluate).parameters:
         if name is not None:
-            options |= {"name": name, "weights": mark_of(Path(name).glob("*.safetensors")), "dtype": dtype}
+            options |= {"name": name, "weights": weights, "dtype": dtype}
         elif model is not None and output is not None:
             from puna.model.mark import mark_in_memory
 
             options["weights"] = mark_in_memory(model)
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     if name is not None:
-        result = {"benchmark": result["benchmark"], "model": name} | result
+        known = {"benchmark": result["benchmark"], "model": name}
+        result = known | ({} if weights is None else {"weights": weights}) | result
     if output is not None:
         write_json(Path(output) / "result.json", result)
     return result
+
+
+def _check_same(folder: Path, known: dict[str, Any]) -> None:
+    """Refuses, before long work, a folder with a result of another benchmark or model, which would be lost.
+
+    Raises:
+        PunaError: it holds one.
+    """
+    from puna.files import read_json
+
+    path = folder / "result.json"
+    if not path.exists():
+        return
+    old = read_json(path)
+    for name, value in known.items():
+        if None not in (value, old.get(name)) and value != old[name]:
+            raise PunaError(
+                f"{folder} holds the result of another run: its {name} is {old[name]}, this one's {value}; "
+                "choose another folder"
+            )

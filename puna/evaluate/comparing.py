@@ -5,6 +5,7 @@ after/details.jsonl    Tiny/0 passed   Tiny/1 passed    Tiny/2 timeout      gain
 """
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from puna.errors import PunaError
 from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.samples import read_lines
 from puna.files import read_json
+
+#: What two results have to have in common for their scores to be answers to the same questions.
+SAME = ("benchmark", "variant", "data", "length", "cases", "seed", "corpus_sha256", "tokens_sha256")
+
+#: What they may differ in, and a reader has to know: how it was asked, and by what it was judged.
+TOLD = ("answers", "dtype", "limits", "sandbox", "window")
 
 
 def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
@@ -22,19 +29,18 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
         second: that of the other.
 
     Returns:
-        `{"benchmark", "first": scores, "second": scores, "difference": {score: value}, "interval", "gained", "lost"}`:
-        the interval is that of the difference in the share of a task's samples that pass, by bootstrap over tasks, and
-        holds 95 of 100; gained and lost are the tasks of which more, or fewer, samples pass in the second.
+        `{"benchmark", "first": scores, "second": scores, "difference": {score: value}, "interval", "gained", "lost",
+        "settings"}`: the interval is that of the difference in the share of a task's samples that pass, by bootstrap
+        over problems or documents, and holds 95 of 100; gained and lost are the tasks of which more, or fewer, samples
+        pass in the second; settings are those that differ, each with both values.
 
     Raises:
         PunaError: a folder has no result, or the two are not of the same tasks.
     """
     results = [read_result(folder) for folder in (first, second)]
-    for name in ("benchmark", "variant", "data", "corpus", "cases", "seed"):
-        one, other = (result.get(name) for result in results)
-        if one != other:
-            raise PunaError(f"{first} and {second} do not compare: their {name} is {one} and {other}")
-    shares = [shares_passed(folder) for folder in (first, second)]
+    if why := why_not(*results):
+        raise PunaError(f"{first} and {second} do not compare: {why}")
+    shares, problems = [shares_passed(folder) for folder in (first, second)], problems_of(first)
     if shares[0].keys() != shares[1].keys():
         differ = sorted(shares[0].keys() ^ shares[1].keys())
         raise PunaError(f"{first} and {second} do not compare: only one of them has the task {differ[0]}")
@@ -45,11 +51,32 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
         "first": {"folder": str(first), **scores[0]},
         "second": {"folder": str(second), **scores[1]},
         "difference": {name: scores[1][name] - value for name, value in scores[0].items() if name in scores[1]},
-        "interval": bootstrap(list(changes.values())) if changes else None,
+        "interval": bootstrap(list(changes.values()), groups=[problems[task] for task in changes]) if changes else None,
         "tasks": len(changes),
         "gained": [task for task, change in changes.items() if change > 0],
         "lost": [task for task, change in changes.items() if change < 0],
+        "settings": _differing(*results),
     }
+
+
+def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Why two results do not compare; None: they do."""
+    differ = next((name for name in SAME if one.get(name) != other.get(name)), None)
+    return None if differ is None else f"their {differ} is {one.get(differ)} and {other.get(differ)}"
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
+    first, second = (flat({name: result[name] for name in TOLD if name in result}) for result in (one, other))
+    names = dict.fromkeys([*first, *second])
+    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data": {"file": …}} as {"data.file": …}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def read_result(folder: Path | str) -> dict[str, Any]:
@@ -67,12 +94,23 @@ def read_result(folder: Path | str) -> dict[str, Any]:
 
 def shares_passed(folder: Path | str) -> dict[str, float]:
     """The share of each task's samples that passed; where lines and blocks are asked for, whether each is exact."""
-    folder = Path(folder)
     passed: dict[str, list[bool]] = defaultdict(list)
+    for task, _, is_passed in _answers(Path(folder)):
+        passed[task].append(is_passed)
+    return {task: sum(found) / len(found) for task, found in passed.items()}
+
+
+def problems_of(folder: Path | str) -> dict[str, str]:
+    """Each task's problem; where lines and blocks are asked for, each one's document."""
+    return {task: problem for task, problem, _ in _answers(Path(folder))}
+
+
+def _answers(folder: Path) -> Iterator[tuple[str, str, bool]]:
+    """Task, problem, and whether it passed, of every answer."""
     if (folder / "details.jsonl").exists():
         for _, line in read_lines(folder / "details.jsonl", {"task_id": str, "verdict": str}):
-            passed[line["task_id"]].append(line["verdict"] == "passed")
+            yield line["task_id"], line.get("problem", line["task_id"]), line["verdict"] == "passed"
     elif (folder / "cases.jsonl").exists():
         for _, line in read_lines(folder / "cases.jsonl", {"kind": str, "document": str, "line": int}):
-            passed[f"{line['kind']} {line['document']}:{line['line']}"].append(bool(line["exact_match"]))
-    return {task: sum(found) / len(found) for task, found in passed.items()}
+            document = line["document"]
+            yield f"{line['kind']} {document}:{line['line']}", document, bool(line["exact_match"])

@@ -6,6 +6,7 @@ Which documents are taken, and in which order, follows from a seed and their ids
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ def read_documents(corpus: Path) -> "list[Document]":
 def choose_documents(documents: "Sequence[Document]", most: int, seed: int) -> "list[Document]":
     """The first `most` documents in the order of a hash of seed and id, wherever they stand."""
     return sorted(documents, key=lambda document: document_hash(seed, document))[:most]
+
+
+def checksum(documents: "Sequence[Document]") -> str:
+    """Of documents' ids and texts: what is read from others of the same name does not compare."""
+    parts = [f"{document.id}\0{document.text or ''}" for document in documents]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def document_hash(seed: int, document: "Document") -> int:

@@ -7,6 +7,8 @@ at least half a window of what stands before it, where there is as much
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from puna.errors import PunaError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,11 @@ def negative_log_likelihood(model: Any, tokens: Sequence[int], window: int) -> f
 
 
 def losses(model: Any, tokens: Sequence[int], first: int = 1) -> "Tensor":
-    """-ln p of tokens[first:] with all that stands before each: (T - first,) fp32 on the CPU, from one pass."""
+    """-ln p of tokens[first:] with all that stands before each: (T - first,) fp32 on the CPU, from one pass.
+
+    Raises:
+        PunaError: one of them is not a number.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -36,12 +42,15 @@ def losses(model: Any, tokens: Sequence[int], first: int = 1) -> "Tensor":
         wanted = torch.arange(first - 1, len(tokens) - 1, device=device)
         hidden = model.hidden(torch.tensor([tokens[:-1]], device=device), wanted=wanted)[0]
         targets = torch.tensor(tokens[first:], device=device)
-        return torch.cat(
+        found = torch.cat(
             [
                 cross_entropy(model.lm_head(some).float(), theirs, reduction="none").cpu()
                 for some, theirs in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
             ]
         )
+    if not found.isfinite().all():
+        raise PunaError("the model's losses are not numbers: its weights are damaged, or too large for this dtype")
+    return found
 
 
 def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:

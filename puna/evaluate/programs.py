@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
+from puna.evaluate.comparing import flat
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
@@ -96,6 +97,10 @@ class Programs(ABC):
         """The name of the function that a task asks for."""
         name: str = task["entry_point"]
         return name
+
+    def problem(self, task: Task) -> str:
+        """What a task is of: those of one problem are drawn together for intervals; here each is one of its own."""
+        return task.task_id
 
     def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
         """What a model wrote, as a sample: cut at the stops, or taken out of an answer in chat."""
@@ -209,11 +214,12 @@ class Programs(ABC):
                 judge.submit(sample)
             judgements = judge.finish()
             judged = time.monotonic()
+        problems = {task_id: self.problem(task) for task_id, task in tasks.items()}
         if folder is not None:
-            _write_details(folder, given, judgements)
+            _write_details(folder, given, judgements, problems)
         return {
             **settings,
-            **_scored(given, judgements),
+            **_scored(given, judgements, problems),
             "paper": {model: dict(row) for model, row in self.paper(path, order).items()},
             "sandbox": sandbox.mechanism,
             "limits": vars(self.limits),
@@ -396,7 +402,9 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
 # ---- results
 
 
-def _scored(samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> dict[str, Any]:
+def _scored(
+    samples: list[Sample], judgements: Mapping[Sample, Judgement], problems: Mapping[str, str]
+) -> dict[str, Any]:
     passed: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         passed[sample.task_id].append(judgements[sample].verdict == "passed")
@@ -407,7 +415,7 @@ def _scored(samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> di
         say(f"{verdicts['sandbox']} samples count as failed though the sandbox is at fault; the first: {first.detail}")
     return {
         **scores(counts),
-        "intervals": intervals(counts),
+        "intervals": intervals(counts, groups=[problems[task_id] for task_id in passed]),
         "tasks": len(passed),
         "samples": len(samples),
         "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS},
@@ -423,7 +431,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     check_writable(folder)
     path = folder / "settings.json"
     if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
-        old, new = _flat(read_json(path)), _flat(settings)
+        old, new = flat(read_json(path)), flat(settings)
         if changed := [name for name in {**new, **old} if new.get(name) != old.get(name)]:
             name = changed[0]
             raise PunaError(
@@ -435,15 +443,10 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     return folder
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"data": {"file": …}} as {"data.file": …}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _write_details(folder: Path, samples: list[Sample], judgements: Mapping[Sample, Judgement]) -> None:
+def _write_details(
+    folder: Path, samples: list[Sample], judgements: Mapping[Sample, Judgement], problems: Mapping[str, str]
+) -> None:
     with file_aside(folder / "details.jsonl", "w") as file:
         for sample in samples:
-            file.write(json.dumps(sample.record() | _verdict(judgements[sample])) + "\n")
+            line = sample.record() | {"problem": problems[sample.task_id]} | _verdict(judgements[sample])
+            file.write(json.dumps(line) + "\n")

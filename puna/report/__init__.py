@@ -59,8 +59,8 @@ def write_report(results: Mapping[str, Any], path: Path | str, *, data: Path | N
     page = render(results)
     if data is not None:
         write_json(data, results)
-    with file_aside(path, "w") as file:
-        file.write(page)
+    with file_aside(path) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))  # a program may hold half of a surrogate pair
     return Path(path)
 
 

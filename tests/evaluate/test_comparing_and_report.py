@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,67 @@ def test_cases_of_completion_compare_too(tmp_path: Path, tiny_model_folder: Path
     result = puna.compare(tmp_path / "one", tmp_path / "two")
     assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
     assert result["difference"]["bits_per_byte"] == 0
+
+
+def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "code").mkdir()
+    options: dict[str, Any] = {"corpus": tmp_path / "code", "cases": 1, "max_tokens": 1, "device": "cpu"}
+    for name in ("one", "two"):
+        (tmp_path / "code/a.py").write_text(f"import os\n\n\ndef f():\n    return os.{name}()\n")
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / name, **options)
+    with pytest.raises(PunaError, match="do not compare: their corpus_sha256 is "):
+        puna.compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_perplexities_of_other_lengths_do_not_compare_and_the_table_says_so(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 100)
+    for length in (16, 32):
+        options: dict[str, Any] = {"corpus": tmp_path / "a.py", "length": length, "device": "cpu"}
+        evaluate("perplexity", str(tiny_model_folder), output=tmp_path / str(length), **options)
+    with pytest.raises(PunaError, match="do not compare: their length is 16 and 32"):
+        puna.compare(tmp_path / "16", tmp_path / "32")
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model_folder, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    command = ["evaluate", "perplexity", str(tiny_model_folder), str(short), "--corpus", str(tmp_path / "a.py")]
+    assert run([*command, "--device", "cpu"]) == 0
+    assert re.search(r"short do not compare: their length is \d+ and 64", capsys.readouterr().err)
+
+
+def test_what_differs_beside_the_answers_is_said(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    result = json.loads((other / "result.json").read_text())
+    result["limits"]["cpu_seconds"] = 9
+    (other / "result.json").write_text(json.dumps(result))
+    assert puna.compare(folders[0], other)["settings"]["limits.cpu_seconds"] == [3, 9]
+    assert run(["compare", str(folders[0]), str(other)]) == 0
+    assert "they differ in limits.cpu_seconds: 3 and 9\n" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_result_of_another_benchmark_or_model_is_left_as_it_is(
+    folders: tuple[Path, Path], tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 100)
+    options: dict[str, Any] = {"corpus": tmp_path / "a.py", "device": "cpu"}
+    with pytest.raises(PunaError, match="of another run: its benchmark is humaneval, this one's perplexity; choose"):
+        evaluate("perplexity", str(tiny_model_folder), output=folders[0], **options)
+    evaluate("perplexity", str(tiny_model_folder), output=tmp_path / "out", **options)
+    evaluate("perplexity", str(tiny_model_folder), output=tmp_path / "out", **options)
+    again = tmp_path / "again"
+    shutil.copytree(tiny_model_folder, again)
+    with pytest.raises(PunaError, match="holds the result of another run: its model is "):
+        evaluate("perplexity", str(again), output=tmp_path / "out", **options)
+
+
+def test_a_page_can_show_what_is_no_text(bubblewrap: str, tmp_path: Path) -> None:
+    folder = scored(tmp_path / "run", ["    return '\ud800'\n"] * 4)
+    assert "return &#39;\\ud800&#39;" in write_evaluation([folder], tmp_path / "page.html").read_text()
 
 
 def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(

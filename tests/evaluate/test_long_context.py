@@ -1,5 +1,6 @@
 """Perplexity by position and key retrieval, against plain formulas and models that know the answer."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,13 @@ def test_perplexity_is_that_of_the_tokens_at_those_positions(loaded: tuple[Any, 
         assert (found["from"], found["to"], found["tokens"]) == (start, stop, 3 * (stop - start + 1))
         assert found["perplexity"] == pytest.approx(math.exp(float(means[start - 1 : stop].mean())), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(float(means.mean())), rel=1e-5)
+
+
+def test_a_model_that_computes_no_numbers_has_no_perplexity(loaded: tuple[Any, Any], corpus: Path) -> None:
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(PunaError, match="losses are not numbers: its weights are damaged, or too large"):
+        evaluate("perplexity", model, tokenizer=tokenizer, corpus=corpus, length=16)
 
 
 def test_by_default_it_reads_as_far_as_all_of_few_documents_reach(loaded: tuple[Any, Any], corpus: Path) -> None:

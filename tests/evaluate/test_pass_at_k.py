@@ -44,6 +44,22 @@ def test_the_interval_of_a_share_is_that_of_the_binomial_distribution() -> None:
     assert (low, high) == pytest.approx((77 / 164 - half, 77 / 164 + half), abs=0.01)
 
 
+def test_the_interval_of_a_mean_with_weights_is_that_of_their_ratio() -> None:
+    assert bootstrap([2.0, 2.0, 2.0], weights=[1, 10, 1000]) == [2.0, 2.0]
+    low, high = bootstrap([1.0, 3.0], weights=[3, 1])
+    assert (low, high) == (1.0, 3.0)
+    assert bootstrap([1.0, 3.0, 5.0], weights=[7, 7, 7]) == pytest.approx(bootstrap([1.0, 3.0, 5.0]))
+
+
+def test_values_of_one_group_are_drawn_together() -> None:
+    values = [1.0] * 3 + [0.0] * 5
+    repeated = [value for value in values for _ in range(20)]
+    groups = [str(i) for i in range(8) for _ in range(20)]
+    assert bootstrap(repeated, groups=groups) == bootstrap(values)
+    assert bootstrap(repeated)[0] > bootstrap(values)[0] + 0.1
+    assert bootstrap(repeated, groups=["one"] * 160) == bootstrap(repeated)
+
+
 def test_intervals_hold_their_scores_are_narrower_with_more_tasks_and_are_the_same_every_time() -> None:
     tasks = [(10, passed % 11) for passed in range(40)]
     few, many = intervals(tasks), intervals(tasks * 9)

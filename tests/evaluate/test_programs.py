@@ -96,10 +96,10 @@ def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(
     first, second = (write_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second")))
     evaluate("humaneval", str(first), **options)
     evaluate("humaneval", str(first), **options)
-    with pytest.raises(PunaError, match=r"answers of another run: its model is .*first, this one's .*second"):
+    with pytest.raises(PunaError, match=r"of another run: its model is .*first, this one's .*second"):
         evaluate("humaneval", str(second), **options)
     shutil.copytree(second, first, dirs_exist_ok=True)
-    with pytest.raises(PunaError, match=r"answers of another run: its weights is "):
+    with pytest.raises(PunaError, match=r"of another run: its weights is "):
         evaluate("humaneval", str(first), **options)
 
 

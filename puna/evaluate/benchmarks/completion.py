@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
-from puna.evaluate.corpus import document_hash, unseen_documents
+from puna.evaluate.corpus import checksum, document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
 from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.stored import loaded
@@ -135,30 +135,33 @@ def evaluate(
     surprises = _surprises(model, tokenizer, documents)
     read = time.monotonic()
 
-    values = {}
+    means, ranges = {}, {}
     for prefix, found in scored.items():
         if found:
-            values[f"{prefix}exact_match"] = [float(one.is_exact) for one in found]
-            values[f"{prefix}edit_similarity"] = [one.similarity for one in found]
-    size_bytes = sum(size for _, _, size in surprises)
-    bits = [nats / math.log(2) / size_bytes * len(documents) for nats, _, _ in surprises]  # their mean is the score
+            exact, similar = [float(one.is_exact) for one in found], [one.similarity for one in found]
+            for name, values in (("exact_match", exact), ("edit_similarity", similar)):
+                means[prefix + name] = sum(values) / len(values)
+                ranges[prefix + name] = bootstrap(values, groups=[one.case.document for one in found])
+    sizes = [size for _, _, size in surprises]
+    bits = [nats / math.log(2) / size for nats, _, size in surprises]
     if output is not None:
         with file_aside(Path(output) / "cases.jsonl", "w") as file:
             file.writelines(json.dumps(one.record()) + "\n" for found in scored.values() for one in found)
     return {
         "benchmark": "completion",
-        **{name: sum(found) / len(found) for name, found in values.items()},
-        "bits_per_byte": sum(bits) / len(bits),
-        "intervals": {name: bootstrap(found) for name, found in (values | {"bits_per_byte": bits}).items()},
+        **means,
+        "bits_per_byte": sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes),
+        "intervals": ranges | {"bits_per_byte": bootstrap(bits, weights=sizes)},
         "cases": len(lines),
         "blocks": len(blocks),
         "cut_prompts": for_lines.cut_prompts + for_blocks.cut_prompts,
         "documents": len(documents),
-        "bytes": size_bytes,
+        "bytes": sum(sizes),
         "tokens": sum(tokens for _, tokens, _ in surprises),
         "window": _window(model),
         "seed": seed,
         "corpus": str(corpus),
+        "corpus_sha256": checksum(documents),
         "seconds": {"completing": round(completed - started, 3), "reading": round(read - completed, 3)},
     }
 
@@ -275,11 +278,12 @@ def _completed(cases: list[Case], complete: Completer, batch: int, cut: Any) -> 
 
 
 def _surprises(model: Any, tokenizer: Any, documents: "Sequence[Document]") -> list[tuple[float, int, int]]:
-    """Nats, tokens and bytes of every document."""
+    """Nats, tokens and bytes of every document that is not empty."""
     surprises = []
     with Progress("reading", len(documents), "documents") as progress:
         for document in documents:
-            text = document.text or ""
+            if not (text := document.text):
+                continue
             ids = tokenizer.encode(text, bos=True)
             surprises.append((negative_log_likelihood(model, ids, _window(model)), len(ids) - 1, len(text.encode())))
             progress.advance()

@@ -77,6 +77,10 @@ class Infilling(Programs):
         """The gap."""
         return Ask(task["prompt"], suffix=task["suffix"])
 
+    def problem(self, task: Task) -> str:
+        """The problem of HumanEval, in whose solution several gaps are."""
+        return task.task_id.rpartition("/")[0]
+
     def sample(self, task: Task, text: str, *, is_chat: bool) -> Sample:
         """What fills the gap; where a line is missing, the first one, with its end."""
         if task.task_id.startswith("SingleLine"):

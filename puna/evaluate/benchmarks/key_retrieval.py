@@ -13,6 +13,7 @@ Source: Code Llama (arXiv:2308.12950), section 3.3 and Table 8 of the appendix: 
 around the key. The code around ours is the corpus given, or the standard library of the Python that runs it.
 '''
 
+import hashlib
 import random
 import re
 import sysconfig
@@ -114,7 +115,9 @@ def evaluate(
         "cases": cases,
         "paper": {name: dict(row) for name, row in FIGURES[""].items()},
         "seed": seed,
+        "length": lengths,
         "corpus": str(corpus) if corpus else "Python's standard library",
+        "corpus_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }
 
 

@@ -4,11 +4,14 @@
     perplexity               exp of the mean loss of the tokens there
 
 Where more context helps, the perplexity falls from span to span; where a model cannot use what lies so far back, it
-stays or rises. Only documents of at least `length` tokens are read, and of each no more than that, in one pass.
+stays or rises. Only documents of at least `length` tokens are read, and of each no more than that, in one pass; so the
+perplexities of two models compare where both read the same tokens, which `tokens_sha256` tells.
 
 Source: Code Llama (arXiv:2308.12950), section 3.3 and Figure 4, which has no numbers; it reads files of 50 kB and more.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,7 @@ def evaluate(
         "length": length,
         "seed": seed,
         "corpus": str(corpus),
+        "tokens_sha256": hashlib.sha256(json.dumps(long_enough).encode()).hexdigest(),
     }
 
 

@@ -62,6 +62,9 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
     except OSError:
         yield Found(folder, f"{name}/", 0, "unreadable")
         return
+    if _is_prepared({entry.name for entry in entries}):
+        yield Found(folder, f"{name}/", 0, "prepared by puna")
+        return
     if rules is not None and any(entry.name == ".gitignore" for entry in entries):
         rules = [*rules, *_rules_in(folder, prefix="", skipped=len(name) + 1 if name else 0)]
     for entry in entries:
@@ -78,6 +81,13 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
         elif entry.is_file():
             refused = "ignored by .gitignore" if _is_ignored(inner, rules) else None
             yield Found(path, inner, entry.stat().st_size, refused)
+
+
+def _is_prepared(names: set[str]) -> bool:
+    """Whether a folder with these names in it is a prepared one, finished or not; it may lie in its own source."""
+    from puna.data.shards import DATASET_FILE, WORK_FOLDER
+
+    return "tokenizer" in names and bool(names & {DATASET_FILE, WORK_FOLDER})
 
 
 def _is_ignored(name: str, rules: list[_Rules] | None) -> bool:

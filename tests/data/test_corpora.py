@@ -381,6 +381,17 @@ def test_a_system_message_is_kept():
     assert messages == [{"role": "system", "content": "s"}, *QUESTION_AND_ANSWER]
 
 
+def test_what_stands_beside_the_turns_belongs_to_the_dialog():
+    system, earlier = {"role": "system", "content": "s"}, [["q0", "a0"]]
+    before = [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}]
+    alpaca = {"instruction": "q", "output": "a", "system": "s", "history": earlier}
+    assert chat.messages_of(alpaca, "codellama") == [system, *before, *QUESTION_AND_ANSWER]
+    for turns in (QUESTION_AND_ANSWER, [system, *QUESTION_AND_ANSWER]):
+        assert chat.messages_of({"messages": turns, "system": "s"}, "codellama") == [system, *QUESTION_AND_ANSWER]
+    nothing = {"instruction": "q", "output": "a", "system": None, "history": []}
+    assert chat.messages_of(nothing, "codellama") == QUESTION_AND_ANSWER
+
+
 def test_an_alpaca_input_follows_its_instruction():
     record = {"instruction": "Sort.", "input": "3 1 2", "output": "1 2 3"}
     assert chat.messages_of(record, "codellama")[0]["content"] == "Sort.\n\n3 1 2"
@@ -401,6 +412,10 @@ def test_an_alpaca_input_follows_its_instruction():
         {"conversations": [{"from": "nobody", "value": "q"}]},
         {"conversations": [{"from": "human"}]},
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": ["user"], "content": "q"}]},
+        {"instruction": "q", "output": "a", "history": ["q", "a"]},
+        {"instruction": "q", "output": "a", "system": {"text": "s"}},
+        {"\ud800": "half a surrogate pair"},
     ],
 )
 def test_what_is_in_no_layout_is_left_out(tmp_path, record):
@@ -447,6 +462,25 @@ def test_a_cut_off_array_is_named(tmp_path, kept):
     path.write_text(json.dumps([{"instruction": "q", "output": "a"}] * 20)[:kept])
     with pytest.raises(PunaError, match=r"a\.json: record \d+ is not valid JSON .* may be cut off"):
         everything("chat", path)
+
+
+def test_more_behind_an_array_is_not_dropped(tmp_path):
+    path = tmp_path / "a.json"
+    array = json.dumps([{"instruction": "q", "output": "a"}] * 2)
+    path.write_text(f"{array}\n{array}\n")
+    with pytest.raises(PunaError, match=r"a\.json: record 3 is not valid JSON \(more stands behind the array\)"):
+        everything("chat", path)
+
+
+def test_what_puna_prepared_is_no_source(tmp_path):
+    for name in ("a.txt", "data/tokenizer/tokenizer.model", "data/dataset.json", "data/held_out/dataset.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for name in ("again/tokenizer/a.txt", "again/unfinished/settings.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert reasons_of("text", tmp_path) == {"data/": "prepared by puna", "again/": "prepared by puna"}
+    assert [found.id for found in everything("text", tmp_path) if isinstance(found, Document)] == ["a.txt"]
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -4,6 +4,7 @@
     ShareGPT    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
     messages    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
+Any of them may have a `system` message beside, and Alpaca a `history` of pairs, question and answer.
 A large JSON file is one array; it is read piece by piece all the same. As in MindFormers' tool, a ShareGPT dialog that
 begins with an answer loses that answer, and with the template `vicuna` (and `alpaca`) the instruction and input of an
 Alpaca record are put into the words of Stanford Alpaca; elsewhere the input follows the instruction after a blank line.
@@ -85,7 +86,7 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
             messages = messages_of(record, options["template"])
             if messages is None:
                 keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-                yield LeftOut(id, span.source, "unknown layout", keys)
+                yield LeftOut(id, span.source, "unknown layout", keys.encode(errors="replace").decode())
             elif not all(is_spellable(message["content"]) for message in messages):
                 yield LeftOut(id, span.source, "half a surrogate pair")
             else:
@@ -98,14 +99,28 @@ def messages_of(record: Any, template: str) -> list[Message] | None:
         return None
     if isinstance(turns := record.get("conversations"), list):
         messages = _turns(turns, "from", "value")
-        return messages[1:] if messages and messages[0]["role"] == "assistant" else messages
-    if isinstance(turns := record.get("messages"), list):
-        return _turns(turns, "role", "content")
+        messages = messages[1:] if messages and messages[0]["role"] == "assistant" else messages
+    elif isinstance(turns := record.get("messages"), list):
+        messages = _turns(turns, "role", "content")
+    else:
+        messages = _alpaca(record, template)
+    system = record.get("system") or ""
+    if messages is None or not isinstance(system, str):
+        return None
+    is_told = bool(messages) and messages[0]["role"] == "system"
+    return [{"role": "system", "content": system}, *messages] if system and not is_told else messages
+
+
+def _alpaca(record: dict[str, Any], template: str) -> list[Message] | None:
     instruction, more, answer = record.get("instruction"), record.get("input") or "", record.get("output")
+    history = record.get("history") or []
     if not (isinstance(instruction, str) and isinstance(more, str) and isinstance(answer, str)):
         return None
-    question = {"role": "user", "content": _question(instruction, more, template)}
-    return [question, {"role": "assistant", "content": answer}]
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+        return None
+    said = [*(text for pair in history for text in pair), _question(instruction, more, template), answer]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return _turns(turns, "role", "content")
 
 
 def _question(instruction: str, more: str, template: str) -> str:
@@ -119,7 +134,9 @@ def _question(instruction: str, more: str, template: str) -> str:
 def _turns(turns: list[Any], role: str, content: str) -> list[Message] | None:
     messages = []
     for turn in turns:
-        if not (isinstance(turn, dict) and turn.get(role) in _ROLES and isinstance(turn.get(content), str)):
+        if not (isinstance(turn, dict) and isinstance(turn.get(role), str) and isinstance(turn.get(content), str)):
+            return None
+        if turn[role] not in _ROLES:
             return None
         messages.append({"role": _ROLES[turn[role]], "content": turn[content]})
     return messages
@@ -189,7 +206,7 @@ def _whole_elements(text: str, is_last: bool) -> tuple[int, int, str]:
         if place == len(text):
             return stop, count, "the array does not end"
         if text[place] == "]":
-            return stop, count, ""
+            return stop, count, "more stands behind the array" if text[place + 1 :].strip() else ""
         try:
             _, end = decode(text, place)
         except (ValueError, RecursionError) as error:

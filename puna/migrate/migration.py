@@ -21,6 +21,7 @@ from puna.migrate.recipe import (
     generation,
     recipe_of,
     recompute_differences,
+    value_differences,
 )
 
 #: What became of a key -> the table that says it.
@@ -120,7 +121,11 @@ def migrate(
     recipe = recipe_of(settings, where=str(source), rows=rows, is_faithful=faithful)
     steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
     steps.append(f"puna train {output or 'recipe.yaml'}")
-    differences = [*([] if faithful else DIFFERENCES), *recompute_differences(settings)]
+    differences = [
+        *([] if faithful else DIFFERENCES),
+        *value_differences(settings, recipe),
+        *recompute_differences(settings),
+    ]
     if settings.whole("lr_schedule.total_steps", -1) <= 0 and rows is None:
         differences.append(f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it")
     migration = Migration(recipe, keys, steps, differences)

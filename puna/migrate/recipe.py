@@ -8,6 +8,7 @@ from typing import Any
 from puna.checkpoint.formats.mindspore.model_config import from_fields, known_as, model_fields
 from puna.config import Recipe, load_recipe
 from puna.errors import UsageError
+from puna.model.config import PRESETS, ModelConfig
 
 #: Where the YAML is to be found again in the recipe: names of what its user makes with puna first.
 TRAIN_DATA, VALID_DATA, WEIGHTS = "data/train", "data/valid", "weights"
@@ -79,7 +80,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
         PunaError: the model is none that puna has.
     """
     config = from_fields(model_fields(settings.content, where), where)
-    names = known_as(config)
+    names = [name for name in known_as(config) if _is_same(PRESETS[name], config)]
     length = settings.whole("model.model_config.seq_length", 2048)
     global_rows = batch_rows(settings)
     steps = step_count(settings, rows, global_rows)
@@ -124,6 +125,27 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
     if is_faithful:
         fields["arithmetic"] = "mindformers"
     return load_recipe(fields)
+
+
+def value_differences(settings: Settings, recipe: Recipe) -> list[str]:
+    """What values of the YAML ask for that a recipe cannot say."""
+    found = []
+    if recipe.model == WEIGHTS and not settings.get("load_checkpoint", ""):
+        found.append(
+            f"model: no preset has these sizes and rotary positions, and the YAML names no weights; {WEIGHTS} must be "
+            "a folder in Hugging Face layout"
+        )
+    if first := settings.number("lr_schedule.warmup_lr_init", 0):
+        found.append(f"lr_schedule.warmup_lr_init: the warm-up starts from 0, not from {first:g}")
+    if "adam" not in (optimizer := str(settings.get("optimizer.type", "AdamW"))).lower():
+        found.append(f"optimizer.type: {optimizer} is not there; the optimizer is AdamW")
+    return found
+
+
+def _is_same(known: ModelConfig, config: ModelConfig) -> bool:
+    """Whether models of the same sizes compute the same."""
+    names = ("rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings")
+    return all(getattr(known, name) == getattr(config, name) for name in names)
 
 
 def batch_rows(settings: Settings) -> int:

@@ -242,6 +242,9 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"model.model_config.compute_dtype": "float32"}, "precision", "fp32"),
         ({"model.model_config.pp_interleave_num": 2}, "parallel.stages_per_rank", 2),
         ({"model.model_config.num_layers": 2}, "model", "weights"),
+        ({"model.model_config.theta": 1e4}, "model", "weights"),  # not codellama-34b, whose base is 1e6
+        ({"model.model_config.extend_method": "PI", "model.model_config.scaling_factor": 2}, "model", "weights"),
+        ({"model.model_config.rms_norm_eps": 1e-6}, "model", "weights"),
     ],
 )
 def test_a_value_goes_where_it_belongs(written, changes, field, value):
@@ -249,6 +252,28 @@ def test_a_value_goes_where_it_belongs(written, changes, field, value):
     for name in field.split("."):
         found = getattr(found, name)
     assert found == value
+
+
+def test_of_two_presets_of_one_size_the_one_with_the_rotary_base_is_taken(written):
+    sizes = {"num_layers": 80, "vocab_size": 32016, "intermediate_size": 28672}
+    changes = {f"model.model_config.{name}": value for name, value in sizes.items()}
+    assert puna.migrate(written(changes)).recipe.model == "codellama-70b"
+    assert puna.migrate(written({**changes, "model.model_config.theta": 1e4})).recipe.model == "codellama-70b-python"
+
+
+def test_what_values_ask_for_beyond_a_recipe_is_named(written):
+    changes = {
+        "model.model_config.theta": 1e4,
+        "lr_schedule.warmup_lr_init": "1e-6",
+        "optimizer.type": "Lamb",
+    }
+    model, warmup, optimizer, *_ = puna.migrate(written(changes), faithful=True).differences
+    assert model.startswith("model: no preset has these sizes and rotary positions")
+    assert warmup == "lr_schedule.warmup_lr_init: the warm-up starts from 0, not from 1e-06"
+    assert optimizer == "optimizer.type: Lamb is not there; the optimizer is AdamW"
+    with_weights = puna.migrate(written({"model.model_config.theta": 1e4, "load_checkpoint": "X.ckpt"}), faithful=True)
+    assert (with_weights.recipe.model, with_weights.recipe.start) == ("weights", None)
+    assert not [line for line in with_weights.differences if line.startswith("model")]
 
 
 def test_epochs_become_steps_where_the_rows_are_known(written):

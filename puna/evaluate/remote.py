@@ -7,6 +7,7 @@ r"""Answers from a server that speaks OpenAI's API: puna's own, vLLM, llama.cpp'
 Whether a server obeys seeds is its own affair; a run that goes on asks for what is missing alone.
 """
 
+import http.client
 import json
 import time
 import urllib.error
@@ -23,6 +24,9 @@ MOST_STOPS = 4
 
 #: Seconds before a request is made a second time, a third …; then it is given up.
 PAUSE_SECONDS = (1.0, 4.0, 15.0)
+
+#: What a connection raises that is broken off in the middle, or that speaks no HTTP.
+BROKEN_OFF = (OSError, http.client.HTTPException)
 
 #: Longest wait for one answer.
 TIMEOUT_SECONDS = 600.0
@@ -105,14 +109,21 @@ class RemoteCompleter:
                 with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
-                said = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
+                said = f"{error.code} {error.reason}: {_body(error)}"
                 if pause is None or error.code not in (429, 500, 502, 503, 504):
                     raise PunaError(f"{self._url}{path} refuses: {said}") from None
-            except (OSError, json.JSONDecodeError) as error:
+            except (*BROKEN_OFF, ValueError) as error:  # or it is no JSON
                 if pause is None or body is None:
                     raise PunaError(f"{self._url}{path} cannot be reached: {error}; is the server up?") from None
             time.sleep(pause)
         raise AssertionError("the last try has no pause")
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(500).decode(errors="replace")
+    except BROKEN_OFF as why:
+        return str(why)
 
 
 def _text(choice: Any, get: Any) -> str:

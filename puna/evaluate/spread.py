@@ -5,6 +5,7 @@
 Each answer has a seed of its own, so the answers are those of one process.
 """
 
+import contextlib
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Spread:
         """The answers, in the order of the asks."""
         count = len(self._pipes)
         for rank, pipe in enumerate(self._pipes):
-            pipe.send((list(asks[rank::count]), list(seeds[rank::count])))
+            with contextlib.suppress(OSError):  # it has ended; what it said before is read below
+                pipe.send((list(asks[rank::count]), list(seeds[rank::count])))
         answers = [""] * len(asks)
         self.cut_prompts = 0
         for rank in range(count):
@@ -69,7 +71,7 @@ class Spread:
     def _received(self, rank: int) -> tuple[list[str], int]:
         try:
             found = self._pipes[rank].recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise PunaError(f"process {rank} of {len(self._pipes)} ended while it was to answer") from None
         if isinstance(found, str):
             raise PunaError(f"process {rank} of {len(self._pipes)}: {found}")

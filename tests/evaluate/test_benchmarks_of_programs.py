@@ -209,6 +209,11 @@ def test_infilling_asks_for_the_gap_and_takes_one_line_where_one_is_missing(shar
     assert benchmark.variant(shared / LIGHT) == "random-span-light"
 
 
+def test_gaps_in_one_solution_are_of_one_problem() -> None:
+    first, second, other = (Task(f"SingleLineInfilling/HumanEval/{name}", {}) for name in ("0/L0", "0/L1", "1/L0"))
+    assert Infilling().problem(first) == Infilling().problem(second) != Infilling().problem(other)
+
+
 def test_the_papers_figure_is_that_of_the_order_of_the_prompt(shared: Path, bubblewrap: str, tmp_path: Path) -> None:
     task = read(Infilling(), shared / SINGLE_LINE)[0]
     path = tmp_path / "HumanEval-SingleLineInfilling.jsonl"

@@ -1,6 +1,7 @@
 """What all benchmarks of programs share: protocols, seeds, going on after a kill, forms of samples."""
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
 from puna.evaluate.paper import paper_name, table
 from puna.evaluate.samples import Log
+from puna.evaluate.spread import Replicas, Spread
 from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
 
 
@@ -254,5 +256,10 @@ def test_two_processes_answer_as_one_does(bubblewrap: str, data: Path, tiny_mode
 def test_what_goes_wrong_in_a_process_is_said(bubblewrap: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(PunaError, match=r"process 0 of 1: there is no folder .*nowhere"):
         evaluate("humaneval", str(tmp_path / "nowhere"), data=data, nproc=1)
+    with Spread(Replicas(str(tmp_path / "nowhere"), 1), max_tokens=1, stop=(), batch_rows=1) as spread:
+        for process in multiprocessing.active_children():
+            process.join()
+        with pytest.raises(PunaError, match=r"process 0 of 1: there is no folder .*nowhere"):
+            spread([Ask("x")], [0])
     with pytest.raises(UsageError, match=r"nproc=2 is for benchmarks of programs"):
         evaluate("completion", str(tmp_path), corpus=tmp_path, nproc=2)

@@ -1,6 +1,7 @@
 """A server as the source of answers: what is asked of it, what it may do wrong, and a score at the end."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -113,6 +114,36 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_said(server: FakeServer) 
     server.failures = [500] * 9
     with pytest.raises(PunaError, match=r"refuses: 500"):
         completer(server)([Ask("x")], [0])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n500\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{",
+        b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\n500\r\nabc",
+        b"no HTTP\r\n\r\n",
+        b"",
+    ],
+)
+def test_an_answer_that_is_broken_off_is_asked_for_again(broken: bytes) -> None:
+    whole = b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"text": "whole"}]}'
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for text in (broken, whole):
+                connection, _ = listening.accept()
+                with connection:
+                    while not connection.recv(1 << 16).endswith(b"}"):
+                        pass
+                    connection.sendall(text)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        complete = RemoteCompleter(url, "model", max_tokens=1, stop=(), batch_rows=1)
+        assert complete([Ask("x")], [0]) == ["whole"]
+        thread.join()
 
 
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": None}]}, []])

@@ -1,42 +1,47 @@
-"""Products of few rows with int8 weights as a Triton kernel for CUDA devices: each code is read once, as a byte.
+"""Products of few rows with weights of 8 bits as a Triton kernel for CUDA devices: each code is read once, as a byte.
 
-torch would write all weights in 16 bits and read them again, five bytes a weight for one. A program multiplies some
-outputs with all rows, along the whole depth, so that no sums of others need to be joined; a row's numbers do not depend
-on the rows beside it. `puna.quantized.schemes.int8` has the plain formula. Needs Triton, which comes with torch's CUDA
-builds.
+torch would write all int8 weights in 16 bits and read them again, five bytes a weight for one; of fp8 numbers it
+multiplies tiles of 64 rows at least. A program multiplies some outputs with all rows, along the whole depth, so that no
+sums of others need to be joined; a row's numbers do not depend on the rows beside it. The files of
+`puna.quantized.schemes` have the plain formulas. Needs Triton, which comes with torch's CUDA builds.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-#: Rows from which torch's own way is left to multiply: each program reads all of them.
-MOST_ROWS = 64
 
 #: Rows of a product's tiles -> outputs of a program, and the depth that it reads at a time: 8 KiB of codes, four times
 #: on their way.
 TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
 STAGES = 4
 
+#: Outputs up to which a program takes half as many, twice as deep: a device has multiprocessors for twice the programs.
+FEW_OUTPUTS = 2048
 
-def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+
+def multiply(x: Tensor, codes: Tensor, scales: Tensor, row_scales: Tensor | None = None) -> Tensor:
     """Rows times the transposed weight.
 
     Args:
-        x: (rows, in) of 16 bits, MOST_ROWS at most; its last dim is dense.
-        codes: (out, in) int8; its last dim is dense.
+        x: (rows, in) of 16 bits, or e4m3 with `row_scales`, `puna.quantized.few_rows.MOST_ROWS` at most; its last dim
+            is dense.
+        codes: (out, in) int8, or e4m3 where `x` is; its last dim is dense.
         scales: (out,) that the codes are multiplied with, dense.
+        row_scales: (rows,) fp32 that an `x` of 8 bits is multiplied with, dense.
 
     Returns:
-        (rows, out) in the dtype of `x`; sums and scales are applied in fp32.
+        (rows, out) in the dtype of an `x` of 16 bits, else in bf16; sums and scales are applied in fp32.
     """
     n_rows, depth = x.shape
     n_outputs = len(codes)
-    out = x.new_empty(n_rows, n_outputs)
+    out = x.new_empty(n_rows, n_outputs, dtype=x.dtype if row_scales is None else torch.bfloat16)
     rows = triton.next_power_of_2(max(16, n_rows))
     outputs, step = TILES[rows]
+    if n_outputs <= FEW_OUTPUTS:
+        outputs, step = outputs // 2, 2 * step
     _multiply[(triton.cdiv(n_outputs, outputs),)](
-        x, codes, scales, out, n_rows, n_outputs, depth, x.stride(0), codes.stride(0),
+        x, codes, scales, row_scales, out, n_rows, n_outputs, depth, x.stride(0), codes.stride(0),
         ROWS=rows, OUTPUTS=outputs, DEPTH=step, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -44,7 +49,7 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _multiply(
-    x, codes, scales, out, n_rows, n_outputs, depth, x_row, codes_row,
+    x, codes, scales, row_scales, out, n_rows, n_outputs, depth, x_row, codes_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row, output = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -54,9 +59,13 @@ def _multiply(
     for start in range(0, depth, DEPTH):
         place = start + tl.arange(0, DEPTH)
         is_place = (place < depth)[None, :]
-        weight = tl.load(codes + codes_place + place[None, :], mask=is_output[:, None] & is_place, other=0)
+        weight = tl.load(codes + codes_place + place[None, :], mask=is_output[:, None] & is_place, other=0.0)
         piece = tl.load(x + x_place + place[None, :], mask=is_row[:, None] & is_place, other=0.0)
+        if row_scales is not None:  # e4m3, which fp16 holds exactly
+            piece = piece.to(tl.float16)
         total = tl.dot(weight.to(piece.dtype), tl.trans(piece), total)
     total *= tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    if row_scales is not None:
+        total *= tl.load(row_scales + row, mask=is_row, other=0.0)[None, :]
     place = row.to(tl.int64)[None, :] * n_outputs + output[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])

@@ -1,8 +1,8 @@
 """fp8: weights and activations of 8 bits with a floating point (e4m3); one scale a row of either.
 
 The scales of the activations are found as they come. A device that multiplies such numbers reads half the bytes of bf16
-and multiplies twice as fast; on others the same numbers are multiplied in the activations' dtype, which holds them
-exactly: slower than bf16, but with the same result.
+and multiplies twice as fast (few rows, which only read, have `puna.quantized.few_rows_kernel`); on others the same
+numbers are multiplied in the activations' dtype, which holds them exactly: slower than bf16, but with the same result.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.devices import multiplies_fp8
+from puna.devices import multiplies_fp8, takes_cuda_kernels
+from puna.quantized.few_rows import few_rows_product
 from puna.quantized.linear import Form, QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
@@ -54,8 +55,8 @@ class Linear(QuantizedLinear):
         """(rows, in) to (rows, out)."""
         rounded, scale = round_rows(x)
         if self._is_native:
-            by_column = self.weight_scale.t()
-            return torch._scaled_mm(rounded, self.weight.t(), scale, by_column, out_dtype=torch.bfloat16).to(x.dtype)
+            native: Tensor = torch.ops.puna.fp8_product(rounded, self.weight, scale, self.weight_scale)
+            return native.to(x.dtype)
         out = F.linear(rounded.to(x.dtype), self.weight.to(x.dtype))
         return (out * scale * self.weight_scale.t()).to(x.dtype)
 
@@ -70,3 +71,23 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / GREATEST
     return (x / scale).clamp(-GREATEST, GREATEST).to(FP8), scale
+
+
+def product_reference(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
+    """(rows, in) e4m3 times the transposed (out, in) e4m3, times the scales (rows, 1) and (out, 1): bf16."""
+    return (F.linear(x.float(), weight.float()) * x_scales * weight_scales.t()).bfloat16()
+
+
+def _product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
+    if (multiply := few_rows_product(len(x), x.device)) is not None:
+        return multiply(x, weight, weight_scales.view(-1), x_scales.view(-1))
+    if takes_cuda_kernels(x.device.type):
+        return torch._scaled_mm(x, weight.t(), x_scales, weight_scales.t(), out_dtype=torch.bfloat16)
+    return product_reference(x, weight, x_scales, weight_scales)
+
+
+# One operation by name, as int8's is, so that a compiled model leaves the choice by the number of rows to each call.
+_LIBRARY = torch.library.Library("puna", "FRAGMENT")
+_LIBRARY.define("fp8_product(Tensor x, Tensor weight, Tensor x_scales, Tensor weight_scales) -> Tensor")
+_LIBRARY.impl("fp8_product", _product, "CompositeExplicitAutograd")
+_LIBRARY.impl("fp8_product", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0], dtype=torch.bfloat16), "Meta")

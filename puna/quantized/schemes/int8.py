@@ -5,17 +5,16 @@
 The scale is rounded before the codes are chosen, so that its rounding costs nothing.
 """
 
-import importlib.util
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.devices import has_int8_units, takes_cuda_kernels
+from puna.devices import has_int8_units
 from puna.quantized import kernel
 from puna.quantized.digits import product_by_digits
+from puna.quantized.few_rows import few_rows_product
 from puna.quantized.linear import Form, QuantizedLinear
 
 #: Rows of activations up to which torch's packed product is faster than a dequantised one on a CPU without units for
@@ -77,23 +76,14 @@ def product_reference(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    if takes_cuda_kernels(x.device.type) and x.itemsize == 2 and (kernel := _kernel(len(x))) is not None:
-        return kernel(x, codes, scales)
+    if x.itemsize == 2 and (multiply := few_rows_product(len(x), x.device)) is not None:
+        return multiply(x, codes, scales)
     return product_reference(x, codes, scales)
-
-
-@cache
-def _kernel(n_rows: int) -> Callable[..., Tensor] | None:
-    """The kernel, where Triton is there and it takes so many rows."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from puna.quantized import few_rows_kernel
-
-    return few_rows_kernel.multiply if n_rows <= few_rows_kernel.MOST_ROWS else None
 
 
 # One operation by name, so that a compiled model holds it as it is; `custom_op` would load torch's compiler.
 _LIBRARY = torch.library.Library("puna", "FRAGMENT")
 _LIBRARY.define("int8_product(Tensor x, Tensor codes, Tensor scales) -> Tensor")
 _LIBRARY.impl("int8_product", _product, "CompositeExplicitAutograd")
-_LIBRARY.impl("int8_product", lambda x, codes, _: x.new_empty(len(x), len(codes)), "Meta")
+# The number of rows by `shape`: with `len`, compiled code would be made anew for each.
+_LIBRARY.impl("int8_product", lambda x, codes, _: x.new_empty(x.shape[0], codes.shape[0]), "Meta")

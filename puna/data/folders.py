@@ -113,7 +113,7 @@ def _rules_in(folder: Path, *, prefix: str, skipped: int) -> list[_Rules]:
     from pathspec import GitIgnoreSpec
 
     try:
-        lines = (folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / ".gitignore").read_text(encoding="utf-8-sig", errors="replace").splitlines()
         return [_Rules(GitIgnoreSpec.from_lines(lines), prefix, skipped)]
     except (OSError, ValueError):  # none there, unreadable, or with a pattern that git would not take either
         return []

@@ -24,7 +24,7 @@ import xxhash
 
 import puna
 from puna.data import corpora
-from puna.data.documents import LeftOut, Span
+from puna.data.documents import LeftOut, Span, is_spellable
 from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
@@ -135,6 +135,8 @@ class _Job:
         for path in self.paths:
             if not path.exists():
                 raise PunaError(f"{path} does not exist")
+            if not is_spellable(str(path)):
+                raise PunaError(f"{str(path)!r} cannot be spelled in UTF-8, as dataset.json would; rename it")
         #: What files decide that stand beside those that are named, and may be edited.
         self.beside: dict[str, Any] = {}
         if tokenizer.path.suffix == ".json":

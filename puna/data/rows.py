@@ -117,7 +117,17 @@ class Rows(Sequence[Row]):
             line += f"; {self.cut_documents:,} documents longer than a row were cut, losing {self.cut_tokens:,} tokens"
         if self.split_documents:
             line += f"; {self.split_documents:,} documents longer than a row go on in others"
+            if self._splits_infilling:
+                line += (
+                    ", of which some are cut for infilling and make no sense in parts: prepare the data again with "
+                    f"--fim-tokens {self.sequence_length}"
+                )
         return line
+
+    @property
+    def _splits_infilling(self) -> bool:
+        options = self.dataset.info.get("settings", {}).get("options", {})
+        return bool(options.get("fim_rate")) and options["fim_tokens"] > self.sequence_length
 
     @abstractmethod
     def document_numbers(self, index: SupportsIndex) -> NDArray[np.int64]:

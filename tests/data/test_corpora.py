@@ -157,7 +157,7 @@ GITIGNORES = {
     "sub/build/b.py": "5\n",
     "docs/d.py": "6\n",
     "docs/deep/d.py": "7\n",
-    "sub/.gitignore": "*.py\n!/kept.py\n",
+    "sub/.gitignore": "\ufeff*.py\n!/kept.py\n",  # with a byte order mark
     "sub/c.py": "8\n",
     "sub/kept.py": "9\n",
     "sub/inner/kept.py": "10\n",

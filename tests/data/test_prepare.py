@@ -559,6 +559,9 @@ def test_a_folder_without_anything_usable_says_why(make, tmp_path):
 def test_what_is_missing_is_named_before_anything_is_made(library, small_tokenizer, tmp_path):
     with pytest.raises(PunaError, match="nowhere does not exist"):
         prepare("code", tmp_path / "nowhere", tmp_path / "out", tokenizer=small_tokenizer.path)
+    (odd := tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(PunaError, match=r"caf\\udce9' cannot be spelled in UTF-8, .*; rename it"):
+        prepare("code", odd, tmp_path / "out", tokenizer=small_tokenizer.path)
     with pytest.raises(PunaError, match="nothing does not exist; a tokenizer is"):
         prepare("code", library, tmp_path / "out", tokenizer=tmp_path / "nothing")
     with pytest.raises(UsageError, match="neither a chat template"):

@@ -57,6 +57,15 @@ def test_whole_document_rows_of_the_example():
     assert rows.summary().endswith("83.3% useful; 1 documents longer than a row go on in others")
 
 
+def test_infilling_that_rows_cut_apart_is_told():
+    documents = FakeDataset(AABBC)
+    documents.info["settings"] = {"options": {"fim_rate": 0.9, "fim_tokens": 5}}
+    assert WholeDocumentRows(documents, 4).summary().endswith("prepare the data again with --fim-tokens 4")
+    assert "infilling" not in WholeDocumentRows(documents, 5).summary()
+    documents.info["settings"]["options"]["fim_tokens"] = 4
+    assert "infilling" not in WholeDocumentRows(documents, 4).summary()
+
+
 def test_whole_document_rows_of_the_example_as_dialogs():
     rows = WholeDocumentRows(FakeDataset(AABBC, [[True] * len(document) for document in AABBC]), 4)
     assert len(rows) == 3

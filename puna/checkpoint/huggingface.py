@@ -268,15 +268,20 @@ def open_weights(folder: Path | str) -> dict[str, StoredTensor]:
     """Every tensor of a folder in Hugging Face layout, unread; safetensors are preferred to `.bin`.
 
     Raises:
-        PunaError: there are no weights, a file is missing or damaged, or two files hold the same tensor.
+        PunaError: there are no weights, or the weights of two models; a file is missing or damaged, or two files hold
+            the same tensor.
     """
     folder = Path(folder)
     for stem, suffix, opened in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickled)):
-        index = folder / f"{stem}.{suffix}.index.json"
+        index, file = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.exists() and file.exists() and file.name not in _weight_map(index).values():
+            raise PunaError(
+                f"{folder} holds {file.name}, and {index.name} names other files; remove what is not the model's"
+            )
         if index.exists():
             return open_index(index, opened)
-        if (folder / f"{stem}.{suffix}").exists():
-            return opened(folder / f"{stem}.{suffix}")
+        if file.exists():
+            return opened(file)
     raise PunaError(
         f"{folder} holds no weights: there is neither model.safetensors nor model.safetensors.index.json "
         "(nor pytorch_model.bin)"
@@ -420,9 +425,7 @@ def open_index(
     Raises:
         PunaError: there is no such map, a file is missing, or holds other tensors than the map says.
     """
-    weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise PunaError(f'{index} has no "weight_map"')
+    weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (index.parent / file).exists():
@@ -434,6 +437,13 @@ def open_index(
             raise PunaError(f"{index.parent / file} lacks {_some(lost)}, which {index.name} says it holds")
         tensors.update(found)
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise PunaError(f'{index} has no "weight_map"')
+    return weight_map
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

@@ -12,6 +12,7 @@ process that maps it, however that ends.
 The plain reference is `torch.distributed`'s own reduce-scatter and all-gather; sums are in the order of ranks.
 """
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -156,7 +157,8 @@ def _open_windows(group: dist.ProcessGroup) -> list[Tensor] | None:
     host = None
     if descriptor is not None:
         os.pwrite(descriptor, mark, 0)
-        host = os.readlink("/proc/self/ns/net")  # what has a network of its own is a host of its own
+        with contextlib.suppress(OSError):  # there is no /proc, and then no window is opened
+            host = os.readlink("/proc/self/ns/net")  # what has a network of its own is a host of its own
     told: list[tuple[int, int | None, bytes, str | None]] = [(0, None, b"", None)] * group.size()
     dist.all_gather_object(told, (os.getpid(), descriptor, mark, host), group)
     windows = [

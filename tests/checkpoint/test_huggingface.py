@@ -143,6 +143,18 @@ def test_a_file_that_the_index_names_and_is_not_there_is_named(sharded):
         load_model(sharded)
 
 
+def test_one_file_beside_an_index_of_others_is_refused(sharded):
+    stale = sharded / "model.safetensors"  # transformers reads it, and not what the index names
+    save_file(dict(tiny_model(seed=1).named_parameters()), stale)
+    with pytest.raises(
+        PunaError, match=r"holds model\.safetensors, and model\.safetensors\.index\.json names other files"
+    ):
+        load_model(sharded)
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(stale), stale.name)}))
+    assert torch.equal(load_model(sharded).lm_head.weight, tiny_model(seed=1).lm_head.weight)
+
+
 def test_a_tensor_in_two_files_is_named_with_both(sharded):
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
     name = next(iter(load_file(first)))

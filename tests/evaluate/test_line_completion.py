@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_every_line_that_may_be_asked_for_comes_once_with_all_that_stands_before
 
 def test_a_block_is_what_is_indented_deeper_than_the_line_before_it_in_whatever_language() -> None:
     text = "if (x) {\n\ta();\n\n\tif (y) {\n\t\tb();\n\t}\n}\nelse\n  c();\n"
-    text += "for\n" + "  d();\n" * (LONGEST_BLOCK + 1)
+    text += "for\n" + "  d();\n" * (LONGEST_BLOCK + 1) + "for\n  e();\n" + "\n" * LONGEST_BLOCK + "  e();\n"
     cases = {case.line: case for case in choose_blocks([Document("a.c", "code", text)], seed=0)}
     assert {line: case.target for line, case in cases.items()} == {
         2: "\ta();\n\n\tif (y) {\n\t\tb();\n\t}",
@@ -166,6 +167,16 @@ def test_a_block_is_what_is_indented_deeper_than_the_line_before_it_in_whatever_
     for case in cases.values():
         assert text.startswith(case.prompt)
         assert text[len(case.prompt) :].startswith(case.target)
+
+
+def test_a_long_file_takes_no_more_memory_than_the_cases_that_are_taken() -> None:
+    text = "class A:\n" + "    def f(self):\n        return self.something\n" * 10_000
+    tracemalloc.start()
+    for choose in (choose_cases, choose_blocks):
+        list(itertools.islice(choose([Document("a.py", "code", text)], seed=0), 4))
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 20 * len(text)
 
 
 def test_the_first_lines_come_from_different_documents() -> None:

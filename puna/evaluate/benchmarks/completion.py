@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -186,45 +186,56 @@ def choose_blocks(documents: "Sequence[Document]", seed: int) -> Iterator[Case]:
     return _in_turn([_block_cases(document, seed) for document in documents])
 
 
-def _in_turn(cases: list[list[Case]]) -> Iterator[Case]:
-    for k in range(max(map(len, cases), default=0)):
-        yield from (some[k] for some in cases if k < len(some))
+def _in_turn(cases: list[Iterator[Case]]) -> Iterator[Case]:
+    while cases:
+        found = [(some, next(some, None)) for some in cases]
+        yield from (case for _, case in found if case is not None)
+        cases = [some for some, case in found if case is not None]
 
 
-def _line_cases(document: "Document", seed: int) -> list[Case]:
+def _line_cases(document: "Document", seed: int) -> Iterator[Case]:
     lines = (document.text or "").split("\n")
     asked = [i for i, line in enumerate(lines) if i > 0 and 0 < len(line.strip()) <= LONGEST_LINE]
-    return _shuffled([_case("line", document, lines, i, lines[i].strip()) for i in asked], document, seed)
+    for i in _shuffled(asked, document, seed):
+        yield _case("line", document, lines, i, lines[i].strip())
 
 
-def _block_cases(document: "Document", seed: int) -> list[Case]:
+def _block_cases(document: "Document", seed: int) -> Iterator[Case]:
     lines = (document.text or "").split("\n")
-    found = []
-    for i in range(1, len(lines)):
-        if lines[i - 1].strip():
-            indent = _indent(lines[i - 1])
-            block = _deeper(lines[i:], indent)
-            if 0 < len(block) <= LONGEST_BLOCK and max(map(len, block)) <= LONGEST_LINE:
-                found.append(_case("block", document, lines, i, "\n".join(block), indent))
-    return _shuffled(found, document, seed)
+    for i in _shuffled([i for i in range(1, len(lines)) if _block_at(lines, i)], document, seed):
+        yield _case("block", document, lines, i, "\n".join(_block_at(lines, i)), _indent(lines[i - 1]))
+
+
+def _block_at(lines: list[str], i: int) -> list[str]:
+    """The lines of a block that begins in line i and may be asked for; none where there is no such block."""
+    if not lines[i - 1].strip():
+        return []
+    block = _deeper((lines[j] for j in range(i, len(lines))), _indent(lines[i - 1]), LONGEST_BLOCK)
+    return block if len(block) <= LONGEST_BLOCK and all(len(line) <= LONGEST_LINE for line in block) else []
 
 
 def _case(kind: str, document: "Document", lines: list[str], i: int, target: str, indent: int = 0) -> Case:
+    # Made one by one: the prompts of all lines of a long file together take the square of its size.
     return Case(kind, f"{document.source}/{document.id}", i + 1, "\n".join(lines[:i]) + "\n", target, indent)
 
 
-def _shuffled(cases: list[Case], document: "Document", seed: int) -> list[Case]:
-    random.Random(document_hash(seed, document)).shuffle(cases)
-    return cases
+def _shuffled(lines: list[int], document: "Document", seed: int) -> list[int]:
+    random.Random(document_hash(seed, document)).shuffle(lines)
+    return lines
 
 
-def _deeper(lines: list[str], indent: int) -> list[str]:
-    """The lines up to the first that is indented no deeper, without blanks at their ends."""
+def _deeper(lines: Iterable[str], indent: int, most: float = math.inf) -> list[str]:
+    """The lines up to the first that is indented no deeper, without blanks at their ends.
+
+    Of a block of more than `most` lines, some more than those are enough.
+    """
     block: list[str] = []
     for line in lines:
         if line.strip() and _indent(line) <= indent:
             break
         block.append(line.rstrip())
+        if block[-1] and len(block) > most:
+            break
     while block and not block[-1]:
         block.pop()
     return block

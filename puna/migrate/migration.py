@@ -9,6 +9,7 @@ import yaml
 
 from puna.checkpoint.formats.mindspore.model_config import read_yaml
 from puna.config import Recipe
+from puna.data.rows import IGNORE
 from puna.errors import PunaError
 from puna.files import file_aside
 from puna.migrate.keys import DIFFERENCES, GENERATION, NO_EFFECT, NOT_NEEDED, NOT_THERE, TRANSLATED
@@ -96,7 +97,8 @@ def migrate(
         source: the YAML.
         output: the recipe's file to write; None: none is.
         faithful: keep MindFormers' arithmetic, for comparison.
-        rows: of the training data, where its MindRecord files are elsewhere: steps are counted from them.
+        rows: of the training data, where its MindRecord files are elsewhere: steps are counted from them. Of dialogs,
+            which are packed, those of the prepared folder.
 
     Raises:
         PunaError: the YAML is none of a Llama of MindFormers, or `output` exists.
@@ -116,9 +118,12 @@ def migrate(
         steps = [*_conversion(settings, source, "CKPT"), generation(settings)]
         return Migration(None, keys, steps, [])
     data = settings.get("train_dataset.data_loader.dataset_dir", None)
+    found = None
     if rows is None and data is not None:
-        rows = _count_rows(Path(str(data)))
-    recipe = recipe_of(settings, where=str(source), rows=rows, is_faithful=faithful)
+        length = settings.whole("model.model_config.seq_length", 2048)
+        found = _count_rows(Path(str(data)), None if faithful else length)
+    counted = found if rows is None else rows
+    recipe = recipe_of(settings, where=str(source), rows=counted, is_faithful=faithful)
     steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
     steps.append(f"puna train {output or 'recipe.yaml'}")
     differences = [
@@ -126,8 +131,15 @@ def migrate(
         *value_differences(settings, recipe),
         *recompute_differences(settings),
     ]
-    if settings.whole("lr_schedule.total_steps", -1) <= 0 and rows is None:
+    is_stated = settings.whole("lr_schedule.total_steps", -1) > 0
+    if not is_stated and counted is None:
         differences.append(f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it")
+    elif not faithful and (is_stated or found is None) and _has_labels(settings):
+        differences.append(
+            f"steps: {recipe.steps:,} are {'stated' if is_stated else 'counted from --rows'}; rows of one dialog each "
+            "became fewer, packed ones, which so many steps may see several times as often: "
+            f"`puna inspect {TRAIN_DATA} --sequence-length {recipe.sequence_length}` counts them"
+        )
     migration = Migration(recipe, keys, steps, differences)
     if output is not None:
         if Path(output).exists():
@@ -198,11 +210,29 @@ def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str
     return steps
 
 
-def _count_rows(path: Path) -> int | None:
-    """Rows of a MindRecord file or folder; None if it is not here."""
+def _has_labels(settings: Settings) -> bool:
+    """Whether rows are dialogs, one each."""
+    return "labels" in str(settings.get("train_dataset.input_columns", ""))
+
+
+def _count_rows(path: Path, length: int | None) -> int | None:
+    """Rows of a MindRecord file or folder, dialogs packed into such of a length; None if it is not here."""
     from puna.data.mindrecord import MindRecord
 
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix != ".db" and file.is_file()]
-        return sum(len(MindRecord.open(file)) for file in files)
-    return sum(len(record) for record in MindRecord.open_all(path)) if path.is_file() else None
+        records = [MindRecord.open(file) for file in files]
+    elif path.is_file():
+        records = MindRecord.open_all(path)
+    else:
+        return None
+    if length is None or not all("labels" in record.blob_fields for record in records):
+        return sum(map(len, records))
+    used = sum(_used(row) for record in records for row in record.rows())
+    return max(1, -(-used // max(1, length)))
+
+
+def _used(row: Mapping[str, Any]) -> int:
+    """Ids of a dialog before the padding; none where all is masked."""
+    places = row["input_ids"].reshape(-1).nonzero()[0]
+    return int(places[-1]) + 1 if (row["labels"] != IGNORE).any() else 0

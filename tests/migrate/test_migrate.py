@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from puna.checkpoint import convert
 from puna.cli import run
 from puna.config import load_recipe
 from puna.data import loader
+from puna.data.rows import open_rows
+from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError
 from puna.migrate.keys import GENERATION, NO_EFFECT, NOT_NEEDED, NOT_THERE, TRANSLATED
 from puna.model.config import preset
@@ -283,6 +287,34 @@ def test_epochs_become_steps_where_the_rows_are_known(written):
     assert any("the YAML counts epochs; give --rows" in difference for difference in unknown.differences)
 
 
+def test_dialogs_are_counted_as_they_are_packed(shared, written, tmp_path):
+    fixtures = shared / "fixtures/mindspore"
+    with tarfile.open(fixtures / "preprocess/qa512.mindrecord.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    data = tmp_path / "qa512.mindrecord"
+    path = written({
+        "train_dataset.data_loader.dataset_dir": str(data), "use_parallel": False, "parallel_config.pipeline_stage": 1,
+        "runner_config.epochs": 10, "model.model_config.seq_length": 2048,
+    })  # fmt: skip
+    tokenizer = fixtures / "tokenizer/tokenizer.model"
+    puna.prepare("mindrecord", data, tmp_path / "train", tokenizer=tokenizer, workers=1)
+    dialogs, packed = (len(open_rows(Dataset.open(tmp_path / "train"), length)) for length in (2, 2048))
+    assert dialogs == 4 * packed
+    found = puna.migrate(path)
+    assert abs(found.recipe.steps - 10 * packed) <= 10
+    assert not [line for line in found.differences if line.startswith("steps")]
+    assert puna.migrate(path, faithful=True).recipe.steps >= 10 * dialogs
+
+
+def test_steps_that_were_counted_in_rows_of_one_dialog_are_named(written):
+    stated, counted = ({"lr_schedule.total_steps": 500}, None, "stated"), ({}, 10_000, "counted from --rows")
+    for changes, rows, word in (stated, counted):
+        line = puna.migrate(written(changes), rows=rows).differences[-1]
+        assert re.fullmatch(rf"steps: \d+ are {word}; rows of one dialog .*`puna inspect .* 4096` counts them", line)
+        assert "steps: " not in str(puna.migrate(written({**PRETRAIN, **changes}), rows=rows).differences)
+        assert not puna.migrate(written(changes), rows=rows, faithful=True).differences
+
+
 def test_layers_that_recompute_are_counted_by_stage_and_run_of_layers(written):
     changes = {"model.model_config.pp_interleave_num": 2, "recompute_config.recompute": [[1, 2], [2, 2]]}
     found = puna.migrate(written(changes), faithful=True)
@@ -403,8 +435,6 @@ def test_the_guide_names_every_key():
 )
 def test_a_faithful_run_repeats_mindformers_own(shared, written, tmp_path, monkeypatch, reference, rows, weight_decay):
     """The YAML, rows and weights of MindFormers' own six steps, through migrate, prepare, convert and train."""
-    import tarfile
-
     fixtures = shared / "fixtures/mindspore"
     with tarfile.open(fixtures / f"preprocess/{rows}.mindrecord.tar.xz") as tar:
         tar.extractall(tmp_path, filter="data")

@@ -348,30 +348,58 @@ class EagerGraph:
         self.logits.copy_(self.step())
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"draft": tiny_model()}, {"cache_dtype": "int8"}], ids=["plain", "draft", "int8"]
-)
-def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
-    model: Llama, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraph]:
+    """Engines made from now on record steps as they would on a CUDA device, to here."""
     recorded: list[EagerGraph] = []
 
     def capture(self: DecodeGraphs, step: Callable[[], Tensor]) -> tuple[EagerGraph, Tensor]:
         recorded.append(EagerGraph(step))
         return recorded[-1], recorded[-1].logits
 
+    monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda keys: True)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    return recorded
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"draft": tiny_model()}, {"cache_dtype": "int8"}], ids=["plain", "draft", "int8"]
+)
+def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
+    model: Llama, request: pytest.FixtureRequest, options: dict[str, Any]
+) -> None:
     prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
     samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
     expected = complete(model, None, prompts, samplings)
     if "cache_dtype" in options:
         expected = Engine(model, cache_tokens=400, **options).generate(prompts, samplings)
-    monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
-    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda keys: True)
-    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    recorded = request.getfixturevalue("recorded")
     engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5, **options)
     assert engine.generate(prompts, samplings) == expected
     assert len(recorded) > 3, "several numbers of rows and blocks"
     assert_all_free(engine)
+
+
+def test_layers_are_compiled_for_one_row_and_once_for_all_other_numbers(
+    recorded: list[EagerGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made, compile_ = tiny_model(), [], torch.compile
+
+    def note(graph, inputs):  # type: ignore[no-untyped-def]
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, options: compile_(function, backend=note))
+    torch.compiler.reset()  # it remembers sizes by the line that they came from
+    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
+    samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
+    expected = complete(model, None, prompts, samplings)
+    engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5, compile=True)
+    for_one_row = len(made)
+    assert engine.generate(prompts, samplings) == expected
+    assert len(recorded) > 3, "several numbers of rows"
+    assert len(made) == 2 * for_one_row > 0
 
 
 @torch.no_grad()

@@ -2,24 +2,31 @@
 
 At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A graph is
 recorded once for every number of rows, and of blocks that the longest of them has, each rounded up; rows that stand
-empty have length 0 and write to a block that nobody reads. Layers may be compiled too: then what lies between their
-products is one kernel, which costs a minute at the start.
+empty have length 0 and write to a block that nobody reads. Few rows of a bf16 model go through fewer kernels than its
+modules launch (`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their
+products is one kernel for any number of rows, which costs a minute at the start.
 
 On a CPU a graph is a `Recording` of our kernels' calls. A model that needs more than these is refused as the first is
 made, and each step is computed by itself.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from puna.devices import takes_cuda_kernels
 from puna.generate.engine.cache import PagedCache, PagedLayer, Step
 from puna.generate.engine.scheduler import Chunk
 from puna.model.calls import Recording
 from puna.model.llama import Llama
+from puna.quantized import few_rows
+
+if TYPE_CHECKING:
+    from puna.generate.engine.decode_step import DecodeStep
 
 #: Rows beyond which a step is not recorded: its products take longer than their launches.
 MOST_ROWS = 256
@@ -41,19 +48,20 @@ class DecodeGraphs:
     Args:
         model: on a CUDA device.
         cache: its blocks.
-        is_compiled: compile the layers when they are first used.
+        is_compiled: compile the layers, for one row at once, and for more when they first come.
     """
 
     most_rows = MOST_ROWS
 
     def __init__(self, model: Llama, cache: PagedCache, *, is_compiled: bool) -> None:
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._is_compiled = model, cache, is_compiled
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
         if is_compiled:
             cache.layer_type = _OutsideCompiledLayers
             for layer in model.model.layers:
                 layer.forward = torch.compile(layer.forward, options=OPTIONS)
+            self._record_one_row()  # first: as the second size, it would have layers compiled three times
 
     def takes(self, chunks: list[Chunk]) -> bool:
         """Whether a graph can compute these chunks."""
@@ -72,18 +80,39 @@ class DecodeGraphs:
     def _rows(self, n: int) -> int:
         return 1 << (n - 1).bit_length()
 
+    @torch.inference_mode()
+    def _record_one_row(self) -> None:
+        self._graphs[1, SHORTEST_TABLE] = self._record(1, SHORTEST_TABLE)
+
     def _record(self, rows: int, width: int) -> "_Graph":
         host = torch.zeros(rows * (width + 8), dtype=torch.int32, pin_memory=self._cache.device.type == "cuda")
         there = host.to(self._cache.device)
         inputs = _Inputs.of(there, rows)
         inputs.slots.fill_(self._cache.empty_slot)
 
+        fused = self._fused_step(rows)
+
         def step() -> Tensor:
             self._cache.step = Step(inputs.slots, rows, (inputs.tables, inputs.lengths), [])
+            if fused is not None:
+                return fused(inputs.ids, inputs.positions, self._cache)
             hidden = self._model.hidden(inputs.ids[None], positions=inputs.positions[None], cache=self._cache)
             return self._model.lm_head(hidden[0])
 
         return _Graph(*self._capture(step), host, there, _Inputs.of(host, rows).numpy(), self._cache.empty_slot)
+
+    def _fused_step(self, rows: int) -> "DecodeStep | None":
+        """The step in fewer kernels, where model, device and the number of rows allow it."""
+        is_bf16 = (self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype) == torch.bfloat16
+        has_triton = takes_cuda_kernels(self._cache.device.type) and importlib.util.find_spec("triton") is not None
+        if self._is_compiled or rows > few_rows.MOST_ROWS or not is_bf16 or not has_triton:
+            return None
+        from puna.generate.engine.decode_step import DecodeStep, NotFused
+
+        try:
+            return DecodeStep(self._model)
+        except NotFused:
+            return None
 
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph | Recording, Tensor]:
         side = torch.cuda.Stream()
@@ -114,8 +143,7 @@ class RecordedSteps(DecodeGraphs):
 
     def __init__(self, model: Llama, cache: PagedCache) -> None:
         super().__init__(model, cache, is_compiled=False)
-        with torch.inference_mode():
-            self._graphs[1, SHORTEST_TABLE] = self._record(1, SHORTEST_TABLE)
+        self._record_one_row()
 
     def _rows(self, n: int) -> int:
         return n

@@ -55,8 +55,9 @@ class Runner:
             device=self._device,
             tp_size=1 if group is None else group.size(),
         )
-        self._graphs = _graphs(model, self.cache, is_compiled=compile)
         self._is_compiled = compile
+        with torch.accelerator.device_index(self._device.index):
+            self._graphs = _graphs(model, self.cache, is_compiled=compile)
 
     def compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
         """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on.

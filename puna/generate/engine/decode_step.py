@@ -1,0 +1,132 @@
+"""A decoding step of few rows in six kernels a layer instead of twenty, for CUDA devices.
+
+    a layer      norm, q, k, v | rotate q and k, keep k and v | attend | o, add | norm, gate, up, gated | down, add
+
+Between two kernels lie some microseconds in which no weight is read, and a layer of 7B is read in a hundred. The
+modules of `puna.model.llama` are what it is tested against: numbers are rounded where theirs are, but that a norm is
+divided by behind the product which it stands before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from puna.generate.engine.cache import PagedCache, PagedLayer, Step
+from puna.generate.engine.decode_kernels import rotate_and_keep, round_rows
+from puna.generate.engine.paged_attention import attend_paged
+from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm
+from puna.quantized import QuantizedLinear
+from puna.quantized.few_rows_kernel import multiply
+
+
+class DecodeStep:
+    """A model for single tokens, `puna.quantized.few_rows.MOST_ROWS` of them at most.
+
+    Args:
+        model: whole, on its device, with activations of 16 bits.
+
+    Raises:
+        NotFused: a layer needs more than these kernels.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self._model, self._layers = model.model, [_Layer.of(layer) for layer in model.model.layers]
+        self._dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
+        self._head = _Product.of(model.lm_head)
+        products = [self._head, *(product for layer in self._layers for product in layer.products)]
+        if any(product.dtype not in (None, self._dtype) for product in products):
+            raise NotFused
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
+        """Logits (n, V) behind (n,) tokens, whose keys and values are kept; all of them decode in `cache.step`."""
+        x = self._model.embed_tokens(ids).to(self._dtype)
+        tables = self._model.rotary_tables(positions[None], self._model.config)
+        cos, sin = (table.view(len(ids), -1) for table in tables)
+        assert cache.step is not None
+        for index, layer in enumerate(self._layers):
+            x = layer(x, cos, sin, cache.layer(index), cache.step)
+        return self._head(x, norm=self._model.norm)
+
+
+class NotFused(Exception):
+    """A model that is computed by its modules."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One linear layer, or some over the same input, end to end."""
+
+    weights: Sequence[Tensor]
+    scales: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, *modules: nn.Module) -> "_Product":
+        parts = [_parts(module) for module in modules]
+        weights, scales = [weight for weight, _ in parts], [scale for _, scale in parts if scale is not None]
+        if len({weight.dtype for weight in weights}) > 1 or len(scales) not in (0, len(weights)):
+            raise NotFused
+        return cls(weights, scales)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That activations must have; None: any of 16 bits."""
+        return None if self.scales else self.weights[0].dtype
+
+    def __call__(self, x: Tensor, *, norm: RMSNorm | None = None, **behind: Any) -> Tensor:
+        """(n, in) to (n, out of all), of the normed `x`; `behind` as for `multiply`."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if self.weights[0].dtype == torch.float8_e4m3fn:
+            x, row_scales = round_rows(x, weight, eps)
+            return multiply(x, self.weights, self.scales, row_scales=row_scales, **behind)
+        return multiply(x, self.weights, self.scales, norm=weight, eps=eps, **behind)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer as products."""
+
+    layer: DecoderLayer
+    qkv: _Product
+    o: _Product
+    gate_up: _Product
+    down: _Product
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Layer":
+        at, mlp = layer.self_attn, layer.mlp
+        qkv, gate_up = (at.q_proj, at.k_proj, at.v_proj), (mlp.gate_proj, mlp.up_proj)
+        return cls(layer, _Product.of(*qkv), _Product.of(at.o_proj), _Product.of(*gate_up), _Product.of(mlp.down_proj))
+
+    @property
+    def products(self) -> tuple[_Product, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kept: PagedLayer, step: Step) -> Tensor:
+        """(n, D) to (n, D)."""
+        heads = self.qkv(x, norm=self.layer.input_layernorm).view(len(x), -1, self.layer.self_attn.head_dim)
+        keys, values, assumed = kept.keys.flatten(), kept.values.flatten(), step.tables
+        assert assumed is not None
+        n_keys = keys.numbers.shape[1]
+        n_queries = heads.shape[1] - 2 * n_keys
+        pools = (keys.numbers, values.numbers) if keys.scales is None else None
+        rotate_and_keep(heads, cos, sin, n_queries, pools, step.slots)
+        if pools is None:
+            keys.write(step.slots, heads[:, n_queries:-n_keys])
+            values.write(step.slots, heads[:, -n_keys:])
+        scales = kept.keys.scales, kept.values.scales
+        attended = attend_paged(heads[:, :n_queries], kept.keys.numbers, kept.values.numbers, *assumed, *scales)
+        x = self.o(attended.view(len(x), -1), residual=x)
+        wide = self.gate_up(x, norm=self.layer.post_attention_layernorm, is_gated=True)
+        return self.down(wide, residual=x)
+
+
+def _parts(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight of a linear layer, plain or as codes of 8 bits and their scales."""
+    if type(module) is Linear and module.bias is None:
+        return module.weight, None
+    if isinstance(module, QuantizedLinear) and module.bias is None and (codes := module.codes()) is not None:
+        return codes
+    raise NotFused

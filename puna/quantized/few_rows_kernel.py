@@ -1,71 +1,142 @@
-"""Products of few rows with weights of 8 bits as a Triton kernel for CUDA devices: each code is read once, as a byte.
+"""Products of few rows as a Triton kernel for CUDA devices: each weight is read once, and as it is stored.
 
-torch would write all int8 weights in 16 bits and read them again, five bytes a weight for one; of fp8 numbers it
-multiplies tiles of 64 rows at least. A program multiplies some outputs with all rows, along the whole depth, so that no
-sums of others need to be joined; a row's numbers do not depend on the rows beside it. The files of
-`puna.quantized.schemes` have the plain formulas. Needs Triton, which comes with torch's CUDA builds.
+Such a product only reads weights. torch would write those of int8 in 16 bits and read them again, five bytes a weight
+for one; of fp8 numbers it multiplies tiles of 64 rows at least; and in 16 bits what stands between products takes it a
+dozen kernels a layer, in which nothing is read. So one kernel takes several weights over the same rows, the norm before
+them, and what comes behind. A program multiplies some outputs with all rows, along the whole depth, so that no sums of
+others need to be joined; a row's numbers do not depend on the rows beside it. The files of `puna.quantized.schemes`
+and `puna.model.llama` have the plain formulas. Needs Triton, which comes with torch's CUDA builds.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows of a product's tiles -> outputs of a program, and the depth that it reads at a time: 8 KiB of codes, four times
+#: Rows of a product's tiles -> outputs of a program, and the bytes of each that it reads at a time: 8 KiB, four times
 #: on their way.
 TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
 STAGES = 4
 
 #: Outputs up to which a program takes half as many, twice as deep: a device has multiprocessors for twice the programs.
-FEW_OUTPUTS = 2048
+FEW_OUTPUTS = 4096
 
 
-def multiply(x: Tensor, codes: Tensor, scales: Tensor, row_scales: Tensor | None = None) -> Tensor:
-    """Rows times the transposed weight.
+def multiply(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor] = (),
+    *,
+    row_scales: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """Rows times each of up to three transposed weights, end to end.
 
     Args:
         x: (rows, in) of 16 bits, or e4m3 with `row_scales`, `puna.quantized.few_rows.MOST_ROWS` at most; its last dim
             is dense.
-        codes: (out, in) int8, or e4m3 where `x` is; its last dim is dense.
-        scales: (out,) that the codes are multiplied with, dense.
+        weights: (out, in) each, in the dtype of `x`, or int8; of the same strides, their last dim dense.
+        scales: (out,) that each of 8 bits is multiplied with, dense.
         row_scales: (rows,) fp32 that an `x` of 8 bits is multiplied with, dense.
+        norm: (in,) of an RMSNorm of an `x` of 16 bits that comes first, dense. It divides by the root mean square
+            behind the product, which is the same but for rounding and reads `x` once. None: there is none.
+        eps: of the norm.
+        residual: (rows, out of all) that is added to the result, in its dtype, dense.
+        is_gated: of two weights alike, give silu(first) * second.
 
     Returns:
-        (rows, out) in the dtype of an `x` of 16 bits, else in bf16; sums and scales are applied in fp32.
+        (rows, out of all), gated (rows, out), in the dtype of an `x` of 16 bits, else in bf16; sums, scales and the
+        norm's divisor are applied in fp32.
     """
     n_rows, depth = x.shape
-    n_outputs = len(codes)
-    out = x.new_empty(n_rows, n_outputs, dtype=x.dtype if row_scales is None else torch.bfloat16)
+    first, second, third, *_ = (*weights, None, None)
+    first_scales, second_scales, third_scales, *_ = (*scales, None, None, None)
+    sizes = [0 if weight is None else len(weight) for weight in (first, second, third)]
+    width = sizes[0] if is_gated else sum(sizes)
+    out = x.new_empty(n_rows, width, dtype=x.dtype if row_scales is None else torch.bfloat16)
     rows = triton.next_power_of_2(max(16, n_rows))
-    outputs, step = TILES[rows]
-    if n_outputs <= FEW_OUTPUTS:
-        outputs, step = outputs // 2, 2 * step
-    _multiply[(triton.cdiv(n_outputs, outputs),)](
-        x, codes, scales, row_scales, out, n_rows, n_outputs, depth, x.stride(0), codes.stride(0),
-        ROWS=rows, OUTPUTS=outputs, DEPTH=step, num_warps=4, num_stages=STAGES,
+    outputs, step_bytes = TILES[rows]
+    if width <= FEW_OUTPUTS:
+        outputs, step_bytes = outputs // 2, 2 * step_bytes
+    programs = sum(triton.cdiv(size, outputs) for size in (sizes[:1] if is_gated else sizes))
+    _multiply[(programs,)](
+        x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,
+        n_rows, *sizes, width, depth, x.stride(0), first.stride(0), eps,
+        ROWS=rows, OUTPUTS=outputs, DEPTH=step_bytes // first.element_size(), IS_GATED=is_gated,
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _multiply(
-    x, codes, scales, row_scales, out, n_rows, n_outputs, depth, x_row, codes_row,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
+    x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,
+    n_rows, n_first, n_second, n_third, width, depth, x_row, weight_row, eps,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, IS_GATED: tl.constexpr,
 ):  # fmt: skip
-    row, output = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    program, begin = tl.program_id(0), 0
+    weight, scales, n_outputs = first, first_scales, n_first
+    if second is not None and not IS_GATED:
+        before = tl.cdiv(n_first, OUTPUTS)
+        if program >= before:
+            program -= before
+            weight, n_outputs, begin = second, n_second, n_first
+            if second_scales is not None:
+                scales = second_scales
+            if third is not None:
+                before = tl.cdiv(n_second, OUTPUTS)
+                if program >= before:
+                    program -= before
+                    weight, n_outputs, begin = third, n_third, n_first + n_second
+                    if third_scales is not None:
+                        scales = third_scales
+
+    row, output = tl.arange(0, ROWS), program * OUTPUTS + tl.arange(0, OUTPUTS)
     is_row, is_output = row < n_rows, output < n_outputs
-    x_place, codes_place = row[:, None] * x_row, output.to(tl.int64)[:, None] * codes_row
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    weight_place = output.to(tl.int64)[:, None] * weight_row
+    total, ups = tl.zeros([OUTPUTS, ROWS], tl.float32), tl.zeros([OUTPUTS, ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, depth, DEPTH):
         place = start + tl.arange(0, DEPTH)
-        is_place = (place < depth)[None, :]
-        weight = tl.load(codes + codes_place + place[None, :], mask=is_output[:, None] & is_place, other=0.0)
-        piece = tl.load(x + x_place + place[None, :], mask=is_row[:, None] & is_place, other=0.0)
+        is_place = place < depth
+        is_weight = is_output[:, None] & is_place[None, :]
+        piece = tl.load(x + row[:, None] * x_row + place[None, :], mask=is_row[:, None] & is_place[None, :], other=0.0)
         if row_scales is not None:  # e4m3, which fp16 holds exactly
             piece = piece.to(tl.float16)
-        total = tl.dot(weight.to(piece.dtype), tl.trans(piece), total)
-    total *= tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+        if norm is not None:
+            wide = piece.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            piece = (wide * tl.load(norm + place, mask=is_place, other=0.0).to(tl.float32)[None, :]).to(piece.dtype)
+        columns = tl.trans(piece)
+        numbers = tl.load(weight + weight_place + place[None, :], mask=is_weight, other=0.0)
+        total = tl.dot(numbers.to(piece.dtype), columns, total)
+        if IS_GATED:
+            numbers = tl.load(second + weight_place + place[None, :], mask=is_weight, other=0.0)
+            ups = tl.dot(numbers.to(piece.dtype), columns, ups)
+
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if norm is not None:
+        factor = tl.rsqrt(squares / depth + eps)
     if row_scales is not None:
-        total *= tl.load(row_scales + row, mask=is_row, other=0.0)[None, :]
-    place = row.to(tl.int64)[None, :] * n_outputs + output[:, None]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])
+        factor *= tl.load(row_scales + row, mask=is_row, other=0.0)
+    total *= factor[None, :]
+    if scales is not None:
+        total *= tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    if IS_GATED:
+        ups *= factor[None, :]
+        if second_scales is not None:
+            ups *= tl.load(second_scales + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+        gate = total.to(out.dtype.element_ty).to(tl.float32)
+        gate = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+        total = gate * ups.to(out.dtype.element_ty).to(tl.float32)
+    place = row[None, :] * width + begin + output[:, None]
+    is_out = is_output[:, None] & is_row[None, :]
+    if residual is not None:
+        added = tl.load(residual + place, mask=is_out, other=0.0).to(tl.float32)
+        total = total.to(out.dtype.element_ty).to(tl.float32) + added
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_out)

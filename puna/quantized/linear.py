@@ -65,6 +65,10 @@ class QuantizedLinear(nn.Module, ABC):
             dtype: of all activations there will be; None: any. Some products know one alone.
         """
 
+    def codes(self) -> tuple[Tensor, Tensor] | None:
+        """Codes (out, in) of 8 bits and scales (out,), for kernels that take them; None: it is stored otherwise."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`: bf16 or fp32."""
         if self.is_in_blocks:

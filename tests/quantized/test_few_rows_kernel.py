@@ -40,10 +40,10 @@ def compare(case: tuple[int, int, int], dtype: torch.dtype, device: str) -> None
     from puna.quantized.few_rows_kernel import multiply
 
     x, codes, scales = factors(*case, dtype, device)
-    found, expected = multiply(x, codes, scales), int8.product_reference(x.double(), codes, scales)
+    found, expected = multiply(x, [codes], [scales]), int8.product_reference(x.double(), codes, scales)
     assert found.dtype == dtype
     assert (found - expected).norm() <= 3e-3 * expected.norm(), case
-    alone = torch.cat([multiply(x[i : i + 1], codes, scales) for i in range(min(16, len(x)))])
+    alone = torch.cat([multiply(x[i : i + 1], [codes], [scales]) for i in range(min(16, len(x)))])
     assert len(x) > 16 or torch.equal(alone, found), f"{case}: a row depends on the others"
 
 
@@ -51,12 +51,15 @@ def compare_fp8(case: tuple[int, int, int], device: str) -> None:
     from puna.quantized.few_rows_kernel import multiply
 
     x, weight, x_scales, weight_scales = fp8_factors(*case, device)
-    found = multiply(x, weight, weight_scales.view(-1), x_scales.view(-1))
+    found = multiply(x, [weight], [weight_scales.view(-1)], row_scales=x_scales.view(-1))
     expected = (x.double() @ weight.double().t()) * x_scales * weight_scales.t()
     assert found.dtype == torch.bfloat16
     errors = (found - expected).norm(dim=1)
     assert (errors <= 5e-3 * expected.norm(dim=1)).all(), case  # the interpreter cuts bf16 off where it is rounded
-    alone = [multiply(x[i : i + 1], weight, weight_scales.view(-1), x_scales[i]) for i in range(min(16, len(x)))]
+    alone = [
+        multiply(x[i : i + 1], [weight], [weight_scales.view(-1)], row_scales=x_scales[i])
+        for i in range(min(16, len(x)))
+    ]
     assert len(x) > 16 or torch.equal(torch.cat(alone), found), f"{case}: a row depends on the others"
 
 

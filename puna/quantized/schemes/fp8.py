@@ -51,6 +51,10 @@ class Linear(QuantizedLinear):
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
         self._is_native = fits and multiplies_fp8(self.weight.device)
 
+    def codes(self) -> tuple[Tensor, Tensor] | None:
+        """Where the device knows them."""
+        return (self.weight, self.weight_scale.view(-1)) if self._is_native else None
+
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
         rounded, scale = round_rows(x)
@@ -80,7 +84,7 @@ def product_reference(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales
 
 def _product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
     if (multiply := few_rows_product(len(x), x.device)) is not None:
-        return multiply(x, weight, weight_scales.view(-1), x_scales.view(-1))
+        return multiply(x, [weight], [weight_scales.view(-1)], row_scales=x_scales.view(-1))
     if takes_cuda_kernels(x.device.type):
         return torch._scaled_mm(x, weight.t(), x_scales, weight_scales.t(), out_dtype=torch.bfloat16)
     return product_reference(x, weight, x_scales, weight_scales)

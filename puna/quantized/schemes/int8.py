@@ -60,6 +60,10 @@ class Linear(QuantizedLinear):
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.weight_scale = self.weight_scale.float().view(-1)
 
+    def codes(self) -> tuple[Tensor, Tensor] | None:
+        """As they are stored, unless a CPU has its own order."""
+        return None if self._is_packed or self.is_in_blocks else (self.weight, self.weight_scale.view(-1))
+
     def product(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
         if self._is_packed:
@@ -77,7 +81,7 @@ def product_reference(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def _product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     if x.itemsize == 2 and (multiply := few_rows_product(len(x), x.device)) is not None:
-        return multiply(x, codes, scales)
+        return multiply(x, [codes], [scales])
     return product_reference(x, codes, scales)
 
 

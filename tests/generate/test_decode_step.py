@@ -1,0 +1,191 @@
+"""A decoding step in few kernels against the model's modules, on the CPU by Triton's interpreter, on a GPU as it is."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.checkpoint import load, quantize, save_model
+from puna.devices import multiplies_fp8
+from puna.generate import Sampling
+from puna.generate.engine import Engine
+from puna.generate.engine.cache import PagedCache, Step
+from puna.model.llama import Llama, RMSNorm, rotate
+from puna.quantized.schemes import fp8
+from puna.testing import tiny_model
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+
+#: Fields of a config.
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "a head each": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, PagedCache], Tensor]) -> list[Tensor]:
+    """Logits of three sequences' newest tokens and all that is kept then, in a pool of random keys and values."""
+    device = model.lm_head.weight.device
+    cache = PagedCache(model.config, 12, 16, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    for storage in (cache.keys, cache.values):
+        random = torch.randn(storage.numbers.shape[:-1].numel(), *storage.numbers.shape[-1:], generator=generator)
+        for index in range(len(storage.numbers)):
+            layer = storage[index].flatten()
+            n = len(layer.numbers)
+            rows = random.view(*storage.numbers.shape)[index].flatten(0, 1).to(device, model.lm_head.weight.dtype)
+            layer.write(torch.arange(n, device=device), rows)
+    ids, positions = torch.tensor([[5, 9, 17], [20, 0, 33]], device=device)
+    tables = torch.tensor([[3, 4, 0], [7, 0, 0], [1, 2, 5]], dtype=torch.int32, device=device)
+    cache.step = Step(torch.tensor([68, 112, 81], device=device), 3, (tables, (positions + 1).int()), [])
+    with torch.inference_mode():
+        logits = step(ids, positions, cache)
+    return [logits, *(storage.read(torch.float32) for storage in (cache.keys, cache.values))]
+
+
+def compare(model: Llama, kept_in: torch.dtype, tolerance: float) -> None:
+    from puna.generate.engine.decode_step import DecodeStep
+
+    def by_modules(ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
+        return model.lm_head(model.hidden(ids[None], positions=positions[None], cache=cache)[0])
+
+    expected, found = (decode(model, kept_in, step) for step in (by_modules, DecodeStep(model)))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).float().norm() <= tolerance * other.float().norm()
+
+
+def compare_kernels() -> None:
+    """What stands around products, for sizes that are no powers of two."""
+    from puna.generate.engine.decode_kernels import rotate_and_keep, round_rows
+    from puna.quantized.few_rows_kernel import multiply
+
+    torch.manual_seed(0)
+    x, weights = torch.randn(3, 300).half(), [torch.randn(n, 300).div(20).half() for n in (70, 33, 40)]
+    norm = RMSNorm(300, 1e-5)
+    norm.weight.data = torch.rand(300).half()
+    residual = torch.randn(3, 143).half()
+    with torch.inference_mode():
+        q, k, v = (F.linear(norm(x).double(), weight.double()) for weight in weights)
+        found = multiply(x, weights, norm=norm.weight, eps=norm.eps, residual=residual)
+        _assert_near(found, torch.cat([q, k, v], dim=1) + residual)
+        found = multiply(x, [weights[0], weights[0].flip(0)], norm=norm.weight, eps=norm.eps, is_gated=True)
+        _assert_near(found, F.silu(q) * q.flip(1))
+        _, scales = round_rows(x, norm.weight, norm.eps)
+        _assert_near(scales, fp8.round_rows(norm(x))[1].view(-1))
+
+    heads, pools, slots = torch.randn(3, 8, 24).half(), torch.zeros(2, 50, 2, 24).half(), torch.tensor([5, 49, 0])
+    cos, sin = torch.rand(2, 3, 12).repeat(1, 1, 2)
+    expected = rotate(heads[None], cos[None, :, None], sin[None, :, None])[0]
+    turned, turned_in_place = heads.clone(), heads.clone()
+    rotate_and_keep(turned, cos, sin, 4, tuple(pools), slots)
+    _assert_near(turned[:, :4], expected[:, :4])
+    _assert_near(pools[0][slots], expected[:, 4:6])
+    assert torch.equal(pools[1][slots], heads[:, 6:])
+    assert int((pools != 0).sum()) == 2 * slots.numel() * 2 * 24
+    rotate_and_keep(turned_in_place, cos, sin, 4, None, slots)
+    _assert_near(turned_in_place, torch.cat([expected[:, :6], heads[:, 6:]], dim=1))
+
+
+def _assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+@needs_triton
+def test_its_kernels_interpreted_compute_what_modules_do() -> None:
+    code = "from tests.generate.test_decode_step import interpret; interpret()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def interpret() -> None:
+    """Not in bf16, whose bits the interpreter's products take for integers, nor in fp8, whose last bits it loses."""
+    from tests.generate.test_paged_attention import _let_arrays_of_one_number_bound_loops
+
+    _let_arrays_of_one_number_bound_loops()
+    compare_kernels()
+    for changes in MODELS.values():
+        model = tiny_model(**changes).half()
+        compare(model, torch.float16, 5e-3)
+    compare(model, torch.int8, 2e-2)
+
+
+@needs_triton
+def test_a_model_that_needs_more_is_left_to_its_modules() -> None:
+    code = "from tests.generate.test_decode_step import refuse; refuse()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def refuse() -> None:
+    """Biases, weights that are cast, and what ranks share."""
+    from puna.generate.engine.decode_step import DecodeStep, NotFused
+
+    cast = tiny_model()
+    cast.compute_dtype = torch.bfloat16
+    shared = tiny_model().bfloat16()
+    shared.lm_head = torch.nn.Sequential(shared.lm_head)  # type: ignore[assignment]
+    for model in (tiny_model(attention_bias=True).bfloat16(), cast, shared):
+        with pytest.raises(NotFused):
+            DecodeStep(model)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Llama]:
+    """A tiny model in bf16 on the GPU, as it is loaded for inference, maybe quantised by a scheme."""
+
+    def loaded(scheme: str | None, **changes: Any) -> Llama:
+        folder = tmp_path_factory.mktemp("models")
+        save_model(tiny_model(head_dim=64, hidden_size=128, intermediate_size=192, **changes).bfloat16(), folder / "m")
+        if scheme is not None:
+            quantize(folder / "m", folder / scheme, scheme=scheme)
+        return load(folder / (scheme or "m"), device="cuda", for_inference=True)[0]
+
+    return loaded
+
+
+def _skip_unless_known(*dtypes: str | None) -> None:
+    if "fp8" in dtypes and not multiplies_fp8(torch.device("cuda")):
+        pytest.skip("needs a device that knows fp8 numbers")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_on_a_gpu_it_computes_what_modules_do(
+    loaded: Callable[..., Llama], changes: dict[str, Any], scheme: str | None, kept_in: torch.dtype
+) -> None:
+    _skip_unless_known(scheme)
+    compare(loaded(scheme, **changes), kept_in, 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+def test_an_engine_on_a_gpu_gives_the_probabilities_of_modules(
+    loaded: Callable[..., Llama], scheme: str | None
+) -> None:
+    _skip_unless_known(scheme)
+    model, prompts = loaded(scheme), [[1, *range(5, 5 + n)] for n in (1, 40, 7)]
+    found, expected = [], []
+    for completions, has_graphs in ((found, True), (expected, False)):
+        engine = Engine(model, cache_tokens=2000)
+        if not has_graphs:
+            engine._runner._graphs = None
+        completions += engine.generate(prompts, Sampling(max_tokens=8, ignore_eos=True, logprobs=512))
+    for one, other in zip(found, expected, strict=True):
+        for here, there in zip(one.logprobs, other.logprobs, strict=True):
+            ids = here.likeliest.keys()
+            assert ids == there.likeliest.keys()
+            assert max(abs(here.likeliest[id] - there.likeliest[id]) for id in ids) < 0.1
+            if here.chosen != there.chosen:  # two are alike but for rounding, and from here on texts differ
+                break

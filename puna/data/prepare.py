@@ -41,6 +41,9 @@ from puna.tokenizer import Tokenizer, load_tokenizer
 #: So many units, of two megabytes each, this process has worked off in about the time in which fresh ones start.
 UNITS_WORTH_PROCESSES = 6
 
+#: Of a model, beside its tokenizer.
+CONFIG_FILE = "config.json"
+
 #: Where what was left out is listed, one JSON object a line.
 LEFT_OUT_FILE = "left_out.jsonl"
 
@@ -101,7 +104,7 @@ def prepare(
 def _tokenizer_of(path: Path) -> Tokenizer:
     """Opens a tokenizer; in a model's folder without control pieces that the model has no embeddings for."""
     tokenizer = load_tokenizer(path)
-    config = path / "config.json"
+    config = path / CONFIG_FILE
     size = read_json(config).get("vocab_size") if config.is_file() else None
     if isinstance(size, int):
         tokenizer.check_vocab_size(size)
@@ -165,6 +168,10 @@ class _Job:
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer's files; dialogs bring the layout along that they were made with, if it can be said."""
         self.tokenizer.save(folder)
+        if self.tokenizer.path.suffix == ".json" and self.tokenizer.path.with_name(CONFIG_FILE).is_file():
+            # It may be the only one that tells, and the model's stays behind.
+            ids = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
+            write_json(folder / CONFIG_FILE, ids)
         if "template" in self.options and (source := chat_template(self.options["template"]).jinja) is not None:
             with file_aside(folder / TEMPLATE_FILE, "w") as file:
                 file.write(source)

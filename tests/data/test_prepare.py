@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from puna.cli import run
 from puna.data import plan, shards
@@ -528,6 +529,22 @@ def test_pieces_that_the_model_has_no_embedding_for_are_not_counted(library, sma
     (tmp_path / "config.json").write_text('{"vocab_size": 1024}')
     info = prepare("code", library / "json", tmp_path / "out", tokenizer=tmp_path, workers=2)
     assert info["tokenizer"]["vocab_size"] == 1024
+
+
+def test_an_end_that_only_the_models_config_tells_goes_with_the_data(library, tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [], tokenizers.trainers.BpeTrainer(special_tokens=["[X]", "[Y]", "</s>"], initial_alphabet=alphabet)
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"vocab_size": 259, "bos_token_id": 0, "eos_token_id": [1, 2]}')
+    prepare("code", library / "json", tmp_path / "out", tokenizer=tmp_path, workers=1)
+    assert {(tokens[0], tokens[-1]) for tokens in documents_of(tmp_path / "out").values()} == {(0, 1)}
+    again = load_tokenizer(tmp_path / "out/tokenizer")
+    assert (again.bos_id, again.eos_id) == (0, 1)
 
 
 def test_a_folder_of_something_else_is_not_touched(library, make, tmp_path):

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py limits                 products and copies at their best
     python benchmarks/gpu.py attention              the kernels that may serve attention, forward and backward
     python benchmarks/gpu.py train CASE [--steps 3] a training step; cases are listed by --help
-    python benchmarks/gpu.py generate MODEL [--scheme fp8]   prompts and decoding of the engine, bf16 or quantised
+    python benchmarks/gpu.py generate MODEL [--scheme fp8] [--compile]   prompts and decoding of the engine
 
 `benchmarks/gpu.sh` runs all of it, part by part, and gathers the rows; each case is a process of its own, prints its
 row as JSON and needs no file but this package. Weights are random, drawn on the device; rows are one document each.
@@ -111,6 +111,7 @@ def main() -> None:
     generation = what.add_parser("generate")
     generation.add_argument("model", choices=["codellama-7b", "codellama-34b"])
     generation.add_argument("--scheme", choices=schemes.names())
+    generation.add_argument("--compile", action="store_true")
     gathering = what.add_parser("gather", help="records rows that were printed to a file")
     gathering.add_argument("part", choices=GOALS)
     gathering.add_argument("file", type=Path)
@@ -122,7 +123,7 @@ def main() -> None:
     if args.what == "train":
         rows: Iterable[dict[str, Any]] = [{"case": args.case, **train(TRAINING[args.case], args.steps, device)}]
     elif args.what == "generate":
-        rows = generate(args.model, args.scheme, device)
+        rows = generate(args.model, args.scheme, device, is_compiled=args.compile)
     else:
         rows = {"limits": limits, "attention": attention}[args.what](device)
     for row in rows:
@@ -242,17 +243,17 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def generate(name: str, scheme: str | None, device: torch.device) -> Iterator[dict[str, Any]]:
+def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled: bool) -> Iterator[dict[str, Any]]:
     """Tokens a second by number of rows, and the share of the copy's rate at which weights are read for them."""
     from puna.generate import Sampling
     from puna.generate.engine import Engine
 
     copied = next(row["rate"] for row in limits(device) if "copy" in row["limit"])
-    config = preset(name)
+    config, case = preset(name), {"model": name, "scheme": scheme, "is_compiled": is_compiled}
     model = _drawn_model(config, scheme, device)
     table = model.model.embed_tokens.weight.nbytes
     read = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - table
-    engine = Engine(model, max_rows=256, cache_tokens=1 << 16, step_tokens=4096, compile=True)
+    engine = Engine(model, max_rows=256, cache_tokens=1 << 16, step_tokens=4096, compile=is_compiled)
     random = np.random.default_rng(0)
 
     def start(rows: int, prompt: int) -> None:
@@ -280,7 +281,7 @@ def generate(name: str, scheme: str | None, device: torch.device) -> Iterator[di
         seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
         stop()
         step = statistics.median(seconds)
-        yield {"model": name, "scheme": scheme, "decoding rows": rows, "tokens_per_second": rows / step,
+        yield {**case, "decoding rows": rows, "tokens_per_second": rows / step,
                "share_of_copy_rate": read / step / copied}  # fmt: skip
     for prompt in (1024, 4096):
         seconds = []
@@ -290,8 +291,7 @@ def generate(name: str, scheme: str | None, device: torch.device) -> Iterator[di
             stop()
         step = statistics.median(seconds[1:])
         flops = flops_per_token(config, prompt, convention="causal") / 3 * prompt
-        yield {"model": name, "scheme": scheme, "prompt tokens": prompt, "tokens_per_second": prompt / step,
-               "flops_per_second": flops / step}  # fmt: skip
+        yield {**case, "prompt tokens": prompt, "tokens_per_second": prompt / step, "flops_per_second": flops / step}
 
 
 def _drawn_model(config: ModelConfig, scheme: str | None, device: torch.device) -> Llama:

@@ -2,13 +2,20 @@
 # What an accelerator does, checked against the CPU and then measured: benchmarks/gpu.sh [check|train|generate|attention ...]
 # Each part takes under ten minutes; without arguments all do, in this order. What was measured goes to
 # benchmarks/results/gpu_PART.json, the tests' output and what failed to LOG (default: gpu.log). PYTHON names an
-# interpreter that has puna's dependencies (default: python3); COMMIT the commit where git is not there.
+# interpreter that has puna's dependencies (default: python3); COMMIT the commit where git is not there; SECONDS_LEFT how
+# long the parts may take together (default: an hour): what would begin later is left out, and said.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-python=${PYTHON:-python3} log=${LOG:-gpu.log}
+python=${PYTHON:-python3} log=${LOG:-gpu.log} last=${SECONDS_LEFT:-3600}
 
-measure() { timeout 120 "$python" benchmarks/gpu.py "$@" >>"$rows" 2>>"$log" || echo "failed: $*" | tee -a "$log"; }
+measure() {
+	if ((SECONDS >= last)); then
+		echo "left out, for want of time: $*" | tee -a "$log"
+		return
+	fi
+	timeout 120 "$python" benchmarks/gpu.py "$@" >>"$rows" 2>>"$log" || echo "failed: $*" | tee -a "$log"
+}
 
 check() {
 	timeout 300 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/model tests/train tests/generate tests/quantized \
@@ -26,6 +33,7 @@ generate() {
 	measure generate codellama-7b
 	measure generate codellama-34b --scheme fp8
 	measure generate codellama-34b
+	measure generate codellama-7b --compile
 	for scheme in int8 int4 fp8; do measure generate codellama-7b --scheme $scheme; done
 }
 

@@ -410,7 +410,7 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     ends = list(config.eos_token_ids)
     if tokenizer is not None and tokenizer.infilling is not None:
         ends.append(tokenizer.infilling.eot_id)
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
 
 
 def open_index(

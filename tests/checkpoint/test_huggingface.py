@@ -247,6 +247,12 @@ def test_load_gives_the_model_and_its_tokenizer(tmp_path):
     }
 
 
+def test_a_model_without_an_end_is_saved_without_one(tmp_path):
+    save_model(tiny_model(eos_token_id=None), tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": None}  # transformers generates nothing with an empty list
+
+
 def test_a_folder_without_a_tokenizer_loads_without_one(folder):
     assert load(folder)[1] is None
 

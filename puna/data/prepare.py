@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import compress, count
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,12 @@ class _Job:
         if "template" in self.options:
             hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             template = chat_template(self.options["template"])
-            template.encode(tokenizer, hello)  # type: ignore[arg-type]
+            encoded = template.encode(tokenizer, hello)  # type: ignore[arg-type]
+            if encoded.tokens[max(compress(count(), encoded.is_target))] not in tokenizer.control:
+                say(
+                    f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
+                    "what is tuned on them may not learn where to stop"
+                )
             self.beside |= {"template_digest": template.digest} if template.digest else {}
         if self.options.get("fim_rate"):
             infill_document(tokenizer, "", "", "", order="psm")

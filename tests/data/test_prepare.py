@@ -508,6 +508,16 @@ def test_a_layout_in_a_models_folder_that_was_edited_is_another(make, small_toke
         make("chat", tmp_path / "a.jsonl", tmp_path / "unfinished", **options)
 
 
+def test_a_layout_whose_answers_have_no_end_is_told(make, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    for number, end in enumerate(("<|im_end|>", "</s>")):  # the vocabulary has the second only
+        (tmp_path / "model").mkdir(exist_ok=True)
+        layout = f"{{% for message in messages %}}{{{{ message.content + '{end}' }}}}{{% endfor %}}"
+        (tmp_path / "model/chat_template.jinja").write_text(layout)
+        make("chat", tmp_path / "a.jsonl", tmp_path / f"out{number}", template=str(tmp_path / "model"))
+        assert ("do not end with a control token" in capsys.readouterr().err) == (end == "<|im_end|>")
+
+
 def test_a_copy_of_what_is_held_out_later_does_not_stay_from_before(library, make, tmp_path, monkeypatch):
     pytest.importorskip("datasketch")
     source, options = shutil.copytree(library / "email", tmp_path / "src"), {"near_duplicates": True, "held_out": 0.5}

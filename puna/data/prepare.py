@@ -149,7 +149,7 @@ class _Job:
             hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             template = chat_template(self.options["template"])
             encoded = template.encode(tokenizer, hello)  # type: ignore[arg-type]
-            if encoded.tokens[max(compress(count(), encoded.is_target))] not in tokenizer.control:
+            if encoded.tokens[max(compress(count(), encoded.is_target))] not in {*tokenizer.control, tokenizer.eos_id}:
                 say(
                     f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
                     "what is tuned on them may not learn where to stop"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from puna.generate.engine.cache import PagedCache, PagedLayer, Step
+from puna.generate.engine.cache import PagedCache, PagedLayer
 from puna.generate.engine.decode_kernels import rotate_and_keep, round_rows
 from puna.generate.engine.paged_attention import attend_paged
 from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm
@@ -45,9 +45,8 @@ class DecodeStep:
         x = self._model.embed_tokens(ids).to(self._dtype)
         tables = self._model.rotary_tables(positions[None], self._model.config)
         cos, sin = (table.view(len(ids), -1) for table in tables)
-        assert cache.step is not None
         for index, layer in enumerate(self._layers):
-            x = layer(x, cos, sin, cache.layer(index), cache.step)
+            x = layer(x, cos, sin, cache.layer(index))
         return self._head(x, norm=self._model.norm)
 
 
@@ -104,20 +103,20 @@ class _Layer:
     def products(self) -> tuple[_Product, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kept: PagedLayer, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kept: PagedLayer) -> Tensor:
         """(n, D) to (n, D)."""
         heads = self.qkv(x, norm=self.layer.input_layernorm).view(len(x), -1, self.layer.self_attn.head_dim)
-        keys, values, assumed = kept.keys.flatten(), kept.values.flatten(), step.tables
-        assert assumed is not None
+        keys, values, slots, tables = kept.keys.flatten(), kept.values.flatten(), kept.step.slots, kept.step.tables
+        assert tables is not None
         n_keys = keys.numbers.shape[1]
         n_queries = heads.shape[1] - 2 * n_keys
         pools = (keys.numbers, values.numbers) if keys.scales is None else None
-        rotate_and_keep(heads, cos, sin, n_queries, pools, step.slots)
+        rotate_and_keep(heads, cos, sin, n_queries, pools, slots)
         if pools is None:
-            keys.write(step.slots, heads[:, n_queries:-n_keys])
-            values.write(step.slots, heads[:, -n_keys:])
+            keys.write(slots, heads[:, n_queries:-n_keys])
+            values.write(slots, heads[:, -n_keys:])
         scales = kept.keys.scales, kept.values.scales
-        attended = attend_paged(heads[:, :n_queries], kept.keys.numbers, kept.values.numbers, *assumed, *scales)
+        attended = attend_paged(heads[:, :n_queries], kept.keys.numbers, kept.values.numbers, *tables, *scales)
         x = self.o(attended.view(len(x), -1), residual=x)
         wide = self.gate_up(x, norm=self.layer.post_attention_layernorm, is_gated=True)
         return self.down(wide, residual=x)

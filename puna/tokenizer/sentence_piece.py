@@ -5,6 +5,7 @@ SentencePiece's Python offers no switch for what Code Llama needs, but its file 
 - the infilling markers and `<step>` are ordinary pieces there, so that a source file which contains ` <EOT>` would end
   an infilling by itself: they and their fragments (` <E`, ` <M`) are retyped as control pieces, which text cannot
   produce. The text is then spelled by Llama's own pieces;
+- what files beside it call special is, too, whatever the model makes of it (`<|im_end|>` that text may produce);
 - what Hugging Face added behind the model's last id (`<|im_end|>` and the like) is told in files beside it, and
   becomes control pieces;
 - text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's
@@ -45,7 +46,8 @@ class SentencePieceTokenizer(Tokenizer):
         types = [piece.type for piece in model.pieces]
         # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
         # file by itself would have it, by half a marker.
-        for i in [i for i, piece in enumerate(pieces) if piece in _MARKERS]:
+        markers = {i for i, piece in enumerate(pieces) if piece in _MARKERS}
+        for i in markers | {i for i in _told_special(path, pieces) if types[i] in (NORMAL, USER_DEFINED)}:
             model.pieces[i].type = types[i] = CONTROL
         bos_id, eos_id, unk_id = _special_ids(model, pieces, path)
         added, byte_ids = _added_pieces(path, len(pieces)), _byte_ids(pieces, types)
@@ -109,6 +111,13 @@ def _added_pieces(path: Path, size: int) -> list[str]:
     if file.is_file():
         ids.update({i: piece for piece, i in read_json(file).items()})
     return [ids.get(i, "") for i in range(size, max(ids, default=-1) + 1)]
+
+
+def _told_special(path: Path, pieces: Sequence[str]) -> set[int]:
+    """Ids of the model's own pieces that Hugging Face takes for control tokens; the model may say otherwise."""
+    told = {int(i): token for i, token in _settings(path).get("added_tokens_decoder", {}).items()}
+    own = {i: token for i, token in told.items() if i < len(pieces) and token["content"] == pieces[i]}
+    return {i for i, token in own.items() if token.get("special")}
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -1,6 +1,7 @@
 """The promises of every tokenizer, on a small trained vocabulary and on Llama's."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from puna.errors import PunaError
 from puna.tokenizer import Infilling, Tokenizer, load_tokenizer, train_tokenizer
 from puna.tokenizer.base import INFILLING_PIECES
-from puna.tokenizer.sentence_piece import CONTROL, NORMAL, read_model
+from puna.tokenizer.sentence_piece import CONTROL, NORMAL, USER_DEFINED, read_model
 
 #: What breaks tokenizers: blanks, controls, markers, marks of space, stand-ins, joined and combining characters.
 FRAGMENTS = [
@@ -196,6 +197,20 @@ def test_tokens_that_hugging_face_added_beside_a_tokenizer_model_are_control_tok
     assert max(tokenizer.encode("<|im_end|>")) < 1008
     assert tokenizer.decode([1024, *tokenizer.encode("<|im_end|>")]) == "<|im_end|>"
     assert list(tokenizer.find_controls("a<|im_end|>b</s>")) == [(1, 11, 1024), (12, 16, 2)]
+
+
+@pytest.mark.parametrize("type", [NORMAL, USER_DEFINED])
+def test_pieces_that_are_told_special_are_control_tokens_whatever_the_model_says(small_tokenizer, tmp_path, type):
+    said = {"added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}}
+    said["added_tokens_decoder"]["1024"] = {"content": "<|im_end|>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = _with_more_pieces(small_tokenizer, tmp_path, ["<|im_end|>"], type)
+    assert (tokenizer.vocab_size, tokenizer.id_of("<|im_end|>")) == (1025, 1024)
+    assert 1024 in tokenizer.control
+    assert 0 not in tokenizer.control
+    assert 1024 not in tokenizer.encode("a<|im_end|>")
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>")) == "a<|im_end|>"
+    assert tokenizer.decode([1024]) == ""
 
 
 def test_files_that_are_no_tokenizers_are_named(tmp_path):

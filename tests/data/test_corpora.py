@@ -350,6 +350,13 @@ def test_wikitext_2_is_cleaned_alike_in_pieces_and_whole(shared, monkeypatch, pi
     assert found == wikitext.paragraphs(wikitext.clean(path.read_text(encoding="utf-8")))
 
 
+def test_wikitext_with_line_ends_of_windows_is_refused(tmp_path):
+    path = tmp_path / "wiki.tokens"
+    path.write_bytes(b" \r\n = Heading = \r\n \r\n A paragraph . \r\n")
+    with pytest.raises(PunaError, match=r"wiki\.tokens has line ends of Windows; convert it first: sed -i 's/\\r\$//'"):
+        everything("wikitext", path)
+
+
 # --- dialogs
 
 QUESTION_AND_ANSWER = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

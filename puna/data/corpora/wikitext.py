@@ -112,6 +112,8 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
         last = _last_closing(file.path)
         opened = ""
         for start, data in cut_file(file.path, _last_cut):
+            if start == 0 and data.partition(b"\n")[0].endswith(b"\r"):
+                raise PunaError(f"{file.path} has line ends of Windows; convert it first: sed -i 's/\\r$//' FILE")
             stop = start + len(data)
             still_open = "".join(mark for mark in _PAIRS if _is_open(mark, mark in opened, data))
             closing = "".join(_PAIRS[mark] for mark in still_open if last[mark] >= stop)

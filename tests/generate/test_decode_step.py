@@ -28,12 +28,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "a head each": {"num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
 }
+
+
+def with_biases(**changes: Any) -> Llama:
+    """A tiny model whose biases, where it has any, are not zeros."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model
 
 
 def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, PagedCache], Tensor]) -> list[Tensor]:
     """Logits of three sequences' newest tokens and all that is kept then, in a pool of random keys and values."""
-    device = model.lm_head.weight.device
+    device, computed_in = model.lm_head.weight.device, model.compute_dtype or model.model.embed_tokens.weight.dtype
     cache = PagedCache(model.config, 12, 16, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(0)
     for storage in (cache.keys, cache.values):
@@ -41,7 +52,7 @@ def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, Pag
         for index in range(len(storage.numbers)):
             layer = storage[index].flatten()
             n = len(layer.numbers)
-            rows = random.view(*storage.numbers.shape)[index].flatten(0, 1).to(device, model.lm_head.weight.dtype)
+            rows = random.view(*storage.numbers.shape)[index].flatten(0, 1).to(device, computed_in)
             layer.write(torch.arange(n, device=device), rows)
     ids, positions = torch.tensor([[5, 9, 17], [20, 0, 33]], device=device)
     tables = torch.tensor([[3, 4, 0], [7, 0, 0], [1, 2, 5]], dtype=torch.int32, device=device)
@@ -65,7 +76,7 @@ def compare(model: Llama, kept_in: torch.dtype, tolerance: float) -> None:
 
 def compare_kernels() -> None:
     """What stands around products, for sizes that are no powers of two."""
-    from puna.generate.engine.decode_kernels import rotate_and_keep, round_rows
+    from puna.generate.engine.decode_kernels import norm_rows, rotate_and_keep, round_rows
     from puna.quantized.few_rows_kernel import multiply
 
     torch.manual_seed(0)
@@ -79,6 +90,7 @@ def compare_kernels() -> None:
         _assert_near(found, torch.cat([q, k, v], dim=1) + residual)
         found = multiply(x, [weights[0], weights[0].flip(0)], norm=norm.weight, eps=norm.eps, is_gated=True)
         _assert_near(found, F.silu(q) * q.flip(1))
+        _assert_near(norm_rows(x, norm.weight, norm.eps), norm(x))
         _, scales = round_rows(x, norm.weight, norm.eps)
         _assert_near(scales, fp8.round_rows(norm(x))[1].view(-1))
 
@@ -113,28 +125,12 @@ def interpret() -> None:
     _let_arrays_of_one_number_bound_loops()
     compare_kernels()
     for changes in MODELS.values():
-        model = tiny_model(**changes).half()
+        model = with_biases(**changes).half()
         compare(model, torch.float16, 5e-3)
     compare(model, torch.int8, 2e-2)
-
-
-@needs_triton
-def test_a_model_that_needs_more_is_left_to_its_modules() -> None:
-    code = "from tests.generate.test_decode_step import refuse; refuse()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-
-
-def refuse() -> None:
-    """Biases, weights that are cast, and what ranks share."""
-    from puna.generate.engine.decode_step import DecodeStep, NotFused
-
     cast = tiny_model()
-    cast.compute_dtype = torch.bfloat16
-    shared = tiny_model().bfloat16()
-    shared.lm_head = torch.nn.Sequential(shared.lm_head)  # type: ignore[assignment]
-    for model in (tiny_model(attention_bias=True).bfloat16(), cast, shared):
-        with pytest.raises(NotFused):
-            DecodeStep(model)
+    cast.compute_dtype = torch.float16
+    compare(cast, torch.float16, 5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +139,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Llama]:
 
     def loaded(scheme: str | None, **changes: Any) -> Llama:
         folder = tmp_path_factory.mktemp("models")
-        save_model(tiny_model(head_dim=64, hidden_size=128, intermediate_size=192, **changes).bfloat16(), folder / "m")
+        save_model(with_biases(head_dim=64, hidden_size=128, intermediate_size=192, **changes).bfloat16(), folder / "m")
         if scheme is not None:
             quantize(folder / "m", folder / scheme, scheme=scheme)
         return load(folder / (scheme or "m"), device="cuda", for_inference=True)[0]
@@ -159,7 +155,7 @@ def _skip_unless_known(*dtypes: str | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "fp8"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_on_a_gpu_it_computes_what_modules_do(
     loaded: Callable[..., Llama], changes: dict[str, Any], scheme: str | None, kept_in: torch.dtype

@@ -37,19 +37,36 @@ def rotate_and_keep(
     )  # fmt: skip
 
 
+def norm_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """An RMSNorm of rows.
+
+    Args:
+        x: (n, D) of 16 bits, dense.
+        norm: (D,) in the dtype of `x`.
+        eps: of the norm.
+    """
+    out = torch.empty_like(x)
+    _launch_rows(x, norm, out, None, eps)
+    return out
+
+
 def round_rows(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """Rows as e4m3, (n, D), and the scales, (n,) fp32, to multiply them with.
 
     Args:
         x: (n, D) of 16 bits, dense.
-        norm: (D,) of an RMSNorm that comes first, in the dtype of `x`; None: there is none.
+        norm: of an RMSNorm that comes first, as for `norm_rows`; None: there is none.
         eps: of the norm.
     """
-    n, width = x.shape
-    rounded, scales = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(n, dtype=torch.float32)
-    channels = triton.next_power_of_2(width)
-    _round[(n,)](x, norm, rounded, scales, width, eps, CHANNELS=channels, num_warps=min(16, max(1, channels // 1024)))
+    rounded, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+    _launch_rows(x, norm, rounded, scales, eps)
     return rounded, scales
+
+
+def _launch_rows(x: Tensor, norm: Tensor | None, out: Tensor, scales: Tensor | None, eps: float) -> None:
+    channels = triton.next_power_of_2(x.shape[1])
+    warps = min(16, max(1, channels // 1024))
+    _rows[(len(x),)](x, norm, out, scales, x.shape[1], eps, CHANNELS=channels, num_warps=warps)
 
 
 @triton.jit
@@ -80,7 +97,7 @@ def _rotate(
 
 
 @triton.jit
-def _round(x, norm, rounded, scales, width, eps, CHANNELS: tl.constexpr):
+def _rows(x, norm, out, scales, width, eps, CHANNELS: tl.constexpr):
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS)
     is_channel = channel < width
     numbers = tl.load(x + row * width + channel, mask=is_channel, other=0.0)
@@ -88,9 +105,10 @@ def _round(x, norm, rounded, scales, width, eps, CHANNELS: tl.constexpr):
     if norm is not None:
         normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(numbers.dtype)
         wide = (normed * tl.load(norm + channel, mask=is_channel, other=0.0)).to(tl.float32)
-    top = tl.maximum(tl.max(tl.abs(wide), 0), LEAST)
-    top = tl.where(tl.max((wide != wide).to(tl.int32), 0) == 1, float("nan"), top)  # maxima pass NaNs over
-    scale = tl.div_rn(top, GREATEST)
-    scaled = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -GREATEST), GREATEST)
-    tl.store(rounded + row * width + channel, scaled.to(rounded.dtype.element_ty), mask=is_channel)
-    tl.store(scales + row, scale)
+    if scales is not None:
+        top = tl.maximum(tl.max(tl.abs(wide), 0), LEAST)
+        top = tl.where(tl.max((wide != wide).to(tl.int32), 0) == 1, float("nan"), top)  # maxima pass NaNs over
+        scale = tl.div_rn(top, GREATEST)
+        wide = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -GREATEST), GREATEST)
+        tl.store(scales + row, scale)
+    tl.store(out + row * width + channel, wide.to(out.dtype.element_ty), mask=is_channel)

@@ -1,23 +1,24 @@
-"""A decoding step of few rows in six kernels a layer instead of twenty, for CUDA devices.
+"""A decoding step of few rows in six kernels a layer instead of thirty, for CUDA devices.
 
     a layer      norm, q, k, v | rotate q and k, keep k and v | attend | o, add | norm, gate, up, gated | down, add
 
-Between two kernels lie some microseconds in which no weight is read, and a layer of 7B is read in a hundred. The
-modules of `puna.model.llama` are what it is tested against: numbers are rounded where theirs are, but that a norm is
-divided by behind the product which it stands before.
+Between two kernels lie some microseconds in which no weight is read, and a layer of 7B is read in a hundred. What has
+another form (int4, biases, a matrix that ranks share) is multiplied by its modules, and what lies between is still few
+kernels. The modules of `puna.model.llama` are what the step is tested against: numbers are rounded where theirs are,
+but that a norm divides behind the product which it stands before.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from puna.generate.engine.cache import PagedCache, PagedLayer
-from puna.generate.engine.decode_kernels import rotate_and_keep, round_rows
+from puna.generate.engine.decode_kernels import norm_rows, rotate_and_keep, round_rows
 from puna.generate.engine.paged_attention import attend_paged
-from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm
+from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm, gated
 from puna.quantized import QuantizedLinear
 from puna.quantized.few_rows_kernel import multiply
 
@@ -26,19 +27,13 @@ class DecodeStep:
     """A model for single tokens, `puna.quantized.few_rows.MOST_ROWS` of them at most.
 
     Args:
-        model: whole, on its device, with activations of 16 bits.
-
-    Raises:
-        NotFused: a layer needs more than these kernels.
+        model: on its device, with activations of 16 bits.
     """
 
     def __init__(self, model: Llama) -> None:
         self._model, self._layers = model.model, [_Layer.of(layer) for layer in model.model.layers]
         self._dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-        self._head = _Product.of(model.lm_head)
-        products = [self._head, *(product for layer in self._layers for product in layer.products)]
-        if any(product.dtype not in (None, self._dtype) for product in products):
-            raise NotFused
+        self._head = _product(model.lm_head)
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
         """Logits (n, V) behind (n,) tokens, whose keys and values are kept; all of them decode in `cache.step`."""
@@ -50,37 +45,57 @@ class DecodeStep:
         return self._head(x, norm=self._model.norm)
 
 
-class NotFused(Exception):
-    """A model that is computed by its modules."""
+class _Product(Protocol):
+    """One linear layer, or some over the same input, end to end."""
+
+    def __call__(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, is_gated: bool = False
+    ) -> Tensor:
+        """(n, in) to (n, out of all): of the normed `x`; to a residual; or silu of the first times the second."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Product:
-    """One linear layer, or some over the same input, end to end."""
+class _Fused:
+    """By one kernel, and one before where rows are rounded."""
 
     weights: Sequence[Tensor]
     scales: Sequence[Tensor]
 
-    @classmethod
-    def of(cls, *modules: nn.Module) -> "_Product":
-        parts = [_parts(module) for module in modules]
-        weights, scales = [weight for weight, _ in parts], [scale for _, scale in parts if scale is not None]
-        if len({weight.dtype for weight in weights}) > 1 or len(scales) not in (0, len(weights)):
-            raise NotFused
-        return cls(weights, scales)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """That activations must have; None: any of 16 bits."""
-        return None if self.scales else self.weights[0].dtype
-
     def __call__(self, x: Tensor, *, norm: RMSNorm | None = None, **behind: Any) -> Tensor:
-        """(n, in) to (n, out of all), of the normed `x`; `behind` as for `multiply`."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if self.weights[0].dtype == torch.float8_e4m3fn:
             x, row_scales = round_rows(x, weight, eps)
             return multiply(x, self.weights, self.scales, row_scales=row_scales, **behind)
         return multiply(x, self.weights, self.scales, norm=weight, eps=eps, **behind)
+
+
+@dataclass(frozen=True, eq=False)
+class _Separate:
+    """By the modules."""
+
+    modules: Sequence[nn.Module]
+
+    def __call__(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, is_gated: bool = False
+    ) -> Tensor:
+        x = x if norm is None else norm_rows(x, norm.weight.to(x.dtype), norm.eps)
+        found = [module(x) for module in self.modules]
+        out = gated(*found) if is_gated else torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        return out if residual is None else residual + out
+
+
+def _product(*modules: nn.Module) -> _Product:
+    parts = [_parts(module) for module in modules]
+    weights, scales = [part[0] for part in parts if part], [part[1] for part in parts if part and part[1] is not None]
+    is_alike = len({weight.dtype for weight in weights}) == 1 and len(scales) in (0, len(weights))
+    return _Fused(weights, scales) if len(weights) == len(modules) and is_alike else _Separate(modules)
+
+
+def _parts(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight of a linear layer, in 16 bits or as codes of 8 and their scales; None: it is more, or another."""
+    if type(module) is Linear and module.bias is None and module.weight.itemsize == 2:
+        return module.weight, None
+    return module.codes() if isinstance(module, QuantizedLinear) and module.bias is None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +112,7 @@ class _Layer:
     def of(cls, layer: Any) -> "_Layer":
         at, mlp = layer.self_attn, layer.mlp
         qkv, gate_up = (at.q_proj, at.k_proj, at.v_proj), (mlp.gate_proj, mlp.up_proj)
-        return cls(layer, _Product.of(*qkv), _Product.of(at.o_proj), _Product.of(*gate_up), _Product.of(mlp.down_proj))
-
-    @property
-    def products(self) -> tuple[_Product, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+        return cls(layer, _product(*qkv), _product(at.o_proj), _product(*gate_up), _product(mlp.down_proj))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kept: PagedLayer) -> Tensor:
         """(n, D) to (n, D)."""
@@ -120,12 +131,3 @@ class _Layer:
         x = self.o(attended.view(len(x), -1), residual=x)
         wide = self.gate_up(x, norm=self.layer.post_attention_layernorm, is_gated=True)
         return self.down(wide, residual=x)
-
-
-def _parts(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight of a linear layer, plain or as codes of 8 bits and their scales."""
-    if type(module) is Linear and module.bias is None:
-        return module.weight, None
-    if isinstance(module, QuantizedLinear) and module.bias is None and (codes := module.codes()) is not None:
-        return codes
-    raise NotFused

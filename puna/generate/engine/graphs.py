@@ -2,9 +2,9 @@
 
 At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A graph is
 recorded once for every number of rows, and of blocks that the longest of them has, each rounded up; rows that stand
-empty have length 0 and write to a block that nobody reads. Few rows of a bf16 model go through fewer kernels than its
-modules launch (`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their
-products is one kernel for any number of rows, which costs a minute at the start.
+empty have length 0 and write to a block that nobody reads. Few rows go through fewer kernels than the model's modules
+launch (`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their products is
+one kernel for any number of rows, which costs a minute at the start.
 
 On a CPU a graph is a `Recording` of our kernels' calls. A model that needs more than these is refused as the first is
 made, and each step is computed by itself.
@@ -103,16 +103,13 @@ class DecodeGraphs:
 
     def _fused_step(self, rows: int) -> "DecodeStep | None":
         """The step in fewer kernels, where model, device and the number of rows allow it."""
-        is_bf16 = (self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype) == torch.bfloat16
+        dtype = self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype
         has_triton = takes_cuda_kernels(self._cache.device.type) and importlib.util.find_spec("triton") is not None
-        if self._is_compiled or rows > few_rows.MOST_ROWS or not is_bf16 or not has_triton:
+        if self._is_compiled or rows > few_rows.MOST_ROWS or dtype.itemsize > 2 or not has_triton:
             return None
-        from puna.generate.engine.decode_step import DecodeStep, NotFused
+        from puna.generate.engine.decode_step import DecodeStep
 
-        try:
-            return DecodeStep(self._model)
-        except NotFused:
-            return None
+        return DecodeStep(self._model)
 
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph | Recording, Tensor]:
         side = torch.cuda.Stream()

@@ -184,7 +184,7 @@ def fit(
     A tied model's head, and what `HARMLESS_EXTRAS` lists, is left out.
 
     Raises:
-        PunaError: a tensor is missing, unknown or of the wrong shape; the message names it.
+        PunaError: a tensor is missing, unknown, of the wrong shape or no numbers of a weight; the message names it.
     """
     where = _place(tensors)
     if config.num_hidden_layers > len(tensors):  # whose names alone might fill the memory
@@ -203,6 +203,11 @@ def fit(
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise PunaError(_misfit(name, tensors[name], shape, config))
+        if quantization is None and not tensors[name].dtype.is_floating_point:
+            raise PunaError(
+                f"{tensors[name].where}: {name} is stored as {dtype_name(tensors[name].dtype)}, but config.json speaks "
+                "of no quantisation; use the checkpoint that it was made from"
+            )
     return {name: tensors[name] for name in shapes}
 
 

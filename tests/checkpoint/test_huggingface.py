@@ -130,6 +130,12 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
         load_model(folder)
 
 
+def test_codes_are_not_taken_for_weights(folder):
+    change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
+    with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as int8, but config\.json speaks of no quantisation"):
+        load_model(folder)
+
+
 def test_a_vocabulary_that_does_not_fit_the_tensors_is_named(folder):
     edit_config(folder, vocab_size=500)
     with pytest.raises(PunaError, match=r"embed_tokens\.weight .*; its vocab_size is 500, the weights' is 512"):

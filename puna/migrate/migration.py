@@ -19,9 +19,11 @@ from puna.migrate.recipe import (
     VALID_DATA,
     WEIGHTS,
     Settings,
+    batch_rows,
     generation,
     recipe_of,
     recompute_differences,
+    steps_of_epochs,
     value_differences,
 )
 
@@ -140,6 +142,13 @@ def migrate(
             "became fewer, packed ones, which so many steps may see several times as often: "
             f"`puna inspect {TRAIN_DATA} --sequence-length {recipe.sequence_length}` counts them"
         )
+    if is_stated and counted is not None:
+        of_epochs = steps_of_epochs(settings, counted, batch_rows(settings))
+        if of_epochs != recipe.steps:
+            differences.append(
+                f"steps: {recipe.steps:,} of lr_schedule.total_steps, in which the learning rate falls, were put; "
+                f"the epochs have {of_epochs:,}"
+            )
     migration = Migration(recipe, keys, steps, differences)
     if output is not None:
         if Path(output).exists():

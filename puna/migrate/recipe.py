@@ -165,8 +165,11 @@ def step_count(settings: Settings, rows: int | None, global_rows: int) -> int:
     stated = settings.whole("lr_schedule.total_steps", -1)
     if stated > 0:
         return stated
-    if rows is None:
-        return SOME_STEPS
+    return SOME_STEPS if rows is None else steps_of_epochs(settings, rows, global_rows)
+
+
+def steps_of_epochs(settings: Settings, rows: int, global_rows: int) -> int:
+    """Steps that MindFormers takes."""
     return max(1, settings.whole("runner_config.epochs", 1) * (rows // max(1, global_rows)))
 
 

@@ -315,6 +315,14 @@ def test_steps_that_were_counted_in_rows_of_one_dialog_are_named(written):
         assert not puna.migrate(written(changes), rows=rows, faithful=True).differences
 
 
+def test_epochs_of_another_length_than_the_schedule_are_named(written):
+    path = written({"lr_schedule.total_steps": 156})
+    assert not puna.migrate(path, rows=10_000, faithful=True).differences
+    (line,) = puna.migrate(path, rows=5_000, faithful=True).differences
+    assert line.startswith("steps: 156 of lr_schedule.total_steps")
+    assert line.endswith("the epochs have 78")
+
+
 def test_layers_that_recompute_are_counted_by_stage_and_run_of_layers(written):
     changes = {"model.model_config.pp_interleave_num": 2, "recompute_config.recompute": [[1, 2], [2, 2]]}
     found = puna.migrate(written(changes), faithful=True)

@@ -48,11 +48,16 @@ GOALS = {
     "train": "600 TFLOP/s by the full convention; 7B 13,000 tokens/s; 34B width 2,725 tokens/s as 48 layers",
     "generate": "bf16, one row: 85 % of the copy's rate; 34B in fp8, two rows: 200 tokens/s; prompts: half of the "
                 "product's rate",
+    "products": "none; shares of the copy's rate at which weights are read",
     "attention": "none",
 }  # fmt: skip
 
 #: Sequences that decode together.
 ROWS = (1, 2, 8, 64, 256)
+
+#: Outputs and inputs of 34B's products, and bytes of weights of which none are in a cache when their turn comes again.
+SHAPES = ((8192, 8192), (1024, 8192), (22016, 8192), (8192, 22016))
+COLD_BYTES = 1 << 30
 
 #: Calls between two looks at the clock.
 AT_ONCE = 10
@@ -105,6 +110,7 @@ def main() -> None:
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("limits")
     what.add_parser("attention")
+    what.add_parser("products")
     training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
     training.add_argument("case", choices=TRAINING)
     training.add_argument("--steps", type=int, default=3)
@@ -125,7 +131,7 @@ def main() -> None:
     elif args.what == "generate":
         rows = generate(args.model, args.scheme, device, is_compiled=args.compile)
     else:
-        rows = {"limits": limits, "attention": attention}[args.what](device)
+        rows = {"limits": limits, "attention": attention, "products": products}[args.what](device)
     for row in rows:
         print(json.dumps({"what": args.what, "device": devices.device_name(device), **row}), flush=True)
 
@@ -244,11 +250,12 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
 
 
 def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled: bool) -> Iterator[dict[str, Any]]:
-    """Tokens a second by number of rows, and the share of the copy's rate at which weights are read for them."""
+    """Tokens a second, and the share of the copy's rate at which weights are read, or of the product's rate."""
     from puna.generate import Sampling
     from puna.generate.engine import Engine
 
-    copied = next(row["rate"] for row in limits(device) if "copy" in row["limit"])
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not a slower way without a word
+    multiplied, copied = (row["rate"] for row in limits(device))
     config, case = preset(name), {"model": name, "scheme": scheme, "is_compiled": is_compiled}
     model = _drawn_model(config, scheme, device)
     table = model.model.embed_tokens.weight.nbytes
@@ -281,8 +288,10 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
         stop()
         step = statistics.median(seconds)
-        yield {**case, "decoding rows": rows, "tokens_per_second": rows / step,
-               "share_of_copy_rate": read / step / copied}  # fmt: skip
+        assert engine._runner._graphs is not None
+        yield {**case, "work": f"{rows} rows decode", "tokens_per_second": rows / step,
+               "share_of_copy_rate": read / step / copied, "share_of_product_rate": None,
+               "is_recorded": rows in {size for size, _ in engine._runner._graphs._graphs}}  # fmt: skip
     for prompt in (1024, 4096):
         seconds = []
         for _ in range(4):
@@ -291,7 +300,57 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
             stop()
         step = statistics.median(seconds[1:])
         flops = flops_per_token(config, prompt, convention="causal") / 3 * prompt
-        yield {**case, "prompt tokens": prompt, "tokens_per_second": prompt / step, "flops_per_second": flops / step}
+        flops -= 2 * config.hidden_size * config.vocab_size * (prompt - 1)  # the head multiplies the last token alone
+        yield {**case, "work": f"a prompt of {prompt}", "tokens_per_second": prompt / step,
+               "share_of_product_rate": flops / step / multiplied}  # fmt: skip
+
+
+def products(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Shares of the copy's rate at which weights are read for few rows, as a recorded step reads them."""
+    from puna.quantized.few_rows_kernel import multiply
+    from puna.quantized.schemes.fp8 import FP8, round_rows
+
+    _, copied = (row["rate"] for row in limits(device))
+    for outputs, inputs in SHAPES:
+        shape = -(-COLD_BYTES // (outputs * inputs)), outputs, inputs
+        drawn, scales = torch.randn(shape, device=device, dtype=torch.bfloat16), torch.rand(outputs, 1, device=device)
+        fp8, int8 = drawn.to(FP8), torch.randint(-127, 128, shape, device=device, dtype=torch.int8)
+        for rows in (1, 2, 8, 64):
+            x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+            rounded, x_scales = round_rows(x)
+            by_torch = partial(
+                torch._scaled_mm, rounded, scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16
+            )
+            of_fp8 = partial(_by_kernel, multiply, rounded, scales.view(-1), row_scales=x_scales.view(-1))
+            ways = {
+                "bf16, torch": (partial(F.linear, x), drawn),
+                "bf16, kernel": (partial(_by_kernel, multiply, x, None), drawn),
+                "fp8, torch": (by_torch, fp8.mT),
+                "fp8, kernel": (of_fp8, fp8),
+                "int8, kernel": (partial(_by_kernel, multiply, x, scales.view(-1)), int8),
+            }
+            shares = {
+                name: weights[0].nbytes / _seconds_of_each(product, weights, device) / copied
+                for name, (product, weights) in ways.items()
+            }
+            yield {"rows": rows, "inputs": inputs, "outputs": outputs, **shares}
+
+
+def _by_kernel(
+    multiply: Callable[..., torch.Tensor], x: torch.Tensor, scales: torch.Tensor | None, weight: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    return multiply(x, [weight], [] if scales is None else [scales], **options)
+
+
+def _seconds_of_each(product: Callable[..., torch.Tensor], weights: torch.Tensor, device: torch.device) -> float:
+    """Of a product with each of several weights, recorded together, so that no launch is waited for."""
+    product(weights[0])  # what is built at first use is not recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            product(weight)
+    return seconds_of(graph.replay, device, least=0.1) / len(weights)
 
 
 def _drawn_model(config: ModelConfig, scheme: str | None, device: torch.device) -> Llama:

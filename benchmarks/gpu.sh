@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What an accelerator does, checked against the CPU and then measured: benchmarks/gpu.sh [check|train|generate|attention ...]
+# What an accelerator does, checked against the CPU and then measured: benchmarks/gpu.sh [check|train|generate|products|attention ...]
 # Each part takes under ten minutes; without arguments all do, in this order. What was measured goes to
 # benchmarks/results/gpu_PART.json, the tests' output and what failed to LOG (default: gpu.log). PYTHON names an
 # interpreter that has puna's dependencies (default: python3); COMMIT the commit where git is not there; SECONDS_LEFT how
@@ -37,9 +37,11 @@ generate() {
 	for scheme in int8 int4 fp8; do measure generate codellama-7b --scheme $scheme; done
 }
 
+products() { measure products; }
+
 attention() { measure attention; }
 
-for part in "${@:-check train generate attention}"; do
+for part in "${@:-check train generate products attention}"; do
 	for part in $part; do
 		if [ "$part" = check ]; then
 			check

@@ -132,23 +132,8 @@ def migrate(
         *([] if faithful else DIFFERENCES),
         *value_differences(settings, recipe),
         *recompute_differences(settings),
+        *_step_differences(settings, recipe, found=found, given=rows, faithful=faithful),
     ]
-    is_stated = settings.whole("lr_schedule.total_steps", -1) > 0
-    if not is_stated and counted is None:
-        differences.append(f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it")
-    elif not faithful and (is_stated or found is None) and _has_labels(settings):
-        differences.append(
-            f"steps: {recipe.steps:,} are {'stated' if is_stated else 'counted from --rows'}; rows of one dialog each "
-            "became fewer, packed ones, which so many steps may see several times as often: "
-            f"`puna inspect {TRAIN_DATA} --sequence-length {recipe.sequence_length}` counts them"
-        )
-    if is_stated and counted is not None:
-        of_epochs = steps_of_epochs(settings, counted, batch_rows(settings))
-        if of_epochs != recipe.steps:
-            differences.append(
-                f"steps: {recipe.steps:,} of lr_schedule.total_steps, in which the learning rate falls, were put; "
-                f"the epochs have {of_epochs:,}"
-            )
     migration = Migration(recipe, keys, steps, differences)
     if output is not None:
         if Path(output).exists():
@@ -217,6 +202,37 @@ def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str
             words = f"puna prepare mindrecord {data} -o {folder} --tokenizer tokenizer.model"
             steps.append(f"{words} --faithful" if faithful else words)
     return steps
+
+
+def _step_differences(
+    settings: Settings, recipe: Recipe, *, found: int | None, given: int | None, faithful: bool
+) -> Iterator[str]:
+    """What the number of steps does not follow.
+
+    Args:
+        settings: the YAML's.
+        recipe: what it became.
+        found: rows that were counted in the data, packed ones of dialogs.
+        given: rows that the user counted.
+        faithful: whether rows stay as they are.
+    """
+    is_stated = settings.whole("lr_schedule.total_steps", -1) > 0
+    rows = found if given is None else given
+    if not is_stated and rows is None:
+        yield f"steps: {SOME_STEPS:,} were put, as the YAML counts epochs; give --rows, or change it"
+    elif found is None and not faithful and _has_labels(settings):
+        yield (
+            f"steps: {recipe.steps:,} are {'stated' if is_stated else 'counted from --rows'}; rows of one dialog each "
+            "became fewer, packed ones, which so many steps may see several times as often: "
+            f"`puna inspect {TRAIN_DATA} --sequence-length {recipe.sequence_length}` counts them"
+        )
+    if is_stated and rows is not None:
+        of_epochs = steps_of_epochs(settings, rows, batch_rows(settings))
+        if of_epochs != recipe.steps:
+            yield (
+                f"steps: {recipe.steps:,} of lr_schedule.total_steps, in which the learning rate falls, were put; "
+                f"the epochs have {of_epochs:,}"
+            )
 
 
 def _has_labels(settings: Settings) -> bool:

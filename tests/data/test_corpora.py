@@ -137,6 +137,15 @@ def test_what_is_not_worth_learning_is_left_out_with_the_reason(tmp_path):
     assert set(documents_of("code", tmp_path)) == {"good.py", "maker.py"}
 
 
+def test_lines_are_measured_in_characters(tmp_path):
+    write(
+        tmp_path,
+        {"a.py": f"# {'学' * 90}\n" * 9, "b.py": f"# {'学' * 110}\n" * 9, "c.py": f"{'学' * 1001}\n" + "\n" * 99},
+    )
+    assert set(documents_of("code", tmp_path)) == {"a.py"}
+    assert reasons_of("code", tmp_path) == {"b.py": "minified", "c.py": "minified"}
+
+
 def test_limits_and_languages_can_be_chosen(tmp_path):
     write(tmp_path, {"a.py": "x = 1\n", "b.c": "int x;\n", "c.py": "x = 1234567890\n"})
     assert set(documents_of("code", tmp_path, languages="python", max_file_bytes=10)) == {"a.py"}

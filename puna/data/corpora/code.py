@@ -2,7 +2,8 @@
 
 What nobody wrote by hand, or nobody reads, is left out and counted: what .gitignore names, generated, minified, binary
 and very large files, and every further copy of a file. A file is taken for minified, or for data in disguise, where
-StarCoder's corpus drew the line (arXiv:2305.06161, section 3.1): a line of more than 1,000 bytes, or 100 on average.
+StarCoder's corpus drew the line (arXiv:2305.06161, section 3.1): a line of more than 1,000 characters, or 100 on
+average.
 """
 
 import re
@@ -147,6 +148,9 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
     except UnicodeDecodeError as error:
         yield LeftOut(span.id, span.source, "not UTF-8", f"byte {error.start}")
         return
+    if _is_minified(text):
+        yield LeftOut(span.id, span.source, "minified")
+        return
     yield Document(span.id, span.source, text, language=language_of(span.id))
 
 
@@ -185,7 +189,9 @@ def _refused(data: bytes) -> str | None:
         return "binary"
     if not data.strip():
         return "empty"
-    lines = data.split(b"\n")
-    if len(data) > _LONGEST_MEAN_LINE * len(lines) or max(map(len, lines)) > _LONGEST_LINE:
-        return "minified"
     return "generated" if _GENERATED.search(data, 0, _TOP_BYTES) else None
+
+
+def _is_minified(text: str) -> bool:
+    lines = text.split("\n")
+    return len(text) > _LONGEST_MEAN_LINE * len(lines) or max(map(len, lines)) > _LONGEST_LINE

@@ -132,9 +132,10 @@ class Logits:
     @classmethod
     def of(cls, logits: Tensor, choices: int) -> "Logits":
         """Of ids below `choices`; refuses what is no number."""
-        best, ids = logits[:, :choices].max(-1)
-        check_numbers(best)
-        return cls(logits, ids.tolist())
+        best = logits[:, :choices].max(-1)
+        numbers, ids = torch.stack([best.values.float(), best.indices.float()]).cpu()  # waits once; fp32 holds any id
+        check_numbers(numbers)
+        return cls(logits, ids.int().tolist())
 
     def part(self, start: int, count: int) -> "Logits":
         """Some of the rows."""

@@ -28,10 +28,12 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def code_of(answer: str, name: str) -> str | None:
     """The Python program in an answer that defines `name`.
 
-    Of the candidates - each fenced block, all of them together, the whole answer, and what is left of it without the
-    prose around the first definition - the first that parses and defines `name` is taken; None if none does.
+    Of the candidates - each fenced block with what it uses of others, all blocks together, the whole answer, and what
+    is left of it without the prose around the first definition - the first that parses and defines `name` is taken, or
+    the first that does more than repeat its signature; None if none does.
     """
-    return next((code for code in _candidates(answer, name) if defines(code, name)), None)
+    found = [code for code in _candidates(answer, name) if defines(code, name)]
+    return next((code for code in found if not _is_stub(code, name)), found[0] if found else None)
 
 
 def defines(code: str, name: str) -> bool:
@@ -59,10 +61,47 @@ def preamble(prompt: str, name: str) -> str:
 def _candidates(answer: str, name: str) -> Iterator[str]:
     for fence in FENCES:
         blocks = [textwrap.dedent(match["code"]).strip("\n") + "\n" for match in fence.finditer(answer)]
-        yield from blocks
+        yield from (_with_helpers(block, blocks) for block in blocks)
         yield "\n".join(blocks)
     yield textwrap.dedent(answer)
     yield from _unfenced(answer, name)
+
+
+def _with_helpers(block: str, blocks: Sequence[str]) -> str:
+    """A block behind those imports, functions and classes of the other blocks that it uses, and that those use."""
+    tree = parsed(block)
+    if tree is None:
+        return block
+    own = {name for node in tree.body for name in _names(node) | _imported(node)}
+    offered = {
+        name: (node, _source(other, node))
+        for other in blocks
+        if other != block
+        for node in getattr(parsed(other), "body", [])
+        if not isinstance(node, ast.Assign)  # which may be an example of how it is called
+        for name in (_names(node) | _imported(node)) - own
+    }
+    wanted, taken = _used(tree), {}
+    while names := [name for name in offered if name in wanted and name not in taken]:
+        for name in names:
+            node, taken[name] = offered[name]
+            wanted |= _used(node)
+    helpers = dict.fromkeys(text for name in offered if (text := taken.get(name)) is not None)
+    return "\n".join([*helpers, block])
+
+
+def _used(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _is_stub(code: str, name: str) -> bool:
+    """Whether the function is there, but all that it has for a body is a docstring, `pass` or `...`."""
+    tree = parsed(code)
+    functions = [node for node in getattr(tree, "body", []) if isinstance(node, ast.FunctionDef) and node.name == name]
+    return bool(functions) and all(
+        isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in functions[-1].body
+    )
 
 
 def _unfenced(answer: str, name: str) -> Iterator[str]:
@@ -94,3 +133,15 @@ def _names(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.Assign):
         return {target.id for target in node.targets if isinstance(target, ast.Name)}
     return set()
+
+
+def _imported(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return set()
+
+
+def _source(code: str, node: ast.stmt) -> str:
+    """The lines of a statement, with its decorators."""
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    return "\n".join(code.split("\n")[first - 1 : node.end_lineno])

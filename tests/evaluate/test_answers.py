@@ -49,6 +49,49 @@ def test_a_helper_in_one_fence_and_the_function_in_another_are_put_together_only
     assert code_of(answer, "add") == CODE
 
 
+HELPERS = """First what it needs:
+```python
+import math
+from functools import partial as part
+@part(part, lambda function, x: 2 * function(x))
+def twice(x):
+    return rounded(x)
+```
+```python
+from math import *
+def rounded(x):
+    return math.floor(x)
+```
+Then:
+```python
+def add(x, y):
+    return twice(x) - x + y
+```
+So `add(2, 3)` is 5:
+```python
+from solution import add
+x = add(2, 3)
+print(x)
+```
+"""
+
+
+def test_what_the_function_uses_of_other_fences_comes_along_and_nothing_else() -> None:
+    code = code_of(HELPERS, "add")
+    names: dict = {}
+    exec(code or "", names)
+    assert names["add"](2, 3) == 5
+    assert "print" not in (code or "")
+    assert "from math" not in (code or "")
+
+
+@pytest.mark.parametrize("body", ['"""Adds them."""', "pass", '"""Adds them."""\n    ...'])
+def test_a_signature_that_an_answer_repeats_is_not_the_function(body: str) -> None:
+    stub = f"```python\ndef add(x, y):\n    {body}\n```"
+    assert code_of(f"You gave me:\n{stub}\nHere it is:\n```python\n{CODE}```", "add") == CODE
+    assert "def add" in (code_of(stub, "add") or "")
+
+
 @pytest.mark.parametrize("answer", ["", "I cannot do that.", "```python\ndef add(x, y:\n```", "def sub(x): return x"])
 def test_where_there_is_no_such_function_there_is_no_code(answer: str) -> None:
     assert code_of(answer, "add") is None

@@ -35,8 +35,8 @@ from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
-from puna.prompts import chat_template, infill_document
-from puna.prompts.templates import TEMPLATE_FILE
+from puna.prompts import ChatTemplate, Message, chat_template, infill_document
+from puna.prompts.templates import TEMPLATE_FILE, with_specials_of
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: So many units, of two megabytes each, this process has worked off in about the time in which fresh ones start.
@@ -146,15 +146,8 @@ class _Job:
         if tokenizer.path.suffix == ".json":
             self.beside |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
         if "template" in self.options:
-            hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            template = chat_template(self.options["template"])
-            encoded = template.encode(tokenizer, hello)  # type: ignore[arg-type]
-            if encoded.tokens[max(compress(count(), encoded.is_target))] not in {*tokenizer.control, tokenizer.eos_id}:
-                say(
-                    f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
-                    "what is tuned on them may not learn where to stop"
-                )
-            self.beside |= {"template_digest": template.digest} if template.digest else {}
+            digest = _checked_layout(self.options["template"], tokenizer).digest
+            self.beside |= {"template_digest": digest} if digest else {}
         if self.options.get("fim_rate"):
             infill_document(tokenizer, "", "", "", order="psm")
         self.sources: dict[str, dict[str, Any]] = {}
@@ -249,6 +242,28 @@ class _Job:
                     span = LeftOut(span.id, span.source, "exact duplicate")
                 left_out.write(json.dumps(asdict(span), ensure_ascii=False) + "\n")
             self.sources[str(path)] = {"files": files, "bytes": size, "xxh3_128": digest.hexdigest()}
+
+
+def _checked_layout(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """The layout of dialogs, tried on one.
+
+    Raises:
+        PunaError: the vocabulary lacks what it needs, or its files would make another layout of it.
+    """
+    template = chat_template(name)
+    dialog = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+    encoded = template.encode(tokenizer, dialog)
+    if template.digest and with_specials_of(template, tokenizer).encode(tokenizer, dialog) != encoded:
+        raise PunaError(
+            f"the layout of {template.name} writes begin or end otherwise than the files of {tokenizer.path}, "
+            "with which a tuned model ships it; give the tokenizer of the layout's folder"
+        )
+    if encoded.tokens[max(compress(count(), encoded.is_target))] not in {*tokenizer.control, tokenizer.eos_id}:
+        say(
+            f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
+            "what is tuned on them may not learn where to stop"
+        )
+    return template
 
 
 def _claim(job: _Job) -> None:

@@ -10,6 +10,7 @@ from puna.files import read_json
 from puna.prompts import chat
 from puna.prompts.chat.alpaca import alpaca_prompt
 from puna.prompts.dialog import ChatTemplate
+from puna.tokenizer import Tokenizer
 
 #: What a model's folder ships.
 TEMPLATE_FILE = "chat_template.jinja"
@@ -41,14 +42,30 @@ def chat_template(name_or_folder: str | Path) -> ChatTemplate:
         )
     from puna.prompts.jinja import JinjaTemplate
 
-    settings: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            settings |= read_json(folder / file)
+    settings = _settings(folder)
     source = _source(folder, settings)
     if source is None:
         raise PunaError(f"{folder} ships no chat template; name one of {', '.join(template_names())}")
     return JinjaTemplate(source, name=str(folder), specials=_special_texts(settings))
+
+
+def with_specials_of(template: ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:
+    """A model's own template as it is with another tokenizer, whose files say how BOS and EOS are written."""
+    from puna.prompts.jinja import JinjaTemplate
+
+    assert template.jinja is not None
+    specials = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
+    if settings := _settings(tokenizer.path.parent):
+        specials = _special_texts(settings)
+    return JinjaTemplate(template.jinja, name=template.name, specials=specials)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            settings |= read_json(folder / file)
+    return settings
 
 
 def _source(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -518,6 +518,22 @@ def test_a_layout_whose_answers_have_no_end_is_told(make, tmp_path, capsys):
         assert ("do not end with a control token" in capsys.readouterr().err) == (end == "<|im_end|>")
 
 
+def test_a_layout_that_another_tokenizer_would_write_otherwise_is_refused(make, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    (tmp_path / "model").mkdir()
+    layout = "{{ bos_token }}{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    (tmp_path / "model/chat_template.jinja").write_text(layout)
+    for eos_token in ("</s>", "<|im_end|>"):
+        special = {"bos_token": "<s>", "eos_token": eos_token}
+        (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(special))
+        arguments = ("chat", tmp_path / "a.jsonl", tmp_path / f"out {len(eos_token)}")
+        if eos_token == "</s>":
+            make(*arguments, template=str(tmp_path / "model"))
+        else:
+            with pytest.raises(PunaError, match=r"the layout of .*model writes begin or end otherwise than the files"):
+                make(*arguments, template=str(tmp_path / "model"))
+
+
 def test_a_copy_of_what_is_held_out_later_does_not_stay_from_before(library, make, tmp_path, monkeypatch):
     pytest.importorskip("datasketch")
     source, options = shutil.copytree(library / "email", tmp_path / "src"), {"near_duplicates": True, "held_out": 0.5}

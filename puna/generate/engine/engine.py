@@ -15,7 +15,7 @@ from puna.errors import PunaError, UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.draft_model import DraftModel
 from puna.generate.engine.drafts import Drafter, PromptLookup, check_one_source
-from puna.generate.engine.runner import Logits, Runner, kept_bytes
+from puna.generate.engine.runner import Logits, Runner, activation_bytes, kept_bytes
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText, Sequence
@@ -32,7 +32,7 @@ BLOCK_TOKENS = 32
 STEP_TOKENS = {"cpu": 512}
 STEP_TOKENS_ELSEWHERE = 4096
 
-#: Share of the memory that is free behind the weights which the cache takes.
+#: Share of the memory that is free behind the weights and a step which the cache takes.
 CACHE_SHARE = {"cpu": 0.3}
 CACHE_SHARE_ELSEWHERE = 0.85
 
@@ -86,7 +86,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
         self._group = group_of(model)
-        n_blocks = -(-(cache_tokens or self._room(max_rows, draft, cache_dtype)) // block_tokens)
+        tokens = max(step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE), max_rows)
+        n_blocks = -(-(cache_tokens or self._room(max_rows, tokens, draft, cache_dtype)) // block_tokens)
         self.pool = BlockPool(n_blocks, block_tokens)
         self._mark = ""  # of the weights, from the first request on
         self._runner = Runner(
@@ -95,10 +96,7 @@ class Engine:
         self._drafter: Drafter | None = PromptLookup() if lookup else None
         if draft is not None:
             self._drafter = DraftModel(draft, self._spelled, n_blocks, block_tokens, cache_dtype=cache_dtype)
-        tokens = step_tokens or STEP_TOKENS.get(self.device.type, STEP_TOKENS_ELSEWHERE)
-        self.scheduler = Scheduler(
-            self.pool, step_tokens=max(tokens, max_rows), max_rows=max_rows, drafter=self._drafter
-        )
+        self.scheduler = Scheduler(self.pool, step_tokens=tokens, max_rows=max_rows, drafter=self._drafter)
         self._lock = threading.Lock()
         self._door = threading.Lock()
         self._incoming: deque[Running] = deque()
@@ -272,7 +270,7 @@ class Engine:
     def _spelled(self) -> int:
         return self.model.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
-    def _room(self, max_rows: int, draft: Llama | None, cache_dtype: str | None) -> int:
+    def _room(self, max_rows: int, step_tokens: int, draft: Llama | None, cache_dtype: str | None) -> int:
         """Tokens of cache that memory allows on every rank, and that so many rows could ever use."""
         token, drafted = (0 if model is None else kept_bytes(model, cache_dtype) for model in (self.model, draft))
         n_ranks = 1 if self._group is None else self._group.size()
@@ -280,5 +278,6 @@ class Engine:
         token = token + n_ranks * drafted if self.device.type == "cpu" else token // n_ranks + drafted
         share = CACHE_SHARE.get(self.device.type, CACHE_SHARE_ELSEWHERE)
         most = max_rows * self.model.config.max_position_embeddings
-        room = max(BLOCK_TOKENS, min(most, int(free_memory_bytes(self.device) * share / token)))
+        free = free_memory_bytes(self.device) - step_tokens * activation_bytes(self.model)
+        room = max(BLOCK_TOKENS, min(most, int(free * share / token)))
         return all_min(room, self._group)

@@ -103,6 +103,12 @@ def kept_bytes(model: Llama, cache_dtype: str | None) -> int:
     return token_bytes(model.config, _kept_in(model, cache_dtype))
 
 
+def activation_bytes(model: Llama) -> int:
+    """Bytes that each token of a step takes while a layer computes it: in the gated MLP, where it takes most."""
+    config, dtype = model.config, model.compute_dtype or model.lm_head.weight.dtype
+    return (4 * config.intermediate_size + 3 * config.hidden_size) * dtype.itemsize
+
+
 def _kept_in(model: Llama, cache_dtype: str | None) -> torch.dtype:
     weight = model.lm_head.weight
     return storage_dtype(cache_dtype, weight.device) or model.compute_dtype or weight.dtype

@@ -27,7 +27,7 @@ import puna
 from puna.data import corpora
 from puna.data.documents import LeftOut, Span, is_spellable
 from puna.data.plan import Seen, cut_into_units
-from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER
+from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER, Dataset
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
 from puna.data.workers import Workers, can_be_copied
 from puna.devices import cpu_cores
@@ -321,8 +321,17 @@ def _as_it_is(job: _Job) -> dict[str, Any]:
     changed = [path for path, source in job.sources.items() if source != info["sources"].get(path)]
     if changed:
         raise PunaError(f"{job.output} exists already, and {changed[0]} has changed since; choose another place")
+    _check_whole(job.output, info)
     say(f"{job.output} is prepared already, from the same sources with the same settings")
     return info
+
+
+def _check_whole(output: Path, info: dict[str, Any]) -> None:
+    for part in ("train", "held_out") if "held_out" in info else ("train",):
+        try:
+            Dataset.open(output / PARTS[part]).verify()
+        except PunaError as error:
+            raise PunaError(f"{error}; remove {output} first") from None
 
 
 def _unfinished(job: _Job, progress: Progress) -> Iterator[Unit]:

@@ -436,6 +436,20 @@ def test_a_finished_folder_is_not_made_again(library, make, tmp_path, capsys):
     assert bytes_of(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("place", ["shard-00000.arrow", "held_out/shard-00000.arrow"])
+def test_a_finished_folder_that_is_damaged_is_not_called_prepared(library, make, tmp_path, place):
+    make("code", library / "json", tmp_path / "out", held_out=0.4)
+    shard = tmp_path / "out" / place
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(PunaError, match=r"is damaged .*; prepare the data again; remove .*out first"):
+        make("code", library / "json", tmp_path / "out", held_out=0.4)
+    shard.unlink()
+    with pytest.raises(PunaError, match=r"is missing .*; remove .*out first"):
+        make("code", library / "json", tmp_path / "out", held_out=0.4)
+
+
 def test_a_finished_folder_of_other_settings_is_not_touched(library, make, tmp_path):
     make("code", library / "json", tmp_path / "out")
     before = bytes_of(tmp_path / "out")

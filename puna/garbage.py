@@ -21,3 +21,15 @@ def seldom_collected() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """While open, the search is not held at all: what it would give up may not be given up now."""
+    is_held = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_held:
+            gc.enable()

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -379,6 +381,20 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     assert engine.generate(prompts, samplings) == expected
     assert len(recorded) > 3, "several numbers of rows and blocks"
     assert_all_free(engine)
+
+
+def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch no longer sees to it: what gives up a graph meanwhile spoils the one that is recorded."""
+    fakes = {"Stream": MagicMock, "current_stream": MagicMock, "CUDAGraph": MagicMock, "graph_pool_handle": MagicMock}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **options: contextlib.nullcontext())
+    seen: list[bool] = []
+    graphs = DecodeGraphs(model, Engine(model, cache_tokens=64)._runner.cache, is_compiled=False)
+    graphs._capture(lambda: seen.append(gc.isenabled()))  # type: ignore[arg-type, return-value]
+    assert seen == [True, True, False]
+    assert gc.isenabled()
 
 
 def test_layers_are_compiled_for_one_row_and_once_for_all_other_numbers(

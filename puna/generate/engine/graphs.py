@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
+from puna.garbage import uncollected
 from puna.generate.engine.cache import PagedCache, PagedLayer, Step
 from puna.generate.engine.scheduler import Chunk
 from puna.model.calls import Recording
@@ -120,7 +121,7 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._memory = self._memory or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with uncollected(), torch.cuda.graph(graph, pool=self._memory):  # a graph or kernel given up now would end it
             logits = step()
         return graph, logits
 

@@ -4,6 +4,7 @@
 `benchmarks/`; programs that a model wrote run in `sandbox.py` and nowhere else.
 """
 
+import gc
 import inspect
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def evaluate(
 
             options["weights"] = mark_in_memory(model)
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
+    gc.collect()  # a first import of torch's compiler leaves its callers' frames in a circle: the model, and its cache
     if name is not None:
         known = {"benchmark": result["benchmark"], "model": name}
         result = known | ({} if weights is None else {"weights": weights}) | result

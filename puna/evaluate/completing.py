@@ -96,15 +96,17 @@ class Completer:
         self.longest_prompt = max(1, prompt_room(model, max_tokens))
         self.cut_prompts = 0
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answers."""
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None, **changes: Any) -> list[str]:
+        """The answers; `changes` are other fields of the sampling for these, e.g. fewer `max_tokens`."""
         from puna.generate import Engine
 
         if self._engine is None:
             self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows, cache_dtype=self._cache_dtype)
         asked = [self._asked(ask) for ask in asks]
         tokens = [tokens for tokens, _ in asked]
-        samplings = [replace(how, seed=seed) for (_, how), seed in zip(asked, seeds or [0] * len(asks), strict=True)]
+        samplings = [
+            replace(how, seed=seed, **changes) for (_, how), seed in zip(asked, seeds or [0] * len(asks), strict=True)
+        ]
         return [completion.text for completion in self._engine.generate(tokens, samplings)]
 
     def _asked(self, ask: Ask) -> "tuple[list[int], Sampling]":

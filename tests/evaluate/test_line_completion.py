@@ -1,9 +1,11 @@
 """Completion of unseen files: which lines, how alike, and how many bits, each against a plain formula."""
 
+import gc
 import itertools
 import json
 import math
 import tracemalloc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -271,12 +273,11 @@ def test_lines_are_the_models_own_and_compared_stripped(
     class Fake:
         cut_prompts = 0
 
-        def __init__(self, *_: object, stop: tuple[str, ...], **__: object) -> None:
-            self.stop = stop
+        def __init__(self, *_: object, **__: object) -> None: ...
 
-        def __call__(self, asks: list[Ask]) -> list[str]:
+        def __call__(self, asks: list[Ask], stop: tuple[str, ...] = (), **_: object) -> list[str]:
             prompts = [ask.prefix for ask in asks]
-            if self.stop != ("\n",):  # blocks
+            if stop != ("\n",):  # blocks
                 return ["    return os.getcwd()  \n\n\nprint()\n" if "place1" in p else "\tpass\n" for p in prompts]
             return [
                 said["import" if prompt.endswith("():\n") and "place1" in prompt else "other"] for prompt in prompts
@@ -297,6 +298,26 @@ def test_lines_are_the_models_own_and_compared_stripped(
     assert [record["completion"] for record in blocks if record["exact_match"]] == ["    return os.getcwd()"]
     assert (result["blocks"], result["block_exact_match"]) == (5, 1 / 5)
     assert result["intervals"]["block_exact_match"][0] < 1 / 5 < result["intervals"]["block_exact_match"][1]
+
+
+def test_lines_and_blocks_have_one_cache_between_them_and_nothing_is_kept(
+    tiny_model_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = []
+
+    class InACircle(puna.generate.Engine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.itself = self
+            engines.append(weakref.ref(self))
+
+    monkeypatch.setattr(puna.generate, "Engine", InACircle)
+    gc.disable()
+    try:
+        evaluate("completion", str(tiny_model_folder), corpus=corpus, cases=4, max_tokens=2, device="cpu")
+    finally:
+        gc.enable()
+    assert [engine() for engine in engines] == [None]
 
 
 def test_scores_do_not_depend_on_the_batch_and_repeat(loaded: tuple[Any, Any], corpus: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,12 +125,14 @@ def evaluate(
         )
     model, tokenizer = loaded(model, tokenizer)
     started = time.monotonic()
-    options: dict[str, Any] = {"batch_rows": batch, "cache_dtype": cache_dtype}
-    for_lines = Completer(model, tokenizer, max_tokens=max_tokens, stop=("\n",), **options)
-    for_blocks = Completer(model, tokenizer, max_tokens=max_tokens * BLOCK_TOKENS, stop=(), **options)
+    # One for both: its cache takes most of the memory that is free, and would leave a second one next to none.
+    complete = Completer(
+        model, tokenizer, max_tokens=max_tokens * BLOCK_TOKENS, stop=(), batch_rows=batch, cache_dtype=cache_dtype
+    )
+    line = partial(complete, max_tokens=max_tokens, stop=("\n",))
     scored = {
-        "": _completed(lines, for_lines, batch, _first_line),
-        "block_": _completed(blocks, for_blocks, batch, _block),
+        "": _completed(lines, line, batch, _first_line),
+        "block_": _completed(blocks, complete, batch, _block),
     }
     completed = time.monotonic()
     surprises = _surprises(model, tokenizer, documents)
@@ -154,7 +157,7 @@ def evaluate(
         "intervals": ranges | {"bits_per_byte": bootstrap(bits, weights=sizes)},
         "cases": len(lines),
         "blocks": len(blocks),
-        "cut_prompts": for_lines.cut_prompts + for_blocks.cut_prompts,
+        "cut_prompts": complete.cut_prompts,
         "documents": len(documents),
         "bytes": sum(sizes),
         "tokens": sum(tokens for _, tokens, _ in surprises),
@@ -275,7 +278,7 @@ def _block(case: Case, text: str) -> str:
     return "\n".join(_deeper(text.split("\n"), case.indent))
 
 
-def _completed(cases: list[Case], complete: Completer, batch: int, cut: Any) -> list[Scored]:
+def _completed(cases: list[Case], complete: Callable[[list[Ask]], list[str]], batch: int, cut: Any) -> list[Scored]:
     """What the model writes for every case; prompts of similar length go together, so that little is padded."""
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))
     texts = [""] * len(cases)

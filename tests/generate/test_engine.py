@@ -384,7 +384,7 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
 
 
 def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch no longer sees to it: what gives up a graph meanwhile spoils the one that is recorded."""
+    """A graph that is given up meanwhile spoils the one that is recorded, and torch leaves it to us."""
     fakes = {"Stream": MagicMock, "current_stream": MagicMock, "CUDAGraph": MagicMock, "graph_pool_handle": MagicMock}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -25,7 +25,7 @@ import xxhash
 
 import puna
 from puna.data import corpora
-from puna.data.documents import LeftOut, Span, is_spellable
+from puna.data.documents import LeftOut, Span, checksum, is_spellable
 from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import DATASET_FILE, FORMAT, WORK_FOLDER, Dataset
 from puna.data.units import PARTS, PrepareUnit, SketchUnit, Unit, report_path
@@ -236,10 +236,12 @@ class _Job:
                 if isinstance(span, Span):
                     digest.update(f"{span.id}\n{span.start}\n{span.checksum}\n".encode())
                     files, size = files + (span.start == 0), size + span.stop - span.start
-                    if not corpus.DISTINCT or seen.is_new(int(span.checksum, 16)):
+                    place = f"{span.path}\n{span.start}"  # sources may overlap, and one shard may bring all along
+                    if seen.is_new(int(span.checksum if corpus.DISTINCT else checksum(os.fsencode(place)), 16)):
                         yield span
                         continue
-                    span = LeftOut(span.id, span.source, "exact duplicate")
+                    reason = "exact duplicate" if corpus.DISTINCT else "named twice"
+                    span = LeftOut(span.id, span.source, reason)
                 left_out.write(json.dumps(asdict(span), ensure_ascii=False) + "\n")
             self.sources[str(path)] = {"files": files, "bytes": size, "xxh3_128": digest.hexdigest()}
 

@@ -334,6 +334,13 @@ def test_all_shards_of_a_file_are_prepared(theirs, tmp_path, tokenizer):
         prepare("mindrecord", lonely, tmp_path / "no", **options)
 
 
+def test_shards_that_are_all_named_are_read_once(theirs, shared, tmp_path):
+    shards = [theirs / f"wiki_3shards.mindrecord{i}" for i in range(3)]
+    options = {"tokenizer": shared / "data/tokenizer/tokenizer.model", "workers": 1}
+    one = prepare("mindrecord", shards[0], tmp_path / "one", **options)
+    assert prepare("mindrecord", shards, tmp_path / "all", **options)["shards"] == one["shards"]
+
+
 def test_rows_that_are_not_ids_of_the_tokenizer_are_left_out(tmp_path, tokenizer):
     schema = {**IDS, "labels": IDS["input_ids"]}
     rows = [{"input_ids": np.array([1, 511]), "labels": np.array([-100, 511])},

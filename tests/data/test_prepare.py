@@ -126,6 +126,17 @@ def test_only_the_first_of_equal_files_stays(make, tmp_path):
     assert left_out(tmp_path / "out") == {"b.py": "exact duplicate"}
 
 
+def test_what_two_sources_hold_is_taken_once(make, tmp_path):
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text("the same text")
+    sources = [tmp_path / "src/sub", tmp_path / "src", tmp_path / "src/a.txt"]
+    assert make("text", sources, tmp_path / "out")["left_out"] == {"named twice": 2}
+    assert list(documents_of(tmp_path / "out")) == ["b.txt", "a.txt"]  # two files, though they say the same
+    (tmp_path / "src" / os.fsdecode(b"caf\xe9.txt")).write_text("a text")
+    assert make("text", tmp_path / "src", tmp_path / "odd")["documents"] == 3
+
+
 def test_a_set_of_hashes_remembers_each_of_them():
     draw = random.Random(0)
     values = [draw.getrandbits(64) for _ in range(150_000)]

@@ -33,6 +33,7 @@ looks for that word in its own code could find it.
 """
 
 import contextlib
+import fcntl
 import importlib.resources
 import os
 import py_compile
@@ -70,6 +71,10 @@ VERDICTS = {
 
 #: Folders of the host that a sandbox sees, read-only, where they exist; links (`/lib` on most systems) stay links.
 HOST_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store")
+
+#: What the name of a judge's own temporary folder begins with, and how old one is that may have been left by a kill.
+STAGE = "puna-sandbox-"
+LEFT_SECONDS = 3600.0
 
 #: Longest wait for a sandbox to start.
 START_SECONDS = 30.0
@@ -579,8 +584,13 @@ def _stage(cleanup: contextlib.ExitStack) -> Path:
         raise PunaError(
             f"an ordinary user can enter none of {', '.join(parents)}; set TMPDIR to a folder that all may enter"
         )
-    stage = Path(tempfile.mkdtemp(prefix="puna-sandbox-", dir=parent))
+    _remove_left(Path(parent))
+    stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=parent))
     cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
+    held = os.open(stage, os.O_RDONLY)
+    cleanup.callback(os.close, held)
+    with contextlib.suppress(OSError):  # a file system without locks; what is left there stays
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     stage.chmod(0o755)
     (stage / "inside").mkdir(mode=0o755)
     for source in Path(str(importlib.resources.files("puna.evaluate.inside"))).glob("*.py"):
@@ -591,6 +601,18 @@ def _stage(cleanup: contextlib.ExitStack) -> Path:
         if others and not _is_open(Path(prefix)):
             _copy_python(Path(prefix), stage / f"python-{i}")
     return stage
+
+
+def _remove_left(parent: Path) -> None:
+    """Removes what judges that were killed have left: folders of this user's that no process holds."""
+    for left in parent.glob(f"{STAGE}*"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            made = left.lstat()
+            if made.st_uid == os.geteuid() and time.time() - made.st_mtime > LEFT_SECONDS:
+                folder = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy_python(prefix: Path, copy: Path) -> None:

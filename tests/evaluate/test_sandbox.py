@@ -596,6 +596,22 @@ def test_a_sandbox_leaves_nothing_behind(bubblewrap: str, open_folder: Path, mon
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_what_a_judge_that_was_killed_left_goes_and_what_another_uses_stays(
+    bubblewrap: str, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(open_folder))
+    for name in ("old", "new"):
+        (open_folder / f"puna-sandbox-{name}/inside").mkdir(parents=True)
+    with Sandbox(workers=1):
+        (used,) = [folder for folder in open_folder.iterdir() if not folder.name.endswith(("old", "new"))]
+        for folder in (used, open_folder / "puna-sandbox-old"):
+            os.utime(folder, (0, 0))
+        with Sandbox(workers=1):
+            assert used.exists()
+            assert not (open_folder / "puna-sandbox-old").exists()
+    assert [folder.name for folder in open_folder.iterdir()] == ["puna-sandbox-new"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the tests run as an ordinary user, so all the others show this")
 def test_an_ordinary_user_judges_as_root_does_and_however_many_processes_it_has(
     bubblewrap: str, open_folder: Path

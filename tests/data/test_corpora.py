@@ -441,6 +441,14 @@ def test_what_is_in_no_layout_is_left_out(tmp_path, record):
     assert [found.id for found in everything("chat", path) if isinstance(found, Document)] == ["a.json:2"]
 
 
+def test_a_dialog_with_an_answer_of_weight_0_is_left_out(tmp_path):
+    answers = [{"role": "assistant", "content": "a", **weight} for weight in ({"weight": 0}, {"weight": 1}, {})]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": [QUESTION_AND_ANSWER[0], answer]} for answer in answers]))
+    assert reasons_of("chat", path) == {"a.json:1": "answers of weight 0"}
+    assert [found.messages for found in everything("chat", path)[1:]] == [QUESTION_AND_ANSWER] * 2
+
+
 RECORDS = st.lists(
     st.fixed_dictionaries(
         {"instruction": st.text(), "output": st.text()}, optional={"n": st.integers() | st.floats(0, 1)}

@@ -87,6 +87,8 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
             if messages is None:
                 keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                 yield LeftOut(id, span.source, "unknown layout", keys.encode(errors="replace").decode())
+            elif _has_weights(record):
+                yield LeftOut(id, span.source, "answers of weight 0", "puna learns all answers of a dialog")
             elif not all(is_spellable(message["content"]) for message in messages):
                 yield LeftOut(id, span.source, "half a surrogate pair")
             else:
@@ -140,6 +142,12 @@ def _turns(turns: list[Any], role: str, content: str) -> list[Message] | None:
             return None
         messages.append({"role": _ROLES[turn[role]], "content": turn[content]})
     return messages
+
+
+def _has_weights(record: dict[str, Any]) -> bool:
+    """Whether a dialog says that an answer is not to be learnt, as OpenAI's layout can."""
+    lists = [turns for name in ("conversations", "messages") if isinstance(turns := record.get(name), list)]
+    return any(isinstance(turn, dict) and turn.get("weight") == 0 for turns in lists for turn in turns)
 
 
 _BLANK = object()

@@ -234,6 +234,22 @@ def test_documents_are_found_where_numbers_change_and_at_every_row() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+def test_on_a_gpu_the_last_queries_of_a_document_get_what_they_get_among_all(heads: tuple[int, int]) -> None:
+    """As chunks of a long prompt, and guesses behind a text, do."""
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator")
+    device = torch.accelerator.current_accelerator()
+    generator = torch.Generator().manual_seed(0)
+    for asked, before in ((100, 0), (65, 200), (1, 300), (7, 1)):
+        shapes = [(1, asked + before, n, 64) for n in (heads[0], heads[1], heads[1])]
+        q, k, v = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes)
+        found = attend_spans(q[:, before:], k, v, [Span(0, asked, 0, asked + before)])
+        torch.testing.assert_close(found, attend_reference(q, k, v)[:, before:], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_flash_attention_over_packed_documents_is_the_reference(heads: tuple[int, int]) -> None:
     if not torch.accelerator.is_available():

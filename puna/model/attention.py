@@ -112,7 +112,8 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
     if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
         k_, v_ = (torch.cat([x[keys] for _, keys in places]) for x in (k_, v_))
         counts = [np.array([place.stop - place.start for place in side]) for side in zip(*places, strict=True)]
-        starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)).to(q.device) for n in counts]
+        starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)) for n in counts]
+        starts = [n.to(q.device, non_blocking=True) for n in starts]  # else each layer would wait for the device
         longest = [int(n.max()) for n in counts]
         return varlen(q_, k_, v_, *starts, *longest, window_size=(-1, 0)).view_as(q)
     sizes = [(queries.stop - queries.start, keys.stop - keys.start) for queries, keys in places]

@@ -33,7 +33,7 @@ def write_evaluation(folders: Sequence[Path | str], path: Path | str) -> Path:
 
 def evaluation_results(folders: Sequence[Path | str]) -> dict[str, Any]:
     """What the page shows, see `puna.report`."""
-    results = {_name(folder, read_result(folder)): read_result(folder) for folder in folders}
+    results = _named(folders)
     details = {name: _details(Path(folder)) for name, folder in zip(results, folders, strict=True)}
     first = next(iter(results.values()))
     benchmark = first["benchmark"] + (f" ({first['variant']})" if first.get("variant") else "")
@@ -45,6 +45,17 @@ def evaluation_results(folders: Sequence[Path | str]) -> dict[str, Any]:
         "grid": _grid(details),
         "failures": _failures(details),
         "run": {**what_runs_here(), **_settings(first)},
+    }
+
+
+def _named(folders: Sequence[Path | str]) -> dict[str, dict[str, Any]]:
+    """The results by the names of what was scored; where those are one name, with their folders."""
+    read = [(folder, read_result(folder)) for folder in folders]
+    names = Counter(_name(folder, result) for folder, result in read)
+    return {
+        name if names[name] == 1 else f"{name} ({folder})": result
+        for folder, result in read
+        for name in [_name(folder, result)]
     }
 
 

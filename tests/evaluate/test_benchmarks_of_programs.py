@@ -152,6 +152,11 @@ def test_a_folder_named_once_serves_every_benchmark(
     assert evaluate("mbpp", samples=tmp_path / "samples.jsonl")["paper"]["7B"]["pass@1"] == 0.414
 
 
+def test_the_paper_has_no_figures_for_the_sanitized_file_whatever_it_is_called() -> None:
+    assert "7B" in MBPP().paper(Path("somewhere/mbpp_open.jsonl"), "psm")
+    assert MBPP().paper(Path("somewhere/sanitized_mbpp_open.json"), "psm") == {}
+
+
 def test_a_damaged_file_of_mbpp_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('[{"task_id": 11}]')
     with pytest.raises(PunaError, match=r"s.json is no sanitized MBPP: it must be a list of objects with task_id"):

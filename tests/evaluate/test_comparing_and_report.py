@@ -178,6 +178,14 @@ def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
     assert not re.search(r"(src|href)=", page)
 
 
+def test_results_of_one_model_stand_side_by_side(folders: tuple[Path, Path]) -> None:
+    results = evaluation_results(folders)
+    names = [f"samples.jsonl ({folder})" for folder in folders]
+    (scores,) = [table for table in results["tables"] if table["title"] == "Scores"]
+    assert [row[0] for row in scores["rows"][:2]] == names
+    assert [row["name"] for row in results["grid"]] == names
+
+
 def test_several_models_stand_in_one_table_and_one_page(
     bubblewrap: str, tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,10 @@ class MBPP(Programs):
         every = read_all(path)
         return {task_id: task for task_id, task in every.items() if task["task_id"] in SCORED}
 
+    def variant(self, path: Path) -> str:
+        """By the form of the file, whatever it is called."""
+        return "sanitized" if path.suffix == ".json" else "full"
+
     def ask(self, task: Task) -> Ask:
         """Three solved examples and the task; or a question."""
         shots = "".join(f"{_layout(example)}{example['code'].strip()}\n[DONE]\n\n" for example in task["examples"])

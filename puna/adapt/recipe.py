@@ -80,7 +80,8 @@ def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Ma
         PunaError: none of `WAYS` fits; the message says by how much, and what would.
     """
     info = read_json(at.data / "dataset.json")
-    length = info["settings"]["options"].get("fim_tokens")  # rows hold what was cut for infilling
+    options = info["settings"]["options"]
+    length = options["fim_tokens"] if options.get("fim_rate") else None  # rows hold what was cut for infilling
     return _first_that_fits(at, info["tokens"], length, epochs, device, overrides)
 
 

@@ -152,6 +152,16 @@ def test_the_plainest_recipe_that_fits_is_taken(prepared: Places, monkeypatch: p
     assert recipe.steps == -(-100_000_000 // recipe.batch_tokens)
 
 
+@pytest.mark.parametrize(("fim_rate", "length"), [(0.0, 512), (0.9, 1024)])
+def test_rows_hold_what_was_cut_for_infilling_and_else_what_there_is(
+    prepared: Places, fim_rate: float, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"fim_rate": fim_rate, "fim_tokens": 1024}
+    (prepared.data / "dataset.json").write_text(json.dumps({"tokens": 50_000, "settings": {"options": options}}))
+    monkeypatch.setattr("puna.adapt.recipe.free_memory_bytes", lambda place: 4000 << 30)
+    assert choose_recipe(prepared, 2.0, "cpu", {}).sequence_length == length
+
+
 def test_a_processor_keeps_room_for_what_its_process_holds_beyond_tensors(
     prepared: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,9 @@ FATES = {
     "not there": NOT_THERE,
 }
 
+#: How older versions spell a type -> how it is spelled now.
+SPELLED = {"CheckpointMointor": "CheckpointMonitor"}
+
 #: No YAML of MindFormers comes near so many.
 MOST_VALUES = 10_000
 
@@ -155,7 +158,10 @@ def by_type(value: Any, room: Iterator[int]) -> Any:
     """
     next(room)
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "type" in entry for entry in value):
-        value = {entry["type"]: {k: x for k, x in entry.items() if k != "type"} or "on" for entry in value}
+        value = {
+            SPELLED.get(str(entry["type"]), entry["type"]): {k: x for k, x in entry.items() if k != "type"} or "on"
+            for entry in value
+        }
     if not isinstance(value, Mapping):
         return value
     made = {}

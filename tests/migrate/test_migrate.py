@@ -239,6 +239,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}]}, "log.every", 10),
         ({"callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 20}]}, "checkpoint.every", 20),
         ({"callbacks": [{"type": "CheckpointMonitor", "keep_checkpoint_max": 2}]}, "checkpoint.keep", 2),
+        ({"callbacks": [{"type": "CheckpointMointor", "keep_checkpoint_max": 2}]}, "checkpoint.keep", 2),
         ({"context.device_target": "CPU"}, "device", "cpu"),
         ({"runner_wrapper.use_clip_grad": False}, "optimizer.max_grad_norm", None),
         ({"runner_wrapper.max_grad_norm": 0.5}, "optimizer.max_grad_norm", 0.5),

@@ -144,14 +144,24 @@ def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Te
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -math.inf)
     if sampling.top_p < 1:
-        ascending, order = scores.sort()
-        is_tail = ascending.softmax(0).cumsum(0) <= 1 - sampling.top_p
-        is_tail[-1] = False
-        scores = scores.masked_fill(torch.zeros_like(is_tail).scatter(0, order, is_tail), -math.inf)
+        scores = scores.masked_fill(_is_tail(scores.softmax(0), 1 - sampling.top_p), -math.inf)
     if sampling.min_p > 0:
         likelihoods = scores.softmax(0)
         scores = scores.masked_fill(likelihoods < sampling.min_p * likelihoods.max(), -math.inf)
     return scores.softmax(0)
+
+
+def _is_tail(likelihoods: Tensor, most: float) -> Tensor:
+    """Which tokens (V,) are the least likely ones that together reach no more than `most`; never the likeliest.
+
+    Those below the V-th part of `most` are, without a look at their order: of all but a few that need not be found.
+    """
+    is_tail = likelihoods < most / len(likelihoods)
+    others = is_tail.logical_not().nonzero().view(-1)
+    ascending, order = likelihoods[others].sort()
+    together = ascending.cumsum(0) + likelihoods[is_tail].sum()
+    is_tail[others[order[:-1][together[:-1] <= most]]] = True
+    return is_tail
 
 
 def _scores(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:

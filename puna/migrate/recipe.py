@@ -150,7 +150,10 @@ def _is_same(known: ModelConfig, config: ModelConfig) -> bool:
 
 def batch_rows(settings: Settings) -> int:
     """Rows of a step over all devices, as MindFormers counts them."""
-    rows = settings.whole("runner_config.batch_size", 1) * settings.whole("parallel_config.data_parallel", 1)
+    rows = settings.whole("runner_config.batch_size", 1)
+    if not settings.get("use_parallel", False):
+        return rows  # one device, which neither splits nor gathers, whatever parallel_config says
+    rows *= settings.whole("parallel_config.data_parallel", 1)
     if settings.whole("parallel_config.pipeline_stage", 1) > 1:
         micro_batches = settings.whole("parallel_config.micro_batch_num", 1)
         return rows * micro_batches * settings.whole("micro_batch_interleave_num", 1)

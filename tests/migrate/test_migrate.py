@@ -225,6 +225,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"parallel_config.data_parallel": 4}, "parallel.dp_shard", 4),
         ({"micro_batch_interleave_num": 2}, "batch_tokens", 256 * 4096),
         ({"use_parallel": False}, "parallel.tp", 1),
+        ({"use_parallel": False, "parallel_config.data_parallel": 8}, "batch_tokens", 4096),
         ({"recompute_config.recompute": True}, "recompute", "block"),
         ({"recompute_config.recompute": [0, 5]}, "recompute", "block"),
         ({"recompute_config.recompute": [0, 5]}, "recompute_layers", 5),

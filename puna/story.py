@@ -4,6 +4,7 @@ The folder's `stages.json` holds what every finished stage came to. Told again, 
 where it was broken off; told with other settings, it asks for another folder.
 """
 
+import json
 import shlex
 import textwrap
 import time
@@ -34,7 +35,8 @@ class Story:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, stages: int) -> None:
-        self.folder, self.settings, self.total = folder, dict(settings), stages
+        self.folder, self.total = folder, stages
+        self.settings = json.loads(json.dumps(dict(settings)))  # as they will be read again: a tuple is a list there
         self.stages: list[dict[str, Any]] = []
         self._finished: dict[str, dict[str, Any]] = {}
         if (folder / FILE).exists():

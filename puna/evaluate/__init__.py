@@ -15,6 +15,9 @@ from puna.twins import make_callable
 
 make_callable(__name__)
 
+#: Files of a model that its answers depend on.
+OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
+
 
 def evaluate(
     benchmark: str,
@@ -60,7 +63,7 @@ def evaluate(
     if output is not None and "output" in inspect.signature(module.evaluate).parameters:
         options["output"] = output
     name = str(model) if isinstance(model, str | Path) else None
-    weights = None if name is None else mark_of(Path(name).glob("*.safetensors"))
+    weights = None if name is None else mark_of(file for kind in OF_A_MODEL for file in Path(name).glob(kind))
     if output is not None:
         check_writable(output)
         _check_same(Path(output), {"benchmark": benchmark, "model": name, "weights": weights})

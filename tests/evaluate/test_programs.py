@@ -105,6 +105,18 @@ def test_answers_of_another_model_and_of_other_weights_are_not_gone_on_with(
         evaluate("humaneval", str(first), **options)
 
 
+def test_answers_of_the_same_weights_with_another_config_are_not_gone_on_with(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": data, "max_tokens": 2, "device": "cpu", "output": tmp_path / "run"}
+    model = write_tiny_model(tmp_path / "model")
+    evaluate("humaneval", str(model), **options)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    with pytest.raises(PunaError, match=r"of another run: its weights is "):
+        evaluate("humaneval", str(model), **options)
+
+
 @pytest.mark.parametrize("option", [{"cache_dtype": "int8"}, {"dtype": "bf16"}])
 def test_answers_of_other_numbers_are_not_gone_on_with_even_where_none_are_named(
     bubblewrap: str, data: Path, tmp_path: Path, tiny_model_folder: Path, option: dict[str, str]

@@ -119,6 +119,12 @@ def test_a_story_that_was_broken_off_before_a_stage_was_done_may_be_told_with_ot
         Story(tmp_path / "story", {"share": 0.1}, stages=1)
 
 
+def test_a_story_with_settings_that_json_spells_otherwise_goes_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        settings = {"overrides": {"optimizer.betas": (0.9, 0.95)}}
+        Story(tmp_path / "story", settings, stages=1).stage("The first", lambda: {"said": "", "command": ""})
+
+
 def test_a_command_is_spelled_as_a_shell_reads_it() -> None:
     line = command("train", "mine", {"data.train": "my data"}, o="out", max_tokens=3)
     assert shlex.split(line) == ["puna", "train", "mine", "data.train=my data", "-o", "out", "--max-tokens", "3"]

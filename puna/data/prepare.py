@@ -103,9 +103,9 @@ def prepare(
 
 
 def _tokenizer_of(path: Path) -> Tokenizer:
-    """Opens a tokenizer; in a model's folder without control pieces that the model has no embeddings for."""
+    """Opens a tokenizer; one in a model's folder without control pieces that the model has no embeddings for."""
     tokenizer = load_tokenizer(path)
-    config = path / CONFIG_FILE
+    config = tokenizer.path.with_name(CONFIG_FILE)
     size = read_json(config).get("vocab_size") if config.is_file() else None
     if isinstance(size, int):
         tokenizer.check_vocab_size(size)

@@ -578,8 +578,9 @@ def test_pieces_that_the_model_has_no_embedding_for_are_not_counted(library, sma
     shutil.copy(small_tokenizer.path, tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 1024}')
     (tmp_path / "config.json").write_text('{"vocab_size": 1024}')
-    info = prepare("code", library / "json", tmp_path / "out", tokenizer=tmp_path, workers=2)
-    assert info["tokenizer"]["vocab_size"] == 1024
+    for number, named in enumerate((tmp_path, tmp_path / "tokenizer.model")):
+        info = prepare("code", library / "json", tmp_path / f"out{number}", tokenizer=named, workers=2)
+        assert info["tokenizer"]["vocab_size"] == 1024
 
 
 def test_an_end_that_only_the_models_config_tells_goes_with_the_data(library, tmp_path):

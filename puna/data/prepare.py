@@ -35,7 +35,7 @@ from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
-from puna.prompts import ChatTemplate, Message, chat_template, infill_document
+from puna.prompts import ChatTemplate, Encoded, Message, chat_template, infill_document
 from puna.prompts.templates import TEMPLATE_FILE, with_specials_of
 from puna.tokenizer import Tokenizer, load_tokenizer
 
@@ -260,12 +260,25 @@ def _checked_layout(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             f"the layout of {template.name} writes begin or end otherwise than the files of {tokenizer.path}, "
             "with which a tuned model ships it; give the tokenizer of the layout's folder"
         )
+    if not template.digest and _own_layout(tokenizer, dialog) not in (None, encoded):
+        say(
+            f"{tokenizer.path.parent} ships another layout of dialogs than {name}; --template {tokenizer.path.parent} "
+            "takes it"
+        )
     if encoded.tokens[max(compress(count(), encoded.is_target))] not in {*tokenizer.control, tokenizer.eos_id}:
         say(
             f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
             "what is tuned on them may not learn where to stop"
         )
     return template
+
+
+def _own_layout(tokenizer: Tokenizer, dialog: list[Message]) -> Encoded | None:
+    """A dialog as the tokenizer's model ships it; None where it ships no layout, or none for it."""
+    try:
+        return chat_template(tokenizer.path.parent).encode(tokenizer, dialog)
+    except PunaError:
+        return None
 
 
 def _claim(job: _Job) -> None:

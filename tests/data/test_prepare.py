@@ -23,7 +23,7 @@ from puna.data.shards import Dataset
 from puna.data.workers import Workers
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
-from puna.prompts import infill_document
+from puna.prompts import chat_template, infill_document
 from puna.tokenizer import load_tokenizer
 
 #: Bytes of a unit in tests, so that a few files make several.
@@ -557,6 +557,16 @@ def test_a_layout_that_another_tokenizer_would_write_otherwise_is_refused(make, 
         else:
             with pytest.raises(PunaError, match=r"the layout of .*model writes begin or end otherwise than the files"):
                 make(*arguments, template=str(tmp_path / "model"))
+
+
+def test_another_layout_that_the_tokenizers_model_ships_is_told(make, small_tokenizer, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    shutil.copy(small_tokenizer.path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (tmp_path / "chat_template.jinja").write_text(chat_template("vicuna").jinja)
+    for template in ("vicuna", "plain"):
+        prepare("chat", tmp_path / "a.jsonl", tmp_path / template, tokenizer=tmp_path, template=template)
+        assert ("ships another layout of dialogs than plain" in capsys.readouterr().err) == (template == "plain")
 
 
 def test_a_copy_of_what_is_held_out_later_does_not_stay_from_before(library, make, tmp_path, monkeypatch):

@@ -40,12 +40,12 @@ def chat_template(name_or_folder: str | Path) -> ChatTemplate:
         raise UsageError(
             f"{name_or_folder} is neither a chat template ({', '.join(template_names())}) nor a model's folder"
         )
-    from puna.prompts.jinja import JinjaTemplate
-
     settings = _settings(folder)
     source = _source(folder, settings)
     if source is None:
         raise PunaError(f"{folder} ships no chat template; name one of {', '.join(template_names())}")
+    from puna.prompts.jinja import JinjaTemplate
+
     return JinjaTemplate(source, name=str(folder), specials=_special_texts(settings))
 
 

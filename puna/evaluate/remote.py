@@ -1,4 +1,4 @@
-r"""Answers from a server that speaks OpenAI's API: puna's own, vLLM, llama.cpp's, or whatever else does.
+r"""Answers from a server that speaks OpenAI's API: vLLM, llama.cpp's, or whatever else does.
 
     Ask("def f(x):\n")                         POST /v1/completions        {"prompt": …, "stop": …, "seed": …}
     Ask("def f(x):\n", suffix="return y\n")    POST /v1/completions        {"prompt": …, "suffix": …}
@@ -63,7 +63,7 @@ class RemoteCompleter:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url} is not a server's URL; begin it with http:// or https://")
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._batch_rows, self._is_chat = batch_rows, is_chat
+        self._batch_rows, self._is_chat, self._fills_gaps = batch_rows, is_chat, False
         self.model = model or self._first_model()
         self._settings: dict[str, Any] = {
             "model": self.model,
@@ -76,6 +76,9 @@ class RemoteCompleter:
 
     def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
         """The answers."""
+        if not self._fills_gaps and any(ask.suffix is not None for ask in asks):
+            self._check_suffix()
+            self._fills_gaps = True
         with ThreadPoolExecutor(self._batch_rows) as threads:
             return list(threads.map(self._answer, asks, seeds))
 
@@ -87,6 +90,19 @@ class RemoteCompleter:
             return _text(choice, lambda choice: choice["message"]["content"])
         asked = {"prompt": ask.prefix} | ({} if ask.suffix is None else {"suffix": ask.suffix})
         return _text(self._post("/completions", request | asked), lambda choice: choice["text"])
+
+    def _check_suffix(self) -> None:
+        """Refuses a server that passes over a suffix without a word, as some do: what it wrote would fill in nothing."""
+        lengths = []
+        for suffix in ({}, {"suffix": "return 1\n" * 9}):
+            answer = self._request("/completions", self._settings | {"prompt": "x = 1\n", "max_tokens": 1} | suffix)
+            usage = answer.get("usage") if isinstance(answer, dict) else None
+            lengths.append((usage or {}).get("prompt_tokens"))
+        if lengths[0] is not None and lengths[0] == lengths[1]:
+            raise PunaError(
+                f"{self._url}/completions ignores the suffix: it counts {lengths[0]} tokens of prompt with one and "
+                "without; score gaps with a server that fills in, or name the model's folder instead"
+            )
 
     def _first_model(self) -> str:
         models = self._request("/models", None).get("data") or []

@@ -81,7 +81,7 @@ def completer(server: FakeServer, **options: Any) -> RemoteCompleter:
 def test_what_is_asked_is_what_the_protocol_says(server: FakeServer) -> None:
     complete = completer(server, how=PROTOCOLS["sample"], model="mine")
     assert complete([Ask("x = "), Ask("a", suffix="b")], [1, 2**40 + 7]) == ["    return 1\n"] * 2
-    (path, plain), (_, infill) = sorted(server.requests, key=lambda request: "suffix" in request[1])
+    (path, plain), (_, infill) = sorted(server.requests[2:], key=lambda request: "suffix" in request[1])
     assert path == "/v1/completions"
     assert plain == {
         "model": "mine",
@@ -102,6 +102,13 @@ def test_a_question_goes_to_the_chat_without_stop_strings(server: FakeServer) ->
     assert request["messages"] == [{"role": "user", "content": "Write it."}]
     assert "stop" not in request
     assert request["model"] == "first"
+
+
+def test_a_server_that_passes_over_a_suffix_is_refused(server: FakeServer) -> None:
+    server.answer = server.answer | {"usage": {"prompt_tokens": 5}}
+    assert completer(server)([Ask("x")], [0]) == ["    return 1\n"]
+    with pytest.raises(PunaError, match="completions ignores the suffix: it counts 5 tokens of prompt with one and"):
+        completer(server)([Ask("x", suffix="y")], [0])
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_said(server: FakeServer) -> None:

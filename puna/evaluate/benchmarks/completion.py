@@ -279,8 +279,8 @@ def _block(case: Case, text: str) -> str:
 
 
 def _completed(cases: list[Case], complete: Callable[[list[Ask]], list[str]], batch: int, cut: Any) -> list[Scored]:
-    """What the model writes for every case; prompts of similar length go together, so that little is padded."""
-    order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))
+    """What the model writes for every case; the longest prompts go first, so that one without room is said at once."""
+    order = sorted(range(len(cases)), key=lambda i: -len(cases[i].prompt))
     texts = [""] * len(cases)
     with Progress("completing", len(cases), f"{cases[0].kind}s" if cases else "") as progress:
         for start in range(0, len(order), batch):

@@ -92,7 +92,7 @@ class RemoteCompleter:
         return _text(self._post("/completions", request | asked), lambda choice: choice["text"])
 
     def _check_suffix(self) -> None:
-        """Refuses a server that passes over a suffix without a word, as some do: what it wrote would fill in nothing."""
+        """Refuses a server that passes over a suffix without a word, as some do: its answers would fill in nothing."""
         lengths = []
         for suffix in ({}, {"suffix": "return 1\n" * 9}):
             answer = self._request("/completions", self._settings | {"prompt": "x = 1\n", "max_tokens": 1} | suffix)

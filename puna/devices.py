@@ -208,6 +208,14 @@ def multiplies_fp8(device: "torch.device") -> bool:
     return has_them and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def has_tensor_memory(device: "torch.device") -> bool:
+    """Whether a device keeps sums of large products in a memory of their own: NVIDIA's for data centers since B200."""
+    import torch
+
+    is_nvidia = takes_cuda_kernels(device.type) and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] in (10, 11)
+
+
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
     """The most floating-point operations a second that matrix products of `dtype` can reach; None: nobody knows.
 

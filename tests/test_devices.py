@@ -184,6 +184,13 @@ def test_a_cuda_device_is_fast_at_bf16_from_its_eighth_generation_on(monkeypatch
     assert devices.has_fast_bf16(torch.device("mps"))
 
 
+@pytest.mark.parametrize(("capability", "has_it"), [((9, 0), False), ((10, 0), True), ((12, 0), False)])
+def test_tensor_memory_is_that_of_data_centers_blackwells(monkeypatch, capability, has_it):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.has_tensor_memory(torch.device("cuda", 0)) is has_it
+    assert not devices.has_tensor_memory(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("hip", "knows"), [(None, True), ("6.4", False)])
 def test_fp8_is_that_of_nvidia_and_not_that_of_amd(monkeypatch, hip, knows):
     monkeypatch.setattr(torch.version, "hip", hip)

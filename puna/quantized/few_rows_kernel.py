@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from puna.devices import has_tensor_memory
+
 #: Rows of a product's tiles -> outputs of a program, and the bytes of each that it reads at a time: 8 KiB, four times
 #: on their way.
 TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
@@ -63,6 +65,8 @@ def multiply(
     outputs, step_bytes = TILES[rows]
     if width <= FEW_OUTPUTS:
         outputs, step_bytes = outputs // 2, 2 * step_bytes
+    if is_gated and has_tensor_memory(x.device):  # Triton 3.6 fails to build two products of 64 outputs for it
+        outputs = min(outputs, 32)
     programs = sum(triton.cdiv(size, outputs) for size in (sizes[:1] if is_gated else sizes))
     _multiply[(programs,)](
         x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,

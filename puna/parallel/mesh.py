@@ -7,6 +7,7 @@ Weights are sharded over dp_shard and cp alike, so their mesh folds the two into
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,10 @@ WEIGHT_AXES = ("pp", "dp_replicate", "shard", "tp")
 
 #: How long a rank waits for the others before it gives up with an error.
 TIMEOUT = timedelta(minutes=10)
+
+#: How long gloo's threads have to let go of the tensors of the last collective. They need the interpreter for it, and
+#: one that asks when Python has begun to end aborts the process, whose work is done.
+LET_GO_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+        time.sleep(LET_GO_SECONDS)
 
 
 def rank_device(device: torch.device) -> torch.device:

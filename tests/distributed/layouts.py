@@ -24,7 +24,7 @@ from puna.model.config import ModelConfig, preset
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
-from puna.parallel.mesh import Ranks
+from puna.parallel.mesh import Ranks, is_first_rank, process_group
 from puna.parallel.model import DistributedModel
 from puna.train.gradients import gradients_of
 from puna.train.optimizer import AdamW
@@ -102,17 +102,16 @@ def main() -> None:
     recipe, layouts, results = sys.argv[1:]
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    content = json.loads(Path(recipe).read_text())
-    numbers = {}
-    for name, change in json.loads(Path(layouts).read_text()).items():
-        with warnings.catch_warnings():
-            if change.get("compile"):
-                warnings.simplefilter("ignore")  # torch's compiler warns of torch's own modules
-            numbers[name] = steps_of(content, change)
-    if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(numbers))
-    dist.destroy_process_group()
+    with process_group(torch.device("cpu")):
+        content = json.loads(Path(recipe).read_text())
+        numbers = {}
+        for name, change in json.loads(Path(layouts).read_text()).items():
+            with warnings.catch_warnings():
+                if change.get("compile"):
+                    warnings.simplefilter("ignore")  # torch's compiler warns of torch's own modules
+                numbers[name] = steps_of(content, change)
+        if is_first_rank():
+            Path(results).write_text(json.dumps(numbers))
 
 
 if __name__ == "__main__":

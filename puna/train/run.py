@@ -411,16 +411,20 @@ def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
     for folder, tokenizer in others:
         if tokenizer["sha256"] != first[1]["sha256"]:
             raise PunaError(f"{folder} was prepared with another tokenizer than {first[0]}; prepare one of them again")
-    if first[1]["vocab_size"] > config.vocab_size:
-        raise PunaError(
-            f"{first[0]} was prepared with a tokenizer of {first[1]['vocab_size']} ids, the model {recipe.model} has "
-            f"{config.vocab_size}; prepare the data with the model's own tokenizer"
-        )
+    for folder, tokenizer in tokenizers.items():
+        if tokenizer["vocab_size"] > config.vocab_size:
+            raise PunaError(
+                f"{folder} was prepared with a tokenizer of {tokenizer['vocab_size']} ids, the model {recipe.model} has "
+                f"{config.vocab_size}; prepare the data with the model's own tokenizer"
+            )
     if is_new and (source := weights_folder(recipe)) is not None:
         _check_tokenizer(source, first[0], first[1]["sha256"])
     options = {folder: info.get("settings", {}).get("options", {}) for folder, info in infos.items()}
-    of_dialogs = (folder for folder in recipe.data.weights if "template" in options[folder])
-    return Path(next(of_dialogs, first[0])) / "tokenizer"
+    layouts = {folder: options[folder]["template"] for folder in recipe.data.weights if "template" in options[folder]}
+    if len(set(layouts.values())) > 1:
+        of_each = ", ".join(f"{layout} in {folder}" for folder, layout in layouts.items())
+        say(f"dialogs of several layouts: {of_each}; the first goes along with the model")
+    return Path(next(iter(layouts), first[0])) / "tokenizer"
 
 
 def _verified(recipe: Recipe) -> dict[str, str]:

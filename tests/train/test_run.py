@@ -362,11 +362,24 @@ def test_data_of_a_larger_vocabulary_is_refused(recipe: Make, prepared: Path, tm
     info["tokenizer"]["vocab_size"] = 600
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(PunaError, match="a tokenizer of 600 ids, the model tiny-64 has 512"):
-        puna.train(recipe(data={"train": str(folder)}))
+        puna.train(recipe(data={"train": {str(prepared): 1.0, str(folder): 1.0}}))
     info["tokenizer"] = {"vocab_size": 512, "sha256": "1" * 64}
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(PunaError, match="prepared with another tokenizer"):
         puna.train(recipe(data={"train": {str(folder): 1.0, str(prepared): 2.0}}))
+
+
+def test_dialogs_of_several_layouts_are_named(
+    recipe: Make, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, template in zip(folders, ("vicuna", "codellama"), strict=True):
+        shutil.copytree(prepared, folder)
+        info = read_json(folder / "dataset.json")
+        write_json(folder / "dataset.json", {**info, "settings": {"options": {"template": template}}})
+    puna.train(recipe(data={"train": {str(folder): 1.0 for folder in folders}}, steps=1))
+    said = capsys.readouterr().err
+    assert f"dialogs of several layouts: vicuna in {folders[0]}, codellama in {folders[1]}; the first goes" in said
 
 
 def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(

@@ -89,8 +89,10 @@ def evaluate(
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     gc.collect()  # a first import of torch's compiler leaves its callers' frames in a circle: the model, and its cache
     if name is not None:
-        known = {"benchmark": result["benchmark"], "model": name}
-        result = known | ({} if weights is None else {"weights": weights}) | result
+        known = {"benchmark": result["benchmark"], "model": name, "weights": weights}
+        if "answers" not in result:  # which say this already
+            known |= {"dtype": dtype and str(dtype), "cache_dtype": options.get("cache_dtype")}
+        result = {name: value for name, value in known.items() if value is not None} | result
     if output is not None:
         write_json(Path(output) / "result.json", result)
     return result

@@ -18,7 +18,7 @@ from puna.files import read_json
 SAME = ("benchmark", "variant", "data", "length", "cases", "seed", "corpus_sha256", "tokens_sha256")
 
 #: What they may differ in, and a reader has to know: how it was asked, and by what it was judged.
-TOLD = ("answers", "dtype", "limits", "sandbox", "window")
+TOLD = ("answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
 
 
 def compare(first: Path | str, second: Path | str) -> dict[str, Any]:

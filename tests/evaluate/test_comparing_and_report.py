@@ -87,6 +87,9 @@ def test_cases_of_completion_compare_too(tmp_path: Path, tiny_model_folder: Path
     result = puna.compare(tmp_path / "one", tmp_path / "two")
     assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
     assert result["difference"]["bits_per_byte"] == 0
+    assert result["settings"] == {}
+    evaluate("completion", str(tiny_model_folder), output=tmp_path / "int8", cache_dtype="int8", **options)
+    assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"cache_dtype": [None, "int8"]}
 
 
 def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model_folder: Path) -> None:

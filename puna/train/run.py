@@ -414,8 +414,8 @@ def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
     for folder, tokenizer in tokenizers.items():
         if tokenizer["vocab_size"] > config.vocab_size:
             raise PunaError(
-                f"{folder} was prepared with a tokenizer of {tokenizer['vocab_size']} ids, the model {recipe.model} has "
-                f"{config.vocab_size}; prepare the data with the model's own tokenizer"
+                f"{folder} was prepared with a tokenizer of {tokenizer['vocab_size']} ids, the model {recipe.model} "
+                f"has {config.vocab_size}; prepare the data with the model's own tokenizer"
             )
     if is_new and (source := weights_folder(recipe)) is not None:
         _check_tokenizer(source, first[0], first[1]["sha256"])

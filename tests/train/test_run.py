@@ -377,7 +377,7 @@ def test_dialogs_of_several_layouts_are_named(
         shutil.copytree(prepared, folder)
         info = read_json(folder / "dataset.json")
         write_json(folder / "dataset.json", {**info, "settings": {"options": {"template": template}}})
-    puna.train(recipe(data={"train": {str(folder): 1.0 for folder in folders}}, steps=1))
+    puna.train(recipe(data={"train": {str(folder): 1.0 for folder in folders}}, steps=2))
     said = capsys.readouterr().err
     assert f"dialogs of several layouts: vicuna in {folders[0]}, codellama in {folders[1]}; the first goes" in said
 
@@ -412,11 +412,11 @@ def test_what_a_run_goes_on_with_is_written_down_and_a_rate_that_jumps_is_said(
 
 
 def test_a_run_keeps_its_precision_where_the_recipe_leaves_it_open(recipe: Make) -> None:
-    run_dir = Path(puna.train(recipe(steps=1, precision="bf16-pure"))["run_dir"])
-    puna.train(recipe(steps=2, precision="auto"))
+    run_dir = Path(puna.train(recipe(steps=2, precision="bf16-pure"))["run_dir"])
+    puna.train(recipe(steps=3, precision="auto"))
     assert load_recipe(run_dir / "recipe.yaml").precision == "bf16-pure"
     with pytest.raises(UsageError, match="precision: bf16-pure -> fp32"):
-        puna.train(recipe(steps=3, precision="fp32"))
+        puna.train(recipe(steps=4, precision="fp32"))
 
 
 def test_micro_batches_may_change_where_the_loss_does_not_hang_on_them(recipe: Make, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from puna.evaluate.samples import read_lines
 from puna.files import read_json
 
 #: What two results have to have in common for their scores to be answers to the same questions.
-SAME = ("benchmark", "variant", "data", "length", "cases", "seed", "corpus_sha256", "tokens_sha256")
+SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
+
+#: And these, which results of earlier versions do not say.
+SAME_WHERE_SAID = ("corpus_sha256", "tokens_sha256")
 
 #: What they may differ in, and a reader has to know: how it was asked, and by what it was judged.
 TOLD = ("answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
@@ -61,7 +64,8 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
 
 def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """Why two results do not compare; None: they do."""
-    differ = next((name for name in SAME if one.get(name) != other.get(name)), None)
+    names = [*SAME, *(name for name in SAME_WHERE_SAID if name in one and name in other)]
+    differ = next((name for name in names if one.get(name) != other.get(name)), None)
     return None if differ is None else f"their {differ} is {one.get(differ)} and {other.get(differ)}"
 
 

@@ -12,6 +12,7 @@ import puna
 from puna.cli import run
 from puna.errors import PunaError
 from puna.evaluate import evaluate
+from puna.files import read_json, write_json
 from puna.report.evaluation import evaluation_results, write_evaluation
 from puna.testing import write_tiny_tasks
 
@@ -100,6 +101,10 @@ def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model
         evaluate("completion", str(tiny_model_folder), output=tmp_path / name, **options)
     with pytest.raises(PunaError, match="do not compare: their corpus_sha256 is "):
         puna.compare(tmp_path / "one", tmp_path / "two")
+    result = read_json(tmp_path / "one/result.json")
+    del result["corpus_sha256"]  # as earlier versions wrote it
+    write_json(tmp_path / "one/result.json", result)
+    assert puna.compare(tmp_path / "one", tmp_path / "two")["benchmark"] == "completion"
 
 
 def test_perplexities_of_other_lengths_do_not_compare_and_the_table_says_so(

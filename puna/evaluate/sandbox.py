@@ -47,7 +47,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,24 +234,6 @@ class Sandbox:
     def submit(self, job: Job | Script) -> Future[Judgement]:
         """Has one job run, once, by and by."""
         return self._threads.submit(self._judge, job)
-
-    def judge_all(
-        self, jobs: Sequence[Job | Script], *, done: Callable[[Judgement], object] = lambda _: None
-    ) -> list[Judgement]:
-        """Runs all jobs, several at once; what timed out, or failed for the sandbox, is run once more, alone."""
-        futures = [self.submit(job) for job in jobs]
-        judgements = []
-        try:
-            for future in futures:
-                judgements.append(future.result())
-                done(judgements[-1])
-        finally:
-            for future in futures:
-                future.cancel()
-        for i, judgement in enumerate(judgements):
-            if judgement.is_doubtful:
-                judgements[i] = self.judge(jobs[i])
-        return judgements
 
     def start(self, role: str, channel: int, **streams: Any) -> subprocess.Popen[bytes]:
         """Starts what waits inside (`inside/main.py`) in a sandbox of its own, with this channel and nothing else."""

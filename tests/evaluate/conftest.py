@@ -1,12 +1,12 @@
 """A sandbox for all tests of scoring, where the machine has bubblewrap."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from puna.evaluate.sandbox import Limits, Sandbox, install_command
+from puna.evaluate.sandbox import Job, Judgement, Limits, Sandbox, Script, install_command
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,8 @@ def open_folder(tmp_path: Path) -> Path:
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     return tmp_path
+
+
+def judged(sandbox: Sandbox, jobs: Iterable[Job | Script]) -> list[Judgement]:
+    """Judgements of jobs, several at once, in their order."""
+    return [future.result() for future in [sandbox.submit(job) for job in jobs]]

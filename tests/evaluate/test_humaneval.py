@@ -20,6 +20,7 @@ from puna.evaluate.completing import Ask
 from puna.evaluate.programs import Task
 from puna.evaluate.samples import Sample, read_samples
 from puna.evaluate.sandbox import Job, Limits, Sandbox
+from tests.evaluate.conftest import judged
 
 BENCHMARK = HumanEval()
 
@@ -84,7 +85,7 @@ def test_all_canonical_solutions_pass(shared: Path, bubblewrap: str, tmp_path: P
 
 def test_no_wrong_solution_passes(shared: Path, sandbox: Sandbox) -> None:
     tasks = BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz")
-    judgements = sandbox.judge_all([job(task, "    return 'wrong'\n") for task in tasks.values()])
+    judgements = judged(sandbox, [job(task, "    return 'wrong'\n") for task in tasks.values()])
     assert [judgement.verdict for judgement in judgements] == ["wrong"] * 164
 
 
@@ -121,7 +122,7 @@ CHEATS = {
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_cheats_that_pass_in_process_tests_fail(shared: Path, sandbox: Sandbox, cheat: str) -> None:
     tasks = list(BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz").values())[::8]
-    judgements = sandbox.judge_all([job(task, CHEATS[cheat]) for task in tasks])
+    judgements = judged(sandbox, [job(task, CHEATS[cheat]) for task in tasks])
     assert {judgement.verdict for judgement in judgements} == {"wrong" if cheat == "always equal" else "error"}
     if cheat == "always equal":  # where test and program share a process, it does pass
         space: dict[str, Any] = {}
@@ -284,7 +285,7 @@ def test_a_score_is_the_same_on_three_runs_while_others_use_every_core(shared: P
     try:
         with Sandbox(Limits(cpu_seconds=1, wall_seconds=20)) as sandbox:
             for _ in range(3):
-                assert [judgement.verdict for judgement in sandbox.judge_all(jobs)] == expected
+                assert [judgement.verdict for judgement in judged(sandbox, jobs)] == expected
     finally:
         for other in others:
             other.kill()

@@ -17,6 +17,7 @@ from puna.evaluate.languages import LANGUAGES, LIMITS
 from puna.evaluate.programs import Task
 from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Limits, Sandbox
+from tests.evaluate.conftest import judged
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_some_canonical_solutions_of_humaneval_x_pass(shared: Path, patient: San
     benchmark = HumanEvalX()
     tasks = list(benchmark.read(shared / f"data/humaneval-x/humaneval_{language}.jsonl.gz").values())[::step]
     jobs = [benchmark.job(task, Sample(task.task_id, task["canonical_solution"])) for task in tasks]
-    verdicts = Counter(judgement.verdict for judgement in patient.judge_all(jobs))
+    verdicts = Counter(judgement.verdict for judgement in judged(patient, jobs))
     assert verdicts["passed"] == len(jobs) - (language == "js")  # 112 is one of the three
 
 
@@ -143,7 +144,7 @@ def test_every_canonical_solution_of_humaneval_x_passes_but_for_the_three_known_
     benchmark = HumanEvalX()
     tasks = benchmark.read(shared / f"data/humaneval-x/humaneval_{language}.jsonl.gz")
     jobs = [benchmark.job(task, Sample(task.task_id, task["canonical_solution"])) for task in tasks.values()]
-    verdicts = dict(zip(tasks, patient.judge_all(jobs), strict=True))
+    verdicts = dict(zip(tasks, judged(patient, jobs), strict=True))
     if language == "cpp" and Path("/usr/include/boost/any.hpp").exists():
         failing = {"162"}
     assert {id.split("/")[1] for id, judgement in verdicts.items() if judgement.verdict != "passed"} == failing

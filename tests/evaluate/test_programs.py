@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
 from puna.evaluate.paper import paper_name, table
-from puna.evaluate.samples import Log
+from puna.evaluate.programs import Task, _Judge
+from puna.evaluate.samples import Log, Sample
+from puna.evaluate.sandbox import Judgement
 from puna.evaluate.spread import Replicas, Spread
 from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
 
@@ -275,3 +279,23 @@ def test_what_goes_wrong_in_a_process_is_said(bubblewrap: str, data: Path, tmp_p
             spread([Ask("x")], [0])
     with pytest.raises(UsageError, match=r"nproc=2 is for benchmarks of programs"):
         evaluate("completion", str(tmp_path), corpus=tmp_path, nproc=2)
+
+
+def test_a_timeout_is_judged_once_more_before_it_counts() -> None:
+    verdicts = {"slow": iter(["timeout", "passed"]), "endless": iter(["timeout", "timeout"]), "wrong": iter(["wrong"])}
+
+    class Scripted:
+        def judge(self, program: str) -> Judgement:
+            return Judgement(next(verdicts[program]), "", 0.0)
+
+        def submit(self, program: str) -> Future[Judgement]:
+            future: Future[Judgement] = Future()
+            future.set_result(self.judge(program))
+            return future
+
+    benchmark: Any = SimpleNamespace(job=lambda task, sample: sample.text)
+    judge = _Judge(benchmark, {"task": Task("task", {})}, Scripted(), Log(None))  # type: ignore[arg-type]
+    for program in verdicts:
+        judge.submit(Sample("task", program))
+    assert [judgement.verdict for judgement in judge.finish().values()] == ["passed", "timeout", "wrong"]
+    assert [list(rest) for rest in verdicts.values()] == [[], [], []]

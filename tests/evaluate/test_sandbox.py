@@ -13,6 +13,7 @@ import pytest
 import puna
 from puna.errors import PunaError
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox
+from tests.evaluate.conftest import judged
 
 #: The program does not know what the test wants of it.
 SECRET = "assert f(1) == 'pqr'"
@@ -84,19 +85,9 @@ def test_an_answer_that_is_endless_work_for_the_test_is_a_timeout(sandbox: Sandb
 
 def test_judgements_stand_in_the_order_of_the_jobs_and_all_are_verdicts(sandbox: Sandbox) -> None:
     programs = ["def f(x): return 'pqr'", "def f(x): return 1", "def f(x): pass", "def f(x): return 1 / 0"] * 3
-    done: list[Judgement] = []
-    judgements = sandbox.judge_all([Job(program, "f", SECRET) for program in programs], done=done.append)
+    judgements = judged(sandbox, [Job(program, "f", SECRET) for program in programs])
     assert [judgement.verdict for judgement in judgements] == ["passed", "wrong", "wrong", "error"] * 3
-    assert done == judgements
     assert {judgement.verdict for judgement in judgements} <= VERDICTS.keys()
-
-
-def test_a_timeout_is_judged_once_more_before_it_counts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = {"slow": iter(["timeout", "passed"]), "endless": iter(["timeout", "timeout"]), "wrong": iter(["wrong"])}
-    monkeypatch.setattr(sandbox, "_judge", lambda job: Judgement(next(verdicts[job.program]), "", 0.0))
-    judgements = sandbox.judge_all([Job(program, "f", "") for program in verdicts])
-    assert [judgement.verdict for judgement in judgements] == ["passed", "timeout", "wrong"]
-    assert [list(rest) for rest in verdicts.values()] == [[], [], []]
 
 
 def test_a_sandbox_that_was_killed_from_outside_is_replaced(bubblewrap: str) -> None:
@@ -105,7 +96,9 @@ def test_a_sandbox_that_was_killed_from_outside_is_replaced(bubblewrap: str) -> 
         for killed in range(2):
             sandbox._places[killed]._process.kill()
             sandbox._places[killed]._process.wait()
-            assert [judgement.verdict for judgement in sandbox.judge_all([job, job])] == ["passed", "passed"]
+            judgements = judged(sandbox, [job, job])
+            again = [sandbox.judge(job) if judgement.is_doubtful else judgement for judgement in judgements]
+            assert [judgement.verdict for judgement in again] == ["passed", "passed"]
         assert 3 <= len(sandbox._places) <= 6
 
 
@@ -475,7 +468,7 @@ def f():
     return 100
 """
     job = Job(program, "f", f"found = f()\nassert 1 <= found < {sandbox.limits.processes}, found")
-    assert [judgement.detail for judgement in sandbox.judge_all([job] * 4)] == [""] * 4
+    assert [judgement.detail for judgement in judged(sandbox, [job] * 4)] == [""] * 4
 
 
 def test_the_own_tmp_and_every_file_in_it_are_small(sandbox: Sandbox) -> None:

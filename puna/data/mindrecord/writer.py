@@ -163,10 +163,6 @@ class _Pages:
         return encoded
 
 
-def _is_blob(column: Mapping[str, Any]) -> bool:
-    return "shape" in column or column["type"] == "bytes"
-
-
 def _sorted(schema: Schema) -> Schema:
     """By name, and so the fields of each column, as MindSpore writes them."""
     return {name: {key: schema[name][key] for key in sorted(schema[name])} for name in sorted(schema)}

@@ -39,6 +39,9 @@ from puna.train.optimizer import (
 #: Bytes of gradients that may wait on the device for their way to host memory; the backward pass waits beyond that.
 IN_FLIGHT_BYTES = 1 << 30
 
+#: Numbers whose squares a CPU adds to one number, and how many such rows it takes at a time.
+SUMMED, ROWS = 1 << 14, 64
+
 #: Makes a sum of the one before (None: there is none) and a gradient, both on the device.
 Former = Callable[[Tensor | None, Tensor], Tensor]
 
@@ -270,7 +273,20 @@ def share_of_square(grad: Tensor, parameter: Any) -> Tensor:
     if is_sharded(parameter):
         axes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
         copies = math.prod(size for size, placement in axes if placement.is_replicate())
-    return local_part(grad).norm(dtype=torch.float32).square() / copies
+    return square_of(local_part(grad)) / copies
+
+
+def square_of(x: Tensor) -> Tensor:
+    """The squared 2-norm of a tensor, in fp32.
+
+    On a CPU torch adds all squares to one number, which loses the last of them: a hundredth of a large matrix's norm.
+    """
+    if x.device.type != "cpu":
+        return x.norm(dtype=torch.float32).square()
+    flat = x.reshape(-1)
+    end = len(flat) - len(flat) % SUMMED
+    pieces = [*flat[:end].view(-1, SUMMED).split(ROWS), flat[None, end:]]
+    return torch.stack([piece.float().norm(dim=-1).square().sum() for piece in pieces]).sum()
 
 
 def is_finite_everywhere(square: Tensor, parameter: Any) -> bool:

@@ -17,7 +17,7 @@ from puna.model.llama import Llama
 from puna.testing import tiny_model
 from puna.train import gradients as gradients_module
 from puna.train import optimizer as optimizer_module
-from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, WideGradients, gradients_of
+from puna.train.gradients import Gradients, HostGradients, UpdatesInBackward, WideGradients, gradients_of, square_of
 from puna.train.optimizer import AdamW
 
 Kind = Callable[[AdamW], Gradients]
@@ -105,6 +105,14 @@ def test_bf16_gradients_are_summed_in_fp32_or_right_on_average_where_torchs_sums
     assert sums[Gradients] == 1.0
     assert sums[WideGradients] == 1 + 100 * 2**-10
     assert sums[HostGradients] == pytest.approx(1 + 100 * 2**-10, abs=0.002)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 4000), (32000, 64), (3, 5), (7,), (0, 4)])
+def test_the_norm_of_a_large_matrix_loses_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = sum(float(part.double().square().sum()) for part in x.split(1000))
+    assert square_of(x).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bf16_sums_are_a_function_of_seed_and_update() -> None:

@@ -76,8 +76,9 @@ def compare(model: Llama, kept_in: torch.dtype, tolerance: float) -> None:
 
 def compare_kernels() -> None:
     """What stands around products, for sizes that are no powers of two."""
-    from puna.generate.engine.decode_kernels import norm_rows, rotate_and_keep, round_rows
+    from puna.generate.engine.rotary_kernel import rotate_and_keep
     from puna.quantized.few_rows_kernel import multiply
+    from puna.quantized.rows_kernel import norm_rows, round_rows
 
     torch.manual_seed(0)
     x, weights = torch.randn(3, 300).half(), [torch.randn(n, 300).div(20).half() for n in (70, 33, 40)]

@@ -92,6 +92,19 @@ def test_the_kernel_computes_the_formula_on_a_gpu(case: tuple[int, int, int], dt
         pytest.skip("needs a device that knows fp8 numbers")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("width", [40, 8192, 22016])
+def test_rows_are_rounded_to_the_bits_of_the_formula_on_a_gpu(width: int) -> None:
+    if not multiplies_fp8(torch.device("cuda")):
+        pytest.skip("needs a device that knows fp8 numbers")
+    x = torch.randn(70, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[3] = 0
+    (found, scales), (expected, expected_scales) = fp8.round_rows(x.cuda()), fp8.round_rows(x)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(found.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
 OPERATIONS = {
     "int8_product": (int8.product_reference, lambda rows: factors(rows, 40, 64, torch.bfloat16, "cpu")),
     "fp8_product": (fp8.product_reference, lambda rows: fp8_factors(rows, 40, 64)),
@@ -118,4 +131,4 @@ def test_a_compiled_model_holds_it_as_one_operation_for_any_number_of_rows(name:
 def test_it_is_loaded_only_where_it_is_used() -> None:
     code = "import sys, puna.quantized.schemes.int8, puna.quantized.schemes.fp8; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"puna.quantized.few_rows_kernel", "triton"} & set(loaded)
+    assert not {"puna.quantized.few_rows_kernel", "puna.quantized.rows_kernel", "triton"} & set(loaded)

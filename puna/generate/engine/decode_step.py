@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from puna.generate.engine.cache import PagedCache, PagedLayer
-from puna.generate.engine.decode_kernels import norm_rows, rotate_and_keep, round_rows
 from puna.generate.engine.paged_attention import attend_paged
+from puna.generate.engine.rotary_kernel import rotate_and_keep
 from puna.model.llama import DecoderLayer, Linear, Llama, RMSNorm, gated
 from puna.quantized import QuantizedLinear
 from puna.quantized.few_rows_kernel import multiply
+from puna.quantized.rows_kernel import norm_rows, round_rows
 
 
 class DecodeStep:

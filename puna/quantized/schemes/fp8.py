@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.devices import multiplies_fp8, takes_cuda_kernels
-from puna.quantized.few_rows import few_rows_product
+from puna.quantized.few_rows import few_rows_product, rounding
 from puna.quantized.linear import Form, QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
@@ -72,6 +72,9 @@ class Linear(QuantizedLinear):
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as fp8 numbers, (rows, n), and the fp32 scales, (rows, 1), to multiply them with."""
+    if (kernel := rounding(x)) is not None:
+        rounded, scales = kernel(x.contiguous())
+        return rounded, scales[:, None]
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / GREATEST
     return (x / scale).clamp(-GREATEST, GREATEST).to(FP8), scale

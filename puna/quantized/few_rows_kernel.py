@@ -32,6 +32,7 @@ def multiply(
     scales: Sequence[Tensor] = (),
     *,
     row_scales: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -45,6 +46,7 @@ def multiply(
         weights: (out, in) each, in the dtype of `x`, or int8; of the same strides, their last dim dense.
         scales: (out,) that each of 8 bits is multiplied with, dense.
         row_scales: (rows,) fp32 that an `x` of 8 bits is multiplied with, dense.
+        dtype: of the result where `x` has 8 bits.
         norm: (in,) of an RMSNorm of an `x` of 16 bits that comes first, dense. It divides by the root mean square
             behind the product, which is the same but for rounding and reads `x` once. None: there is none.
         eps: of the norm.
@@ -52,15 +54,15 @@ def multiply(
         is_gated: of two weights alike, give silu(first) * second.
 
     Returns:
-        (rows, out of all), gated (rows, out), in the dtype of an `x` of 16 bits, else in bf16; sums, scales and the
-        norm's divisor are applied in fp32.
+        (rows, out of all), gated (rows, out), in the dtype of an `x` of 16 bits; sums, scales and the norm's divisor
+        are applied in fp32.
     """
     n_rows, depth = x.shape
     first, second, third, *_ = (*weights, None, None)
     first_scales, second_scales, third_scales, *_ = (*scales, None, None, None)
     sizes = [0 if weight is None else len(weight) for weight in (first, second, third)]
     width = sizes[0] if is_gated else sum(sizes)
-    out = x.new_empty(n_rows, width, dtype=x.dtype if row_scales is None else torch.bfloat16)
+    out = x.new_empty(n_rows, width, dtype=x.dtype if row_scales is None else dtype)
     rows = triton.next_power_of_2(max(16, n_rows))
     outputs, step_bytes = TILES[rows]
     if width <= FEW_OUTPUTS:

@@ -138,12 +138,12 @@ def interpret() -> None:
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Llama]:
     """A tiny model in bf16 on the GPU, as it is loaded for inference, maybe quantised by a scheme."""
 
-    def loaded(scheme: str | None, **changes: Any) -> Llama:
+    def loaded(scheme: str | None, *, dtype: str | None = None, **changes: Any) -> Llama:
         folder = tmp_path_factory.mktemp("models")
         save_model(with_biases(head_dim=64, hidden_size=128, intermediate_size=192, **changes).bfloat16(), folder / "m")
         if scheme is not None:
             quantize(folder / "m", folder / scheme, scheme=scheme)
-        return load(folder / (scheme or "m"), device="cuda", for_inference=True)[0]
+        return load(folder / (scheme or "m"), device="cuda", dtype=dtype, for_inference=True)[0]
 
     return loaded
 
@@ -163,6 +163,14 @@ def test_on_a_gpu_it_computes_what_modules_do(
 ) -> None:
     _skip_unless_known(scheme)
     compare(loaded(scheme, **changes), kept_in, 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+def test_on_a_gpu_it_computes_in_fp16_too(loaded: Callable[..., Llama], scheme: str | None) -> None:
+    _skip_unless_known(scheme)
+    compare(loaded(scheme, dtype="fp16"), torch.float16, 3e-2)
 
 
 @pytest.mark.gpu

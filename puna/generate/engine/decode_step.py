@@ -65,8 +65,8 @@ class _Fused:
     def __call__(self, x: Tensor, *, norm: RMSNorm | None = None, **behind: Any) -> Tensor:
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if self.weights[0].dtype == torch.float8_e4m3fn:
-            x, row_scales = round_rows(x, weight, eps)
-            return multiply(x, self.weights, self.scales, row_scales=row_scales, **behind)
+            rounded, row_scales = round_rows(x, weight, eps)
+            return multiply(rounded, self.weights, self.scales, row_scales=row_scales, dtype=x.dtype, **behind)
         return multiply(x, self.weights, self.scales, norm=weight, eps=eps, **behind)
 
 

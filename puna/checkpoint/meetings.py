@@ -6,20 +6,27 @@ have a gloo group of their own, so that they may be held in the background of tr
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from puna.checkpoint.pulse import Pulse
 from puna.errors import PunaError, UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: How long a rank may write or read while the others wait. One that dies is noticed at once.
+#: How long a rank may write or read while the others wait. One that dies is noticed at once, and one that gives no sign
+#: of life after some minutes (`puna.checkpoint.pulse`).
 PATIENCE = timedelta(hours=2)
+
+#: Seconds between two looks at whether all others are alive.
+LOOK_SECONDS = 1.0
 
 
 class Meetings:
@@ -36,6 +43,7 @@ class Meetings:
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self._pulse = Pulse() if self.size > 1 else None
 
     @classmethod
     def of_run(cls) -> "Meetings":
@@ -81,15 +89,30 @@ class Meetings:
 
     def _gather(self, value: Any) -> list[Any] | None:
         values = [None] * self.size if self.is_first else None
-        with _plain_errors():
-            dist.gather_object(value, values, dst=0, group=self._group)
+        self._wait_for(lambda: dist.gather_object(value, values, dst=0, group=self._group))
         return values
 
     def _scatter(self, values: list[Any] | None) -> Any:
         mine = [None]
-        with _plain_errors():
-            dist.scatter_object_list(mine, values, src=0, group=self._group)
+        self._wait_for(lambda: dist.scatter_object_list(mine, values, src=0, group=self._group))
         return mine[0]
+
+    def _wait_for(self, collective: Callable[[], Any]) -> None:
+        """Takes part in a collective, in a thread that can be left behind in it."""
+        assert self._pulse is not None
+        done: Future[None] = Future()
+
+        def take_part() -> None:
+            try:
+                done.set_result(collective())
+            except Exception as error:
+                done.set_exception(error)
+
+        threading.Thread(target=take_part, daemon=True).start()
+        while not wait([done], LOOK_SECONDS).done:
+            self._pulse.check()
+        with _plain_errors():
+            done.result()
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,6 @@ def _plain_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PunaError(
-            f"another rank left, or did not answer for {PATIENCE} hours, while all kept a checkpoint; its own output "
-            "says why"
+            f"another rank left, or did not answer for {PATIENCE.total_seconds() / 3600:g} hours, while all kept a "
+            "checkpoint; its own output says why"
         ) from error

@@ -1,8 +1,12 @@
-"""A rank that stops calling: the others' error says what each did last."""
+"""A rank that stops calling: the others' error says what each did last, or that it gives no sign of life."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import sys, time
@@ -35,3 +39,52 @@ def test_the_error_says_the_last_collective_of_the_rank_that_waits_and_of_the_on
     assert [line.split(",")[0] for line in ranks] == ["  rank 0: gloo:all_gather", "  rank 1: gloo:all_reduce"]
     assert "shape [3]" in ranks[0]
     assert "shape [5]" in ranks[1]
+
+
+SAVING = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from puna.checkpoint import pulse
+from puna.checkpoint.runs import Checkpoints
+from puna.errors import PunaError
+from puna.parallel.mesh import process_group
+
+pulse.PULSE_SECONDS, pulse.MOST_MISSING = 0.1, 20
+
+class Hindered(Checkpoints):
+    def _stage(self, state, **options):
+        if dist.get_rank() == 1:
+            if sys.argv[3] == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(4)
+        return super()._stage(state, **options)
+
+with process_group(torch.device("cpu")):
+    checkpoints = Hindered(sys.argv[1])
+    try:
+        checkpoints.save(1, {"model": {"x": torch.ones(3)}}, {})
+        checkpoints.wait()
+        said = "kept"
+    except PunaError as error:
+        said = str(error)
+open(f"{sys.argv[2]}-{os.environ['RANK']}", "w").write(said)
+"""
+
+
+@pytest.mark.parametrize("hindered", ["slow", "stopped"])
+def test_a_rank_that_is_stopped_at_a_checkpoint_is_given_up_and_one_that_is_slow_is_not(
+    tmp_path: Path, hindered: str
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SAVING, tmp_path / "run", tmp_path / "said", hindered]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [subprocess.Popen(command, env={**os.environ, **meeting, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert ranks[0].wait(60) == 0
+    finally:
+        ranks[1].kill()
+        ranks[1].wait()
+    said = (tmp_path / "said-0").read_text()
+    assert said == "kept" if hindered == "slow" else said.startswith("rank 1 has given no sign of life for 2 s"), said

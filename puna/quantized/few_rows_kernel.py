@@ -23,7 +23,8 @@ TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
 STAGES = 4
 
 #: Outputs up to which a program takes half as many, twice as deep: a device has multiprocessors for twice the programs.
-FEW_OUTPUTS = 4096
+#: Codes of int8 are widened by twice the instructions then, so fewer outputs are few.
+FEW_OUTPUTS, FEW_OUTPUTS_OF_INT8 = 4096, 2048
 
 
 def multiply(
@@ -65,7 +66,7 @@ def multiply(
     out = x.new_empty(n_rows, width, dtype=x.dtype if row_scales is None else dtype)
     rows = triton.next_power_of_2(max(16, n_rows))
     outputs, step_bytes = TILES[rows]
-    if width <= FEW_OUTPUTS:
+    if width <= (FEW_OUTPUTS_OF_INT8 if first.dtype == torch.int8 else FEW_OUTPUTS):
         outputs, step_bytes = outputs // 2, 2 * step_bytes
     if is_gated and has_tensor_memory(x.device):  # Triton 3.6 fails to build two products of 64 outputs for it
         outputs = min(outputs, 32)

@@ -17,8 +17,8 @@ from puna.devices import multiplies_fp8
 from puna.generate import Sampling
 from puna.generate.engine import Engine
 from puna.generate.engine.cache import PagedCache, Step
-from puna.model.llama import Llama, RMSNorm, rotate
-from puna.quantized.schemes import fp8
+from puna.model.llama import Linear, Llama, RMSNorm, rotate
+from puna.quantized.schemes import fp8, int8
 from puna.testing import tiny_model
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
@@ -132,6 +132,19 @@ def interpret() -> None:
     cast = tiny_model()
     cast.compute_dtype = torch.float16
     compare(cast, torch.float16, 5e-3)
+    compare(_in_int8(tiny_model().half()), torch.float16, 5e-3)
+
+
+def _in_int8(model: Llama) -> Llama:
+    """The same with codes, as they lie on a CUDA device."""
+    for owner in list(model.modules()):
+        for name, linear in list(owner.named_children()):
+            if isinstance(linear, Linear):
+                codes = int8.Linear(linear.in_features, linear.out_features, False, None)
+                codes.load_state_dict(int8.Linear.quantize(linear.weight.float(), None))
+                setattr(owner, name, codes)
+    model.compute_dtype = torch.float16
+    return model
 
 
 @pytest.fixture(scope="module")

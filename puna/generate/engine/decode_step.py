@@ -57,7 +57,7 @@ class _Product(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Fused:
-    """By one kernel, and one before where rows are rounded."""
+    """By one kernel, and one before where rows are rounded, or int8 codes leave the first no time for a norm."""
 
     weights: Sequence[Tensor]
     scales: Sequence[Tensor]
@@ -67,6 +67,8 @@ class _Fused:
         if self.weights[0].dtype == torch.float8_e4m3fn:
             rounded, row_scales = round_rows(x, weight, eps)
             return multiply(rounded, self.weights, self.scales, row_scales=row_scales, dtype=x.dtype, **behind)
+        if self.weights[0].dtype == torch.int8 and norm is not None:
+            x, weight = norm_rows(x, norm.weight, norm.eps), None
         return multiply(x, self.weights, self.scales, norm=weight, eps=eps, **behind)
 
 

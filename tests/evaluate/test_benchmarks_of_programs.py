@@ -25,6 +25,7 @@ from puna.evaluate.samples import Sample, read_lines
 from puna.evaluate.sandbox import Job, Sandbox
 from puna.testing import ScriptedModel
 from puna.tokenizer import Tokenizer
+from tests.evaluate.conftest import judged
 
 FULL, SANITIZED = "data/mbpp/mbpp_open.jsonl", "data/mbpp/sanitized_mbpp_open.json"
 SINGLE_LINE = "data/infilling/HumanEval-SingleLineInfilling.jsonl.gz"
@@ -51,7 +52,7 @@ def test_one_canonical_solution_in_twelve_passes(
     tasks = read(benchmark, shared / path)
     assert len(tasks) == count
     jobs = [benchmark.job(task, canonical(benchmark, task)) for task in tasks[::12]]
-    assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": len(jobs)}
+    assert Counter(judgement.verdict for judgement in judged(sandbox, jobs)) == {"passed": len(jobs)}
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_every_canonical_solution_passes(
 ) -> None:
     jobs = [benchmark.job(task, canonical(benchmark, task)) for task in read(benchmark, shared / path)]
     with Sandbox(benchmark.limits) as sandbox:
-        assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": count}
+        assert Counter(judgement.verdict for judgement in judged(sandbox, jobs)) == {"passed": count}
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_ten_thousand_judgements_leave_no_process_no_mount_and_no_file(shared: P
     jobs = [HumanEval().job(task, canonical(HumanEval(), task)) for task in tasks] * 61
     before = things()
     with Sandbox() as sandbox:
-        assert Counter(judgement.verdict for judgement in sandbox.judge_all(jobs)) == {"passed": 10_004}
+        assert Counter(judgement.verdict for judgement in judged(sandbox, jobs)) == {"passed": 10_004}
     time.sleep(1)
     assert [now - then for now, then in zip(things(), before, strict=True)] == [set()] * 4
 
@@ -95,14 +96,14 @@ def test_no_function_without_an_answer_passes_mbpp(shared: Path, sandbox: Sandbo
         benchmark.job(task, Sample(task.task_id, f"def {benchmark.function(task)}(*_):\n    return '?'\n", True))
         for task in tasks
     ]
-    assert "passed" not in {judgement.verdict for judgement in sandbox.judge_all(jobs)}
+    assert "passed" not in {judgement.verdict for judgement in judged(sandbox, jobs)}
 
 
 def test_the_lines_that_infilling_asks_for_are_needed(shared: Path, sandbox: Sandbox) -> None:
     benchmark = Infilling()
     tasks = read(benchmark, shared / SINGLE_LINE)[::30]
     jobs = [benchmark.job(task, Sample(task.task_id, "    raise ValueError\n")) for task in tasks]
-    found = Counter(judgement.verdict for judgement in sandbox.judge_all(jobs))
+    found = Counter(judgement.verdict for judgement in judged(sandbox, jobs))
     assert found["passed"] <= 1  # a line or two of the set is not reached by any test
     assert found["error"] > len(tasks) / 2
 

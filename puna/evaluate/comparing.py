@@ -17,8 +17,8 @@ from puna.files import read_json
 #: What two results have to have in common for their scores to be answers to the same questions.
 SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
 
-#: And these, which results of earlier versions do not say.
-SAME_WHERE_SAID = ("corpus_sha256", "tokens_sha256")
+#: And what was read; results of earlier versions say only where it lay.
+CHECKSUMS, PLACE = ("corpus_sha256", "tokens_sha256"), "corpus"
 
 #: What they may differ in, and a reader has to know: how it was asked, and by what it was judged.
 TOLD = ("answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
@@ -43,7 +43,8 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
     results = [read_result(folder) for folder in (first, second)]
     if why := why_not(*results):
         raise PunaError(f"{first} and {second} do not compare: {why}")
-    shares, problems = [shares_passed(folder) for folder in (first, second)], problems_of(first)
+    answers = [list(_answers(Path(folder))) for folder in (first, second)]
+    shares, problems = [_shares_passed(each) for each in answers], {task: problem for task, problem, _ in answers[0]}
     if shares[0].keys() != shares[1].keys():
         differ = sorted(shares[0].keys() ^ shares[1].keys())
         raise PunaError(f"{first} and {second} do not compare: only one of them has the task {differ[0]}")
@@ -64,8 +65,8 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
 
 def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """Why two results do not compare; None: they do."""
-    names = [*SAME, *(name for name in SAME_WHERE_SAID if name in one and name in other)]
-    differ = next((name for name in names if one.get(name) != other.get(name)), None)
+    said = [name for name in CHECKSUMS if name in one and name in other]
+    differ = next((name for name in (*SAME, *(said or [PLACE])) if one.get(name) != other.get(name)), None)
     return None if differ is None else f"their {differ} is {one.get(differ)} and {other.get(differ)}"
 
 
@@ -96,21 +97,16 @@ def read_result(folder: Path | str) -> dict[str, Any]:
     return result
 
 
-def shares_passed(folder: Path | str) -> dict[str, float]:
+def _shares_passed(answers: list[tuple[str, str, bool]]) -> dict[str, float]:
     """The share of each task's samples that passed; where lines and blocks are asked for, whether each is exact."""
     passed: dict[str, list[bool]] = defaultdict(list)
-    for task, _, is_passed in _answers(Path(folder)):
+    for task, _, is_passed in answers:
         passed[task].append(is_passed)
     return {task: sum(found) / len(found) for task, found in passed.items()}
 
 
-def problems_of(folder: Path | str) -> dict[str, str]:
-    """Each task's problem; where lines and blocks are asked for, each one's document."""
-    return {task: problem for task, problem, _ in _answers(Path(folder))}
-
-
 def _answers(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    """Task, problem, and whether it passed, of every answer."""
+    """Task, its problem (of a line or block its document), and whether it passed, of every answer."""
     if (folder / "details.jsonl").exists():
         for _, line in read_lines(folder / "details.jsonl", {"task_id": str, "verdict": str}):
             yield line["task_id"], line.get("problem", line["task_id"]), line["verdict"] == "passed"

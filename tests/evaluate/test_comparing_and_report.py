@@ -105,6 +105,9 @@ def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model
     del result["corpus_sha256"]  # as earlier versions wrote it
     write_json(tmp_path / "one/result.json", result)
     assert puna.compare(tmp_path / "one", tmp_path / "two")["benchmark"] == "completion"
+    write_json(tmp_path / "one/result.json", {**result, "corpus": "elsewhere"})
+    with pytest.raises(PunaError, match="do not compare: their corpus is elsewhere and "):
+        puna.compare(tmp_path / "one", tmp_path / "two")
 
 
 def test_perplexities_of_other_lengths_do_not_compare_and_the_table_says_so(

@@ -350,8 +350,13 @@ def _recipe_before(run_dir: Path) -> Recipe | None:
     """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none."""
     if (run_dir / RECIPE).is_file():
         return load_recipe(run_dir / RECIPE)
-    saved = list(checkpoints(run_dir).values())
-    return load_recipe(read_meta(saved[-1])["recipe"]) if saved else None
+    for path in reversed(checkpoints(run_dir).values()):
+        try:
+            meta = read_meta(path)
+        except PunaError:  # damaged; where it would be continued from, that is said
+            continue
+        return load_recipe(meta["recipe"])
+    return None
 
 
 def model_config(recipe: Recipe) -> ModelConfig:

@@ -436,6 +436,13 @@ def test_a_folder_of_which_only_checkpoints_were_copied_is_known_as_the_run_it_h
     assert puna.train(recipe(steps=8))["step"] == 8
     with pytest.raises(UsageError, match="seed: 0 -> 1"):
         puna.train(recipe(steps=9, seed=1))
+    (run_dir / "recipe.yaml").unlink()
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None
+    (newest / "run.json").write_text("{")
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        puna.train(recipe(steps=9, seed=1))
+    assert puna.train(recipe(steps=9))["step"] == 9
 
 
 def test_a_run_that_is_killed_as_it_begins_has_its_whole_tokenizer_in_the_end(

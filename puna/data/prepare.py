@@ -145,9 +145,10 @@ class _Job:
         self.beside: dict[str, Any] = {}
         if tokenizer.path.suffix == ".json":
             self.beside |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-        if "template" in self.options:
-            digest = _checked_layout(self.options["template"], tokenizer).digest
-            self.beside |= {"template_digest": digest} if digest else {}
+        name = self.options.get("template")
+        self.template = None if name is None else _checked_layout(name, tokenizer)
+        if self.template is not None and self.template.digest:
+            self.beside |= {"template_digest": self.template.digest}
         if self.options.get("fim_rate"):
             infill_document(tokenizer, "", "", "", order="psm")
         self.sources: dict[str, dict[str, Any]] = {}
@@ -171,9 +172,9 @@ class _Job:
             # It may be the only one that tells, and the model's stays behind.
             ids = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
             write_json(folder / CONFIG_FILE, ids)
-        if "template" in self.options and (source := chat_template(self.options["template"]).jinja) is not None:
+        if self.template is not None and self.template.jinja is not None:
             with file_aside(folder / TEMPLATE_FILE, "w") as file:
-                file.write(source)
+                file.write(self.template.jinja)
 
     @property
     def work(self) -> Path:

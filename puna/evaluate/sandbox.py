@@ -586,7 +586,10 @@ def _stage(cleanup: contextlib.ExitStack) -> Path:
 
 
 def _remove_left(parent: Path) -> None:
-    """Removes what judges that were killed have left: folders of this user's that no process holds."""
+    """Removes what judges that were killed have left: folders of this user's that no process holds.
+
+    By itself, and not as `puna.files` does likewise: this file needs no package, so that any Python can run it.
+    """
     for left in parent.glob(f"{STAGE}*"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             made = left.lstat()

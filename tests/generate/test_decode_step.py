@@ -1,10 +1,6 @@
 """A decoding step in few kernels against the model's modules, on the CPU by Triton's interpreter, on a GPU as it is."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,8 +16,7 @@ from puna.generate.engine.cache import PagedCache, Step
 from puna.model.llama import Linear, Llama, RMSNorm, rotate
 from puna.quantized.schemes import fp8, int8
 from puna.testing import tiny_model
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+from tests.triton_interpreter import interpret, needs_triton
 
 #: Fields of a config.
 MODELS: dict[str, dict[str, Any]] = {
@@ -115,15 +110,11 @@ def _assert_near(found: Tensor, expected: Tensor) -> None:
 
 @needs_triton
 def test_its_kernels_interpreted_compute_what_modules_do() -> None:
-    code = "from tests.generate.test_decode_step import interpret; interpret()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    interpret("tests.generate.test_decode_step.compare_all()")
 
 
-def interpret() -> None:
+def compare_all() -> None:
     """Not in bf16, whose bits the interpreter's products take for integers, nor in fp8, whose last bits it loses."""
-    from tests.generate.test_paged_attention import _let_arrays_of_one_number_bound_loops
-
-    _let_arrays_of_one_number_bound_loops()
     compare_kernels()
     for changes in MODELS.values():
         model = with_biases(**changes).half()

@@ -1,9 +1,7 @@
 """Attention to a pool of blocks: the formula against attention to tokens in order, the kernel against the formula."""
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ from puna.generate.engine.paged_attention import attend_paged, attend_paged_refe
 from puna.generate.engine.storage import GREATEST, Storage, round_heads
 from puna.model.attention import attend_reference
 from puna.model.layer_kernel import kernel
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+from tests.triton_interpreter import interpret, needs_triton
 
 needs_cpu_kernel = pytest.mark.skipif(kernel() is None, reason="no AVX-512 BF16, or no C compiler")
 
@@ -121,16 +118,14 @@ def test_what_is_not_a_number_on_a_cpu_does_not_become_one() -> None:
 
 @needs_triton
 def test_the_kernel_interpreted_computes_the_formula() -> None:
-    code = "from tests.generate.test_paged_attention import interpret; interpret()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    interpret("tests.generate.test_paged_attention.compare_all()")
 
 
-def interpret() -> None:
+def compare_all() -> None:
     """Compares all cases on the CPU; the interpreter must be chosen before triton is imported.
 
     Not in bf16, whose bits the interpreter's products take for integers.
     """
-    _let_arrays_of_one_number_bound_loops()
     for shape in CASES.values():
         for dtype in (torch.float32, torch.float16):
             for splits in (1, 3):
@@ -147,19 +142,6 @@ def interpret() -> None:
     with pytest.raises(ValueError, match="the scales of keys and values must have the same strides"):
         attend_by_kernel(newest(q, lengths), keys, values, tables, lengths, key_scales, key_scales.mT.contiguous().mT)
     assert [splits_to_fill(132, programs, 32) for programs in (4, 32, 100, 132, 133, 1000)] == [32, 8, 2, 2, 1, 1]
-
-
-def _let_arrays_of_one_number_bound_loops() -> None:
-    """The interpreter of triton 3.6 relies on numpy to take them for integers, which 2.4 no longer does."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor, scope):  # type: ignore[no-untyped-def]
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_and_mend
 
 
 def compare_kernel(

@@ -1,10 +1,5 @@
 """Keys and values in 8 bits: what comes back of them, what they take, and what they change of completions."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +13,7 @@ from puna.generate.engine.storage import GREATEST, IN_8_BITS, Storage, round_hea
 from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.testing import tiny_model
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+from tests.triton_interpreter import interpret, needs_triton
 
 INT8, FP8 = GREATEST
 CPU = torch.device("cpu")
@@ -79,8 +73,7 @@ def test_all_fp8_numbers_are_read_as_torch_reads_them() -> None:
 
 @needs_triton
 def test_the_kernel_interpreted_writes_the_bits_of_the_formula() -> None:
-    code = "from tests.generate.test_storage import compare_kernel; compare_kernel('cpu', __import__('torch').int8)"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    interpret(f"{__name__}.compare_kernel('cpu', __import__('torch').int8)")
 
 
 @pytest.mark.gpu

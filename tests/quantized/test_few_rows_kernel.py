@@ -1,9 +1,7 @@
 """The kernel for CUDA devices against the plain formulas, on the CPU by Triton's interpreter, on a GPU as it is."""
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,8 +9,7 @@ from torch import Tensor
 
 from puna.devices import multiplies_fp8
 from puna.quantized.schemes import fp8, int8
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+from tests.triton_interpreter import interpret, needs_triton
 
 #: Rows, outputs, depth: tiles of each kind, whole ones and such as are cut at every edge; few outputs and many.
 CASES = [(1, 64, 512), (3, 40, 272), (16, 33, 96), (17, 130, 300), (64, 100, 129), (5, 2070, 48)]
@@ -65,15 +62,11 @@ def compare_fp8(case: tuple[int, int, int], device: str) -> None:
 
 @needs_triton
 def test_the_kernel_interpreted_computes_the_formula() -> None:
-    code = "from tests.quantized.test_few_rows_kernel import interpret; interpret()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    interpret("tests.quantized.test_few_rows_kernel.compare_all()")
 
 
-def interpret() -> None:
+def compare_all() -> None:
     """All cases on the CPU; not in bf16, whose bits the interpreter's products take for integers."""
-    from tests.generate.test_paged_attention import _let_arrays_of_one_number_bound_loops
-
-    _let_arrays_of_one_number_bound_loops()
     for case in CASES:
         compare(case, torch.float16, "cpu")
         compare_fp8(case, "cpu")

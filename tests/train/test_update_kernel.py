@@ -1,10 +1,5 @@
 """The kernel of the update against the plain way, on the CPU by Triton's interpreter, on a GPU as it is."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +7,9 @@ from torch import Tensor
 from puna.config import Optimizer
 from puna.train import optimizer as optimizer_module
 from puna.train.optimizer import AdamW
+from tests.triton_interpreter import interpret, needs_triton
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (comes with torch's CUDA builds)")
+pytestmark = needs_triton
 
 SHAPES = {"whole blocks": (6, 192), "many tiles": (2, 1100), "odd blocks": (5, 70), "narrow": (7, 6), "norm": (130,)}
 CASES = [(bits, dtype) for bits in (32, 8, 4) for dtype in (torch.float32, torch.bfloat16)]
@@ -53,11 +49,10 @@ def test_the_kernel_moves_as_the_plain_way_does(bits: int, dtype: torch.dtype) -
 
 
 def test_the_kernel_interpreted_moves_as_the_plain_way_does() -> None:
-    code = "from tests.train.test_update_kernel import interpret; interpret()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    interpret("tests.train.test_update_kernel.compare_all()")
 
 
-def interpret() -> None:
+def compare_all() -> None:
     """Compares all cases on the CPU; the interpreter must be chosen before triton is imported."""
     from puna.train import update_kernel
 

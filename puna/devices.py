@@ -216,6 +216,20 @@ def has_tensor_memory(device: "torch.device") -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
+def early_launch(device: "torch.device") -> dict[str, bool]:
+    """Of a Triton kernel: that it starts while the kernel before it ends, where a device can (NVIDIA's since H100).
+
+    Such a kernel is told IS_EARLY. It says first that the next may start (`gdc_launch_dependents`), and before it reads
+    or writes anything but weights it waits until all kernels before it have ended (`gdc_wait`).
+    """
+    import torch
+
+    is_nvidia = takes_cuda_kernels(device.type) and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"IS_EARLY": True, "launch_pdl": True}
+    return {"IS_EARLY": False}
+
+
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
     """The most floating-point operations a second that matrix products of `dtype` can reach; None: nobody knows.
 

@@ -14,13 +14,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from puna.devices import has_tensor_memory
+from puna.devices import early_launch, has_tensor_memory
 
 #: Rows of a product's tiles -> outputs of a program, and the bytes of each that it reads at a time: 8 KiB, four times
 #: on their way.
 TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
 STAGES = 4
+
+#: Bytes that a device brings into its second-level cache at a time.
+LINE_BYTES = 128
 
 #: Outputs up to which a program takes half as many, twice as deep: a device has multiprocessors for twice the programs.
 #: Codes of int8 are widened by twice the instructions then, so fewer outputs are few.
@@ -75,7 +79,8 @@ def multiply(
         x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,
         n_rows, *sizes, width, depth, x.stride(0), first.stride(0), eps,
         ROWS=rows, OUTPUTS=outputs, DEPTH=step_bytes // first.element_size(), IS_GATED=is_gated,
-        num_warps=4, num_stages=STAGES,
+        LINES=STAGES * step_bytes // LINE_BYTES, LINE=LINE_BYTES // first.element_size(),
+        num_warps=4, num_stages=STAGES, **early_launch(x.device),
     )  # fmt: skip
     return out
 
@@ -85,6 +90,7 @@ def _multiply(
     x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,
     n_rows, n_first, n_second, n_third, width, depth, x_row, weight_row, eps,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, IS_GATED: tl.constexpr,
+    LINES: tl.constexpr, LINE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     program, begin = tl.program_id(0), 0
     weight, scales, n_outputs = first, first_scales, n_first
@@ -106,6 +112,14 @@ def _multiply(
     row, output = tl.arange(0, ROWS), program * OUTPUTS + tl.arange(0, OUTPUTS)
     is_row, is_output = row < n_rows, output < n_outputs
     weight_place = output.to(tl.int64)[:, None] * weight_row
+    if IS_EARLY:  # the beginning of the weights comes while the kernel before ends
+        gdc_launch_dependents()
+        line = tl.minimum(output, n_outputs - 1).to(tl.int64)[:, None] * weight_row
+        line += tl.minimum(tl.arange(0, LINES) * LINE, depth - 1)[None, :]
+        _fetch(weight + line)
+        if IS_GATED:
+            _fetch(second + line)
+        gdc_wait()
     total, ups = tl.zeros([OUTPUTS, ROWS], tl.float32), tl.zeros([OUTPUTS, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, depth, DEPTH):
@@ -147,3 +161,11 @@ def _multiply(
         added = tl.load(residual + place, mask=is_out, other=0.0).to(tl.float32)
         total = total.to(out.dtype.element_ty).to(tl.float32) + added
     tl.store(out + place, total.to(out.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _fetch(places):
+    """Has the lines of memory that hold `places` brought into the device's second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )

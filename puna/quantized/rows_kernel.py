@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from puna.devices import early_launch
 
 #: Of e4m3; and what the greatest number of a row is at least taken for.
 GREATEST, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12)
@@ -42,11 +45,16 @@ def round_rows(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple
 def _launch_rows(x: Tensor, norm: Tensor | None, out: Tensor, scales: Tensor | None, eps: float) -> None:
     channels = triton.next_power_of_2(x.shape[1])
     warps = min(16, max(1, channels // 1024))
-    _rows[(len(x),)](x, norm, out, scales, x.shape[1], eps, CHANNELS=channels, num_warps=warps)
+    _rows[(len(x),)](
+        x, norm, out, scales, x.shape[1], eps, CHANNELS=channels, num_warps=warps, **early_launch(x.device)
+    )
 
 
 @triton.jit
-def _rows(x, norm, out, scales, width, eps, CHANNELS: tl.constexpr):
+def _rows(x, norm, out, scales, width, eps, CHANNELS: tl.constexpr, IS_EARLY: tl.constexpr):
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS)
     is_channel = channel < width
     numbers = tl.load(x + row * width + channel, mask=is_channel, other=0.0)

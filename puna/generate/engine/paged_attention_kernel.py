@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from puna.devices import early_launch
 
 #: Bytes of the keys that a program multiplies at a time: 64 tokens of 128 channels in 16 bits, which 8 bits become in
 #: registers.
@@ -77,17 +80,19 @@ def attend_paged(
     part_shape = (n, heads, splits) if splits > 1 else (0,)
     parts = q.new_empty((*part_shape, width), dtype=torch.float32)
     tops, totals = q.new_empty((2, *part_shape), dtype=torch.float32)
+    early = early_launch(q.device)
     _attend[(n, kv_heads, splits)](
         q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
         *q.stride()[:2], *keys.stride()[:3], *(keys if key_scales is None else key_scales).stride()[:3],
         block_tables.stride(0), width**-0.5,
         GROUPS=heads // kv_heads, ROWS=triton.next_power_of_2(max(16, heads // kv_heads)), WIDTH=width,
         CHANNELS=channels, BLOCK_SIZE=block_size, TILE=tile, IS_SPLIT=splits > 1, num_warps=4, num_stages=STAGES,
+        **early,
     )  # fmt: skip
     if splits > 1:
         _join[(n, heads)](
             parts, tops, totals, out, splits,
-            WIDTH=width, CHANNELS=channels, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            WIDTH=width, CHANNELS=channels, SPLITS=triton.next_power_of_2(splits), num_warps=4, **early,
         )  # fmt: skip
     return out
 
@@ -116,8 +121,11 @@ def _attend(
     q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
     q_sequence, q_head, pool_block, pool_slot, pool_head, scales_block, scales_slot, scales_head, table_sequence, scale,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, IS_SPLIT: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(lengths + sequence)
@@ -174,8 +182,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=["splits"])
 def _join(
-    parts, tops, totals, out, splits, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr
+    parts, tops, totals, out, splits,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, CHANNELS)
     is_split, is_channel = split < splits, channel < WIDTH

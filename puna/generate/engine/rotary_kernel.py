@@ -7,6 +7,9 @@ torch would launch a dozen a layer for it, of some microseconds each, in which n
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from puna.devices import early_launch
 
 
 def rotate_and_keep(
@@ -28,15 +31,18 @@ def rotate_and_keep(
     half = width // 2
     _rotate[(n, n_heads if pools else (n_heads + n_queries) // 2)](
         heads, cos, sin, keys, values, slots, n_queries, (n_heads - n_queries) // 2, n_heads, *strides,
-        HALF=half, CHANNELS=triton.next_power_of_2(half), num_warps=1,
+        HALF=half, CHANNELS=triton.next_power_of_2(half), num_warps=1, **early_launch(heads.device),
     )  # fmt: skip
 
 
 @triton.jit
 def _rotate(
     heads, cos, sin, keys, values, slots, n_queries, n_keys, n_heads, pool_slot, pool_head,
-    HALF: tl.constexpr, CHANNELS: tl.constexpr,
+    HALF: tl.constexpr, CHANNELS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     is_channel = channel < HALF

@@ -2,7 +2,7 @@
 
     folder/config.json                         the network's shape, always believed
     folder/model.safetensors                   or model-00001-of-00003.safetensors … and model.safetensors.index.json
-    folder/generation_config.json              the ids that begin and end a text
+    folder/generation_config.json              ids that end a text besides that of config.json; nothing else is read
     folder/tokenizer.model | tokenizer.json
 
 Loading builds the model without memory and fills it tensor by tensor from mapped files: it takes the memory of the
@@ -29,7 +29,7 @@ from puna.checkpoint.tensors import (
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
 from puna.errors import PunaError, UsageError
 from puna.files import folder_aside, read_json, write_json
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, ends_of
 from puna.model.llama import Llama
 from puna.model.packed import PackedLinear, pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
@@ -259,7 +259,16 @@ def load_quantized_config(
     config = ModelConfig.from_json(fields, str(path), rope_theta=rope_theta)
     if rope_theta not in (None, config.rope_theta):
         raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
-    return config, quantization
+    return config.with_ends(_more_ends(Path(folder) / "generation_config.json")), quantization
+
+
+def _more_ends(path: Path) -> tuple[int, ...]:
+    """The ids at which a model ends a text, as the settings for generation say that are shipped with it.
+
+    Models that were tuned on dialogs often name all of them there alone: the end of an answer, and that of a text.
+    """
+    fields = read_json(path) if path.is_file() else {}
+    return ends_of(fields.get("eos_token_id") if isinstance(fields, dict) else None, str(path))
 
 
 def load_tokenizer_of(folder: Path) -> Tokenizer | None:
@@ -372,7 +381,7 @@ def write_model_files(
     """As `write_model`, into an empty folder that is there already."""
     tensors = fit(config, tensors, quantization)
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    fields = config.to_json()
+    fields = without_eot(config, tokenizer).to_json()
     if quantization is not None:
         fields["quantization_config"] = quantization.to_json()
     if len(dtypes) == 1:
@@ -411,11 +420,16 @@ def _shards(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> list[l
     return shards
 
 
+def without_eot(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The shape without the end of a text that was infilled, which is the tokenizer's; `config.json` names others."""
+    infilling = None if tokenizer is None else tokenizer.infilling
+    return config if infilling is None else config.without_end(infilling.eot_id)
+
+
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    ends = list(config.eos_token_ids)
     if tokenizer is not None and tokenizer.infilling is not None:
-        ends.append(tokenizer.infilling.eot_id)
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+        config = config.with_ends([tokenizer.infilling.eot_id])
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
 
 
 def open_index(

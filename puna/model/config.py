@@ -5,6 +5,7 @@ what a size costs. What the network cannot compute is refused here, by name, bef
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,9 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 
 #: Fields that are whole numbers above 0, each needed in `config.json`.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+#: Numbers that `config.json` may leave out.
+NUMBERS = ("rms_norm_eps", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class ModelConfig:
             value = fields.get(name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PunaError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
+        for name in (*NUMBERS, "max_position_embeddings"):
+            value = fields.get(name, 0)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise PunaError(f"{where}: {name} is {value!r}; it must be a number, or left out")
+        ends_of(fields.get("eos_token_id"), where)
         theta, scaling = _rope(fields, where, rope_theta)
         if fields.get("hidden_act", "silu") != "silu":
             raise PunaError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported, only 'silu'")
@@ -151,8 +160,16 @@ class ModelConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        ids = self.eos_token_id
-        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        return ends_of(self.eos_token_id)
+
+    def with_ends(self, ends: Iterable[int]) -> "ModelConfig":
+        """The same shape, whose texts end at these tokens too; those known already come first."""
+        known = list(dict.fromkeys((*self.eos_token_ids, *ends)))
+        return replace(self, eos_token_id=known if len(known) > 1 else next(iter(known), None))
+
+    def without_end(self, end: int) -> "ModelConfig":
+        """The same shape, whose texts do not end at this token."""
+        return replace(self, eos_token_id=None).with_ends(each for each in self.eos_token_ids if each != end)
 
     @property
     def parameter_count(self) -> int:
@@ -170,6 +187,18 @@ class ModelConfig:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         layer = d * heads * self.head_dim + 3 * d * self.intermediate_size
         return self.num_hidden_layers * layer + self.vocab_size * d
+
+
+def ends_of(stated: Any, where: str = "config.json") -> tuple[int, ...]:
+    """The ids that an `eos_token_id` states: one, a list, or none.
+
+    Raises:
+        PunaError: it states something else.
+    """
+    ends = tuple(stated) if isinstance(stated, list) else () if stated is None else (stated,)
+    if any(type(end) is not int for end in ends):
+        raise PunaError(f"{where}: eos_token_id is {stated!r}; it must be an id, a list of ids, or null")
+    return ends
 
 
 def _rope(fields: dict[str, Any], where: str, rope_theta: float | None) -> tuple[float, dict[str, Any] | None]:

@@ -290,6 +290,7 @@ class _Run:
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
         before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
+        before = replace(before, eos_token_id=self.config.eos_token_id)  # where texts end does not change the network
         if changed := _changes(asdict(before), asdict(self.config)):
             raise PunaError(
                 f"{self.recipe.start or self.recipe.model} is another model than when {checkpoint} was saved "

@@ -247,7 +247,9 @@ def test_the_tokenizer_goes_along_also_from_the_folder_above(tmp_path):
     (meta / "tokenizer.model").rename(meta.parent / "tokenizer.model")
     model, tokenizer = load(convert(meta, tmp_path / "back"))
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == vocabulary
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert model.config.bos_token_id == tokenizer.bos_id
+    assert model.config.eos_token_ids == (tokenizer.eos_id, tokenizer.infilling.eot_id)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
 
 
 def test_a_bin_folder_becomes_safetensors(tmp_path):

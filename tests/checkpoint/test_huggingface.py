@@ -259,6 +259,34 @@ def test_a_model_without_an_end_is_saved_without_one(tmp_path):
     assert written == {"bos_token_id": 1, "eos_token_id": None}  # transformers generates nothing with an empty list
 
 
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "ends"),
+    [
+        (128009, [128001, 128009], (128009, 128001)),  # as Llama-3-Instruct
+        (151645, [151645, 151643], (151645, 151643)),  # as Qwen2.5-Instruct
+        (2, 2, (2,)),  # as Code Llama
+        (2, None, (2,)),
+        (None, 7, (7,)),
+    ],
+)
+def test_a_models_texts_end_where_its_generation_config_says_too(folder, in_config, in_generation_config, ends):
+    _change(folder / "config.json", eos_token_id=in_config)
+    _change(folder / "generation_config.json", eos_token_id=in_generation_config)
+    assert load_config(folder).eos_token_ids == load_model(folder).config.eos_token_ids == ends
+    convert(folder, folder.parent / "converted")
+    assert load_config(folder.parent / "converted").eos_token_ids == ends
+
+
+def test_a_generation_config_whose_ends_are_no_ids_is_refused(folder):
+    _change(folder / "generation_config.json", eos_token_id="</s>")
+    with pytest.raises(PunaError, match=r"generation_config\.json: eos_token_id is '</s>'; it must be an id"):
+        load_config(folder)
+
+
+def _change(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def test_a_folder_without_a_tokenizer_loads_without_one(folder):
     assert load(folder)[1] is None
 

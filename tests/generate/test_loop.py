@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from puna.checkpoint import load, save_model
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
 from puna.generate.loop import _decode, _prefill
@@ -174,6 +175,19 @@ def test_ignore_eos_goes_on_to_max_tokens(tokenizer: Tokenizer) -> None:
 def test_without_a_tokenizer_the_models_own_eos_ends() -> None:
     model = ScriptedModel([7, 2, 8], prompt_tokens=1)
     assert tokens_of(complete(model, None, [[1]], Sampling())) == [[7]]
+
+
+def test_an_end_that_generation_config_names_alone_ends_a_completion(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "model")
+    settings = tmp_path / "model" / "generation_config.json"
+
+    def tokens() -> list[int]:
+        model, _ = load(tmp_path / "model")
+        return complete(model, None, [[1, 5]], Sampling(max_tokens=6))[0].tokens
+
+    whole = tokens()
+    settings.write_text(json.dumps({"eos_token_id": [2, whole[3]]}))
+    assert tokens() == whole[: whole.index(whole[3])]
 
 
 def test_a_stop_string_that_spans_tokens_cuts_the_text_before_it(tokenizer: Tokenizer) -> None:

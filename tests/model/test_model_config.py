@@ -159,6 +159,11 @@ def test_missing_kv_heads_mean_as_many_as_heads() -> None:
     [
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
         ({"vocab_size": "512"}, "vocab_size is '512'; it must be a whole number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; it must be a number, or left out"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number"),
+        ({"initializer_range": None}, "initializer_range is None"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"eos_token_id": ["</s>"]}, "it must be an id, a list of ids, or null"),
         ({"rope_theta": 0}, "rope_theta of the rotary positions is 0"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor of the rotary positions is None"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor of the rotary positions is None"),
@@ -173,3 +178,10 @@ def test_every_end_that_config_json_lists_is_kept() -> None:
     config = ModelConfig.from_json({**preset("tiny-64").to_json(), "eos_token_id": [2, 7]})
     assert config.eos_token_ids == (2, 7)
     assert config.to_json()["eos_token_id"] == [2, 7]
+
+
+def test_ends_that_are_added_come_last_and_can_be_taken_away() -> None:
+    config = preset("tiny-64").with_ends([2, 7])
+    assert config.eos_token_ids == (2, 7)
+    assert config.without_end(7) == preset("tiny-64")
+    assert preset("tiny-64").without_end(2).eos_token_id is None

@@ -26,7 +26,7 @@ from puna.checkpoint.formats.mindspore.slices import (
     rank_folders,
 )
 from puna.checkpoint.formats.mindspore.strategy import Layout, Strategy, read_strategies, write_strategy
-from puna.checkpoint.huggingface import load_tokenizer_of, open_index
+from puna.checkpoint.huggingface import load_tokenizer_of, open_index, without_eot
 from puna.checkpoint.tensors import StoredTensor, open_safetensors, safetensors_metadata
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, folder_aside
@@ -111,7 +111,7 @@ def write(
     Raises:
         PunaError: MindFormers' Llama is no such network, or the tensors cannot be cut so.
     """
-    section = to_yaml(config, tensors)
+    section = to_yaml(without_eot(config, tokenizer), tensors)
     renamed = to_mindformers(tensors)
     strategy = None if layout is None else _strategy(layout, renamed, config)
     with folder_aside(folder) as aside:

@@ -215,7 +215,8 @@ def _install(commands: dict[str, str]) -> str | None:
 
 
 def _sandbox() -> Iterator[Finding]:
-    from puna.evaluate.sandbox import Sandbox, install_command
+    from puna.evaluate.sandbox import Sandbox
+    from puna.evaluate.walls import install_command
 
     only = "only puna evaluate humaneval needs it"
     if shutil.which("bwrap") is None:

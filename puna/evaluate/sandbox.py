@@ -33,30 +33,23 @@ looks for that word in its own code could find it.
 """
 
 import contextlib
-import fcntl
-import importlib.resources
 import os
-import py_compile
 import select
-import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from puna.devices import cpu_cores
-from puna.errors import PunaError
 from puna.evaluate.inside.data import encode
 from puna.evaluate.inside.test import GONE, NOT_STARTED
+from puna.evaluate.walls import NOBODY, unusable, walled_python
 
 #: Verdict -> what it says of the program; kept apart, since neither a timeout nor a fault of ours is a wrong answer.
 VERDICTS = {
@@ -68,13 +61,6 @@ VERDICTS = {
     "output": "it printed or answered more than it may",
     "sandbox": "the sandbox or the task's own code failed; it says nothing about the program",
 }
-
-#: Folders of the host that a sandbox sees, read-only, where they exist; links (`/lib` on most systems) stay links.
-HOST_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store")
-
-#: What the name of a judge's own temporary folder begins with, and how old one is that may have been left by a kill.
-STAGE = "puna-sandbox-"
-LEFT_SECONDS = 3600.0
 
 #: Longest wait for a sandbox to start.
 START_SECONDS = 30.0
@@ -91,45 +77,6 @@ TIME_IS_UP = (-signal.SIGXCPU, -signal.SIGKILL)
 #: The kernel ends a process by its ticks; where machines are shared, these run ahead of the time that it has had, and
 #: so little of its limit is then found to be used.
 TICKS_AHEAD = 0.7
-
-#: What a sandbox's Python runs; `/puna` is on its path for no longer than that.
-START = "import sys; sys.path.insert(0, '/puna'); from inside.main import main; sys.path.pop(0); main(*sys.argv[1:])"
-
-#: All that a sandbox has of an environment. LD_BIND_NOW: symbols are looked up once, not in each new process.
-ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "HOME": "/tmp",
-    "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",
-    "LD_BIND_NOW": "1",
-}
-
-#: The ordinary uid and gid that root becomes: `nobody`.
-NOBODY = 65534
-
-#: Parts of a Python installation that a judged program does without; left out where Python has to be copied.
-NOT_COPIED = (
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "ensurepip",
-    "tkinter",
-    "lib2to3",
-    "config-*",
-    "*.a",
-)
-
-#: Package manager -> the command that installs bubblewrap.
-INSTALL = {
-    "apt-get": "apt-get install -y bubblewrap",
-    "dnf": "dnf install -y bubblewrap",
-    "yum": "yum install -y bubblewrap",
-    "apk": "apk add bubblewrap",
-    "pacman": "pacman -S --noconfirm bubblewrap",
-    "zypper": "zypper install -y bubblewrap",
-}
 
 
 @dataclass(frozen=True)
@@ -203,11 +150,8 @@ class Sandbox:
         self.workers = workers or cpu_cores()
 
     def __enter__(self) -> Self:
-        bubblewrap, self.version, features = _bubblewrap()
         with contextlib.ExitStack() as cleanup:
-            stage = _stage(cleanup)
-            self._command = [*_ordinary_user(), bubblewrap, *_walls(features), *_view(stage)]
-            self._command += ["--remount-ro", "/", "--", _executable(), "-s", "-S", "-P", "-B", "-c", START]
+            self._command, self.version = walled_python(cleanup)
             # A sandbox dies with the thread that started it, so the threads last as long as this object.
             self._threads = ThreadPoolExecutor(self.workers)
             self._thread = threading.local()
@@ -277,7 +221,7 @@ class Sandbox:
         wrong = self.judge(Job("def f(x): return x", "f", "assert f(1) == 2"))
         if (right.verdict, wrong.verdict) != ("passed", "wrong"):
             failed = right if right.verdict != "passed" else wrong
-            raise _unusable(f"{failed.verdict} {failed.detail}")
+            raise unusable(f"{failed.verdict} {failed.detail}")
 
 
 # ---- one judgement
@@ -382,7 +326,7 @@ class _Place:
             self.closed = False
             if self._exit_code() is None:
                 complaints.seek(0)
-                raise _unusable(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
+                raise unusable(complaints.read().decode(errors="replace").strip()[-1000:] or "no answer from inside")
         self._channel.settimeout(END_SECONDS)
 
     def begin(self, *files: int) -> None:
@@ -473,162 +417,3 @@ def _listen(
             heard[file] += chunk[: most + 1 - len(heard[file])]
         if len(heard[printed]) > most:
             return "flood"
-
-
-# ---- the walls
-
-
-def _bubblewrap() -> tuple[str, str, str]:
-    """Path, version and help text of bubblewrap; the help says which of its newer options there are."""
-    path = shutil.which("bwrap")
-    if path is None:
-        raise PunaError(
-            f"generated code runs only inside bubblewrap, which is not here; install it: {install_command()}"
-        )
-    version, features = (
-        subprocess.run([path, option], capture_output=True, text=True, check=False).stdout
-        for option in ("--version", "--help")
-    )
-    return path, version.split()[-1] if version else "of unknown version", features
-
-
-def install_command() -> str:
-    """The command that installs bubblewrap on this machine."""
-    if sys.platform != "linux":
-        return "none; it is a Linux program: score on a Linux machine or in a virtual one"
-    command = next((command for manager, command in INSTALL.items() if shutil.which(manager)), None)
-    if command is None:
-        return "see https://github.com/containers/bubblewrap"
-    return command if os.geteuid() == 0 else f"sudo {command}"
-
-
-def _unusable(why: str) -> PunaError:
-    return PunaError(
-        f"the sandbox does not work on this machine, so nothing was run: {why}\n"
-        "it needs user namespaces: in a container, --security-opt seccomp=unconfined and apparmor=unconfined; "
-        "on Ubuntu, sysctl kernel.apparmor_restrict_unprivileged_userns=0"
-    )
-
-
-def _ordinary_user() -> list[str]:
-    """What a command starts with to be run by an ordinary user; nothing, where we are one."""
-    if os.geteuid() != 0:
-        return []
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise PunaError(
-            "root scores only by way of setpriv (package util-linux), which is not here; score as another user"
-        )
-    return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
-
-
-def _walls(features: str) -> list[str]:
-    walls = ["--unshare-all", "--die-with-parent", "--new-session", "--hostname", "puna"]
-    if "--clearenv" in features:
-        walls += ["--clearenv"]
-    if "--disable-userns" in features:
-        walls += ["--unshare-user", "--disable-userns"]
-    for name, value in (
-        ("PATH", "/usr/bin:/bin"),
-        ("HOME", "/tmp"),
-        ("LANG", "C.UTF-8"),
-        ("PYTHONHASHSEED", "0"),
-        ("LD_BIND_NOW", "1"),
-    ):
-        walls += ["--setenv", name, value]
-    # The one capability that fresh namespaces and a /tmp take; every process gives it up before it runs a program.
-    walls += ["--cap-add", "CAP_SYS_ADMIN"]
-    return [*walls, "--dev", "/dev", "--remount-ro", "/dev", "--dir", "/tmp", "--chdir", "/tmp"]
-
-
-def _view(stage: Path) -> list[str]:
-    """What of the host is seen: system folders, the Python that judges, and what it runs."""
-    view = []
-    for folder in HOST_FOLDERS:
-        if os.path.islink(folder):
-            view += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder):
-            view += ["--ro-bind", folder, folder]
-    for path in ("/etc/ld.so.cache", *map(str, Path("/etc").glob("java-*-openjdk"))):  # Debian keeps Java's there
-        view += ["--ro-bind-try", path, path]
-    for i, prefix in enumerate(_prefixes()):
-        copy = stage / f"python-{i}"
-        view += ["--ro-bind", str(copy if copy.exists() else prefix), prefix]
-    return [*view, "--ro-bind", str(stage / "inside"), "/puna/inside"]
-
-
-def _stage(cleanup: contextlib.ExitStack) -> Path:
-    """A temporary folder with what runs inside, and a copy of this Python where `NOBODY` may not read it."""
-    others = os.geteuid() == 0
-    parents = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
-    parent = next((parent for parent in parents if not others or _is_open(Path(parent))), None)
-    if parent is None:
-        raise PunaError(
-            f"an ordinary user can enter none of {', '.join(parents)}; set TMPDIR to a folder that all may enter"
-        )
-    _remove_left(Path(parent))
-    stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=parent))
-    cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
-    held = os.open(stage, os.O_RDONLY)
-    cleanup.callback(os.close, held)
-    with contextlib.suppress(OSError):  # a file system without locks; what is left there stays
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    stage.chmod(0o755)
-    (stage / "inside").mkdir(mode=0o755)
-    for source in Path(str(importlib.resources.files("puna.evaluate.inside"))).glob("*.py"):
-        compiled = stage / "inside" / f"{source.stem}.pyc"
-        py_compile.compile(str(source), cfile=str(compiled), dfile=source.stem, doraise=True)
-        compiled.chmod(0o644)
-    for i, prefix in enumerate(_prefixes()):
-        if others and not _is_open(Path(prefix)):
-            _copy_python(Path(prefix), stage / f"python-{i}")
-    return stage
-
-
-def _remove_left(parent: Path) -> None:
-    """Removes what judges that were killed have left: folders of this user's that no process holds.
-
-    By itself, and not as `puna.files` does likewise: this file needs no package, so that any Python can run it.
-    """
-    for left in parent.glob(f"{STAGE}*"):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            made = left.lstat()
-            if made.st_uid == os.geteuid() and time.time() - made.st_mtime > LEFT_SECONDS:
-                folder = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
-                stack.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _copy_python(prefix: Path, copy: Path) -> None:
-    """Makes a Python that everyone may read; of links to the files where that is possible, which takes no time."""
-
-    def link_or_copy(source: str, target: str) -> None:
-        mode = os.stat(source).st_mode
-        needed = stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0)
-        try:
-            if mode & needed != needed:
-                raise PermissionError
-            os.link(source, target)
-        except OSError:  # another file system, or not for everyone
-            shutil.copy2(source, target)
-            os.chmod(target, 0o755)
-
-    shutil.copytree(prefix, copy, symlinks=True, copy_function=link_or_copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    for folder, _, _ in os.walk(copy):
-        os.chmod(folder, 0o755)
-
-
-def _prefixes() -> list[str]:
-    """Folders of this Python that the host folders do not hold already."""
-    prefixes = dict.fromkeys(os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix))
-    return [prefix for prefix in prefixes if not any(Path(prefix).is_relative_to(folder) for folder in HOST_FOLDERS)]
-
-
-def _executable() -> str:
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-def _is_open(path: Path) -> bool:
-    """Whether every user may enter the folder."""
-    return all(folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents))

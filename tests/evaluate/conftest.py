@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from puna.evaluate.sandbox import Job, Judgement, Limits, Sandbox, Script, install_command
+from puna.evaluate.sandbox import Job, Judgement, Limits, Sandbox, Script
+from puna.evaluate.walls import install_command
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 from puna.files import write_json
 from puna.tokenizer.base import SPACE_MARK, Tokenizer
-from puna.tokenizer.sentence_piece import read_model
+from puna.tokenizer.sentence_piece import only_merges, read_model
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
@@ -23,7 +23,7 @@ def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
     if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
         return
     model = read_model(folder / "tokenizer.model")
-    if not _only_merges(model):
+    if not (model.normalizer_spec.add_dummy_prefix and only_merges(model)):
         return
     bos, eos, unk = (tokenizer.piece(id) for id in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id or 0))
     control = dict.fromkeys([unk, bos, eos, *(tokenizer.piece(id) for id in sorted(tokenizer.control))])
@@ -32,17 +32,6 @@ def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
         names = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
         write_json(folder / "tokenizer_config.json", config)
-
-
-def _only_merges(model: Any) -> bool:
-    normalizer = model.normalizer_spec
-    return (
-        model.trainer_spec.model_type == model.trainer_spec.BPE
-        and normalizer.add_dummy_prefix
-        and normalizer.escape_whitespaces
-        and not normalizer.remove_extra_whitespaces
-        and not normalizer.precompiled_charsmap
-    )
 
 
 def _content(model: Any, control: list[str], bos: str, unk: str) -> dict[str, Any]:

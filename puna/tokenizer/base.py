@@ -105,11 +105,6 @@ class Tokenizer(ABC):
         return len(self._pieces)
 
     @property
-    def pieces(self) -> Sequence[str]:
-        """What `piece` gives for each id."""
-        return tuple(self._pieces)
-
-    @property
     def spellings(self) -> Sequence[bytes]:
         """The bytes that each id spells; none for a control id."""
         return tuple(self._spellings)
@@ -169,14 +164,13 @@ class Tokenizer(ABC):
         spelled = b"".join([self._spelling(i) for i in ids])
         return spelled[1:] if leading_space and self.adds_leading_space and spelled[:1] == b" " else spelled
 
-    def stream(self, *, leading_space: bool = False, skip_bytes: int = 0) -> "StreamDecoder":
-        """A decoder that takes one id at a time; by default for ids that continue a prompt (a first space is kept).
+    def stream(self, *, skip_bytes: int = 0) -> "StreamDecoder":
+        """A decoder that takes one id at a time, of ids that continue a prompt: a first space is kept.
 
         Args:
-            leading_space: as for `decode`.
             skip_bytes: so many of the ids' first bytes stay out of the text.
         """
-        return StreamDecoder(self, leading_space=leading_space, skip_bytes=skip_bytes)
+        return StreamDecoder(self, skip_bytes)
 
     def ids_along(self, text: bytes) -> list[int]:
         """Ids that a text which begins with `text` can begin with: each spells a part of it, or all of it and more.
@@ -309,19 +303,16 @@ def _refuse_surrogates(text: str) -> None:
 
 
 class StreamDecoder:
-    """Text of ids that come one by one; what it has given is always whole characters, in total exactly `decode`."""
+    """Text of ids that come one by one: always whole characters, in total what `decode(leading_space=False)` gives."""
 
-    def __init__(self, tokenizer: Tokenizer, *, leading_space: bool, skip_bytes: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_bytes: int) -> None:
         self._spelling = tokenizer._spelling
         self._skip_bytes = skip_bytes
-        self._drops_space = leading_space and tokenizer.adds_leading_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
         """The characters that this id completes; empty while one is half there."""
         spelled = self._spelling(id)
-        if self._drops_space and spelled:
-            spelled, self._drops_space = spelled.removeprefix(b" "), False
         if self._skip_bytes:
             skipped = min(self._skip_bytes, len(spelled))
             spelled, self._skip_bytes = spelled[skipped:], self._skip_bytes - skipped

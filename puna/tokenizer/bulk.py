@@ -128,9 +128,6 @@ class _Memory:
         self._offsets, self._ids = np.zeros(1, np.int32), np.zeros(0, np.int32)
         self._size_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def look_up(self, parts: list[str]) -> "tuple[NDArray[np.int32], pa.ListArray]":
         """The row of each part in a table, and the table, whose rows are ids."""
         import pyarrow as pa

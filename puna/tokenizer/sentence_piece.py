@@ -33,7 +33,6 @@ model_pb2: Any = sentencepiece_model_pb2
 #: Types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-
 _MARKERS = frozenset((*INFILLING_PIECES, STEP_PIECE))
 
 
@@ -46,11 +45,11 @@ class SentencePieceTokenizer(Tokenizer):
         types = [piece.type for piece in model.pieces]
         # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
         # file by itself would have it, by half a marker.
-        markers = {i for i, piece in enumerate(pieces) if piece in _MARKERS}
-        for i in markers | {i for i in _told_special(path, pieces) if types[i] in (NORMAL, USER_DEFINED)}:
+        markers, settings = {i for i, piece in enumerate(pieces) if piece in _MARKERS}, _settings(path)
+        for i in markers | {i for i in _told_special(settings, pieces) if types[i] in (NORMAL, USER_DEFINED)}:
             model.pieces[i].type = types[i] = CONTROL
         bos_id, eos_id, unk_id = _special_ids(model, pieces, path)
-        added, byte_ids = _added_pieces(path, len(pieces)), _byte_ids(pieces, types)
+        added, byte_ids = _added_pieces(settings, path, len(pieces)), _byte_ids(pieces, types)
         super().__init__(
             path,
             pieces=[*pieces, *added],
@@ -64,16 +63,16 @@ class SentencePieceTokenizer(Tokenizer):
             unk_id=unk_id,
             adds_leading_space=model.normalizer_spec.add_dummy_prefix,
             byte_ids=byte_ids,
-            merges_plain_text=bool(byte_ids) and USER_DEFINED not in types and _merges_alone(model),
-            adds_space_after_control=_settings(path).get("legacy") is not False,
+            merges_plain_text=bool(byte_ids) and USER_DEFINED not in types and only_merges(model),
+            adds_space_after_control=settings.get("legacy") is not False,
         )
         self._model = model.SerializeToString()
         model.normalizer_spec.add_dummy_prefix = False
-        self._plain = _processor(model.SerializeToString())
+        self._plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     @cached_property
     def _spaced(self) -> sentencepiece.SentencePieceProcessor:
-        return _processor(self._model)
+        return sentencepiece.SentencePieceProcessor(model_proto=self._model)
 
     def _split(self, texts: Sequence[str], leading_space: bool) -> list[list[int]]:
         processor = self._spaced if leading_space else self._plain
@@ -98,30 +97,38 @@ def read_model(path: Path) -> Any:
     return model
 
 
+def only_merges(model: Any) -> bool:
+    """Whether a model splits text by merging neighbours (BPE), and does nothing else to it before."""
+    normalizer = model.normalizer_spec
+    return (
+        model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE
+        and normalizer.escape_whitespaces
+        and not model.trainer_spec.treat_whitespace_as_suffix
+        and not normalizer.remove_extra_whitespaces
+        and not normalizer.precompiled_charsmap
+    )
+
+
 def _settings(path: Path) -> dict[str, Any]:
     """What Hugging Face keeps beside a tokenizer.model."""
     file = path.with_name("tokenizer_config.json")
     return read_json(file) if file.is_file() else {}
 
 
-def _added_pieces(path: Path, size: int) -> list[str]:
-    """Control pieces that Hugging Face put behind the model's own; they are told in files beside it."""
-    ids = {int(i): token["content"] for i, token in _settings(path).get("added_tokens_decoder", {}).items()}
+def _added_pieces(settings: dict[str, Any], path: Path, size: int) -> list[str]:
+    """The pieces behind the model's own, from its `size` on, that files beside it list: control pieces."""
+    ids = {int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
     file = path.with_name("added_tokens.json")
     if file.is_file():
         ids.update({i: piece for piece, i in read_json(file).items()})
     return [ids.get(i, "") for i in range(size, max(ids, default=-1) + 1)]
 
 
-def _told_special(path: Path, pieces: Sequence[str]) -> set[int]:
+def _told_special(settings: dict[str, Any], pieces: Sequence[str]) -> set[int]:
     """Ids of the model's own pieces that Hugging Face takes for control tokens; the model may say otherwise."""
-    told = {int(i): token for i, token in _settings(path).get("added_tokens_decoder", {}).items()}
+    told = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
     own = {i: token for i, token in told.items() if i < len(pieces) and token["content"] == pieces[i]}
     return {i for i, token in own.items() if token.get("special")}
-
-
-def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def _special_ids(model: Any, pieces: Sequence[str], path: Path) -> tuple[int, int, int | None]:
@@ -155,15 +162,3 @@ def _byte_ids(pieces: Sequence[str], types: Sequence[int]) -> dict[int, int]:
 def _byte(piece: str) -> int:
     """What a piece such as `<0x0A>` spells."""
     return int(piece[3:5], 16)
-
-
-def _merges_alone(model: Any) -> bool:
-    """Whether the file asks for merging neighbours, and for nothing to be done to a text before."""
-    normalizer = model.normalizer_spec
-    return (
-        model.trainer_spec.model_type == model_pb2.TrainerSpec.BPE
-        and normalizer.escape_whitespaces
-        and not model.trainer_spec.treat_whitespace_as_suffix
-        and not normalizer.remove_extra_whitespaces
-        and not normalizer.precompiled_charsmap
-    )

@@ -3,21 +3,16 @@
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from puna.errors import PunaError
 from puna.files import file_aside
-
-if TYPE_CHECKING:
-    from puna.tokenizer.base import Tokenizer
+from puna.tokenizer.base import INFILLING_PIECES, Tokenizer
 
 #: Reading stops after this many characters: a few thousand pieces do not get better beyond.
 MAX_CHARACTERS = 8_000_000
 
 
-def train_tokenizer(
-    texts: Iterable[str], folder: Path | str, *, vocab_size: int, infilling: bool = True
-) -> "Tokenizer":
+def train_tokenizer(texts: Iterable[str], folder: Path | str, *, vocab_size: int, infilling: bool = True) -> Tokenizer:
     """Trains a SentencePiece vocabulary with Llama's settings and writes `folder/tokenizer.model`.
 
     Byte-pair encoding with byte fallback, no normalisation, digits apart, all whitespace kept; `<unk>` 0, `<s>` 1,
@@ -34,9 +29,7 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    from puna.tokenizer import load_tokenizer
-    from puna.tokenizer.base import INFILLING_PIECES
-    from puna.tokenizer.sentence_piece import CONTROL, model_pb2
+    from puna.tokenizer.sentence_piece import CONTROL, SentencePieceTokenizer, model_pb2
 
     file = io.BytesIO()
     extra = INFILLING_PIECES if infilling else ()
@@ -73,7 +66,7 @@ def train_tokenizer(
     path = Path(folder) / "tokenizer.model"
     with file_aside(path) as out:
         out.write(model.SerializeToString(deterministic=True))
-    return load_tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

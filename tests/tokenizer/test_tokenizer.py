@@ -113,13 +113,6 @@ def test_a_stream_waits_for_the_rest_of_a_character(small_tokenizer):
     assert half.finish() == "\ufffd"
 
 
-def test_a_stream_keeps_the_first_space_unless_told_that_encode_put_it_there(small_tokenizer):
-    ids = small_tokenizer.encode("self")
-    assert small_tokenizer.stream().push(ids[0]).startswith(" ")
-    stream = small_tokenizer.stream(leading_space=True)
-    assert "".join(stream.push(id) for id in [1, *ids]) == "self"
-
-
 def test_ids_outside_the_vocabulary_are_refused(small_tokenizer):
     for id in (1024, -1, 10**9):
         with pytest.raises(PunaError, match=rf"token id {id} is outside the vocabulary of .* \(0 to 1023\)"):

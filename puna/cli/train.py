@@ -1,6 +1,5 @@
 """`puna train`: runs a recipe, or continues the run that is in its folder."""
 
-import json
 import os
 import sys
 from typing import Annotated
@@ -37,7 +36,9 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return  # the first process speaks for all
     if as_json:
-        print(json.dumps(result))
+        from puna.train.metrics import as_json as line_of
+
+        print(line_of(result))
     else:
         loss = f", loss {result['loss']:.4f}" if "loss" in result else ""
         print(f"{result['run_dir']}: step {result['step']}{loss}")

@@ -74,14 +74,18 @@ def _scores(completion: dict[str, Any], problems: dict[str, Any]) -> dict[str, A
 
 def _loss_curve(title: str, run_dir: Path) -> dict[str, Any]:
     steps = _metrics(run_dir)
-    loss = [[step["step"], step["loss"]] for step in steps]
-    valid = [[step["step"], step["valid_loss"]] for step in steps if "valid_loss" in step]
+    loss, valid = _points(steps, "loss"), _points(steps, "valid_loss")
     lines = [
         {"name": "training", "points": smoothed(loss, max(1, len(loss) // 40))},
         {"name": "held out", "points": valid, "style": "dots"},
         {"name": "each step", "points": loss, "style": "faint"},
     ]
     return {"title": title, "x": "step", "y": "nats per token", "lines": lines}
+
+
+def _points(steps: list[dict[str, Any]], name: str) -> list[list[float]]:
+    """Step and number, of the steps that have one."""
+    return [[step["step"], step[name]] for step in steps if step.get(name) is not None]
 
 
 def _speed_curve(title: str, run_dir: Path) -> dict[str, Any]:

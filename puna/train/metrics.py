@@ -1,9 +1,12 @@
 """Numbers of a run: metrics.jsonl, one JSON object a step, and TensorBoard where asked for.
 
+JSON has no word for a number that is not finite, as the loss of a step that was skipped: it is written as null.
+
 A run that continues cuts the file back to its checkpoint, so the file reads as if the run had never stopped.
 """
 
 import json
+import math
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +31,7 @@ class Metrics:
         self._path = run_dir / FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
         with file_aside(self._path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.writelines(as_json(line) + "\n" for line in kept)
         self._file = self._opened()
         self._waiting = b""
         self._board = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
@@ -36,7 +39,7 @@ class Metrics:
     def write(self, numbers: dict[str, Any]) -> None:
         """Writes one step's numbers; `numbers["step"]` says which. What finds no room waits in memory for the next."""
         is_first = not self._waiting
-        self._waiting += f"{json.dumps(numbers)}\n".encode()
+        self._waiting += f"{as_json(numbers)}\n".encode()
         try:
             if self._path.parent.is_dir() and not self._path.exists():  # the folder was removed, and made again
                 self._file.close()
@@ -63,15 +66,24 @@ class Metrics:
             self._board.close()
 
 
+def as_json(numbers: dict[str, Any]) -> str:
+    """A JSON object of one line, in which numbers that are not finite are null."""
+    lost = {name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({name: None if name in lost else value for name, value in numbers.items()})
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The numbers of every step so far; a last line that a kill cut off is left out, and what a crash spoiled."""
+    """The numbers of every step so far, None for one that was not finite.
+
+    A last line that a kill cut off is left out, and what a crash spoiled.
+    """
     path = run_dir / FILE
     if not path.is_file():
         return []
     read: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            read.append(json.loads(line))
+            read.append(json.loads(line, parse_constant=lambda _: None))
         except ValueError:  # steps are not synced to the disk; checkpoints are
             say(f"{path}: line {number} is not JSON, and is left out")
     return read

@@ -10,6 +10,7 @@ stopped: everything that happens at a step is a function of the recipe, the step
 """
 
 import contextlib
+import math
 import shutil
 import signal
 import time
@@ -145,7 +146,8 @@ class _Run:
             progress.advance(self.step)
             while self.step < recipe.steps:
                 numbers = self._take_step()
-                skipped_in_a_row = 0 if numbers["is_applied"] else skipped_in_a_row + 1
+                if numbers["targets"]:  # else nothing was tried
+                    skipped_in_a_row = 0 if numbers["is_applied"] else skipped_in_a_row + 1
                 if skipped_in_a_row > MAX_SKIPPED:
                     self._give_up(skipped_in_a_row)
                 is_last = self.step == recipe.steps
@@ -170,7 +172,7 @@ class _Run:
                 "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
 
     def validate(self, rows: Sequence[Row]) -> float:
-        """Mean loss over the targets of the first rows, in the order they lie."""
+        """Mean loss over the targets of the first rows, in the order they lie; nan where they have none."""
         layout, per_pass = self.ranks.layout, self.recipe.micro_batch_rows
         if layout.pp > 1:
             per_pass *= layout.micro_batches  # a pipeline takes as many as in a step
@@ -182,7 +184,7 @@ class _Run:
             batch = stack(rows[i] if i < last else _blank(rows[0]) for i in range(start, start + per_pass))
             more_loss, more_targets = summed_loss(self.model, batch, micro_batch_rows=self.recipe.micro_batch_rows)
             loss, n_targets = loss + more_loss, n_targets + more_targets
-        return loss / max(1, n_targets)
+        return loss / n_targets if n_targets else math.nan
 
     def _take_step(self) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
@@ -199,7 +201,10 @@ class _Run:
         self.step, self.tokens = update, self.tokens + recipe.batch_tokens
         if not result.is_applied:
             self.skipped += 1
-            say(f"step {update}: loss {result.loss}, gradient norm {result.grad_norm}; {self.gradients.if_not_finite}")
+            reason = f"loss {result.loss}, gradient norm {result.grad_norm}; {self.gradients.if_not_finite}"
+            if not result.n_targets:
+                reason = "no row of the batch asks for a token; weights and optimizer were left alone"
+            say(f"step {update}: {reason}")
         return {
             "step": self.step,
             "loss": result.loss,

@@ -18,10 +18,11 @@ class StepResult:
     """What one step gave.
 
     Attributes:
-        loss: mean over every target of the global batch.
+        loss: mean over every target of the global batch; nan where it has none.
         grad_norm: 2-norm of the gradient of that loss, before clipping.
         n_targets: of the global batch.
-        is_applied: False when loss or gradient were not finite; `Gradients.if_not_finite` says what that means.
+        is_applied: False when there was no target, and nothing was done, or when loss or gradient were not finite;
+            `Gradients.if_not_finite` says what that means.
     """
 
     loss: float
@@ -44,7 +45,8 @@ def train_step(
     """One optimizer step over the global batch; every rank calls it with its rows.
 
     The loss is the mean over every target of the global batch, so it depends neither on how the batch is cut into
-    micro-batches nor on how many ranks share it. A gradient that is not finite never reaches the weights.
+    micro-batches nor on how many ranks share it. A gradient that is not finite never reaches the weights. A batch that
+    asks for nothing leaves weights and optimizer alone: momentum and decay would move them without a reason.
 
     Args:
         model: in training mode.
@@ -55,11 +57,13 @@ def train_step(
         micro_batch_rows: rows that go through the model at once.
         max_grad_norm: gradients are scaled down to this norm; None: they are used as they are.
         is_mean_of_means: take the mean of each micro-batch and the mean of those, as MindFormers does, which weighs the
-            targets of a micro-batch that has few of them more.
+            targets of a micro-batch that has few of them more, and takes a step without any too.
     """
     layout = model.ranks.layout
     (counted,) = all_sum(float((batch.targets != IGNORE).sum()))
     n_targets = round(counted) // (layout.pp * layout.cp * layout.tp)  # ranks that hold the same rows count them too
+    if not n_targets and not is_mean_of_means:
+        return StepResult(math.nan, 0.0, 0, is_applied=False)
     gradients.begin(update, lr)
     loss = partial(_loss, model, n_targets=max(1, n_targets))
     if is_mean_of_means:

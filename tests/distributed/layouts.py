@@ -16,19 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from puna.config import load_recipe
+from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
+from puna.parallel.collectives import all_sum
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group
 from puna.parallel.model import DistributedModel
-from puna.train.gradients import gradients_of
-from puna.train.optimizer import AdamW
-from puna.train.run import open_loader
+from puna.train.gradients import Gradients, gradients_of
+from puna.train.inputs import open_loader
+from puna.train.loss import IGNORE
+from puna.train.optimizer import AdamW, local_part
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 
@@ -82,8 +86,23 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     batch = loader.batch(STEPS, rank=ranks.dp_rank, world_size=layout.dp_size)
     loss, n_targets = summed_loss(model, batch, micro_batch_rows=recipe.micro_batch_rows)
     numbers["measured"] = loss / n_targets
+    numbers["moved_without_targets"] = _moves_without_targets(model, gradients, batch, recipe.micro_batch_rows)
     numbers["rows"] = _rows_of_all(ranks, read)
     return numbers
+
+
+def _moves_without_targets(model: DistributedModel, gradients: Gradients, batch: Batch, micro_batch_rows: int) -> float:
+    """On how many ranks a step over rows that ask for nothing changes a weight or a state."""
+    optimizer = gradients.optimizer
+    tensors = [optimizer.parameters, *optimizer.state.values()]
+    before = [local_part(tensor.detach()).clone() for kind in tensors for tensor in kind.values()]
+    blank = replace(batch, targets=np.full_like(batch.targets, IGNORE))
+    result = train_step(
+        model, gradients, blank, update=STEPS + 1, lr=1e-2, micro_batch_rows=micro_batch_rows, max_grad_norm=None
+    )
+    assert (result.n_targets, result.is_applied) == (0, False)
+    after = [local_part(tensor.detach()) for kind in tensors for tensor in kind.values()]
+    return all_sum(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))[0]
 
 
 def _rows_of_all(ranks: Ranks, read: list[list[str]]) -> list[list[str]]:

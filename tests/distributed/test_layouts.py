@@ -143,6 +143,7 @@ def test_ten_steps_equal_those_of_one_process(
     assert numbers["loss"] == pytest.approx(expected["loss"], rel=tolerance)
     assert numbers["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
     assert numbers["measured"] == pytest.approx(expected["measured"], rel=tolerance)
+    assert numbers["moved_without_targets"] == 0
 
 
 def test_the_steps_that_are_compared_learn_and_clip_and_have_uneven_targets(

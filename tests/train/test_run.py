@@ -30,6 +30,7 @@ import puna
 from puna.checkpoint import load_checkpoint, newest_checkpoint, save_model, sharded
 from puna.checkpoint.runs import checkpoints
 from puna.config import load_recipe
+from puna.data.loader import Batch, Loader
 from puna.data.shards import Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
@@ -40,7 +41,8 @@ from puna.testing import tiny_model
 from puna.train import claim
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
-from puna.train.metrics import read_metrics
+from puna.train.loss import IGNORE
+from puna.train.metrics import Metrics, read_metrics
 from puna.train.step import StepResult
 from tests.train.conftest import write_random_folder
 
@@ -313,6 +315,43 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(
     result = puna.train(recipe())
     assert result["skipped"] == 1
     assert [line["is_applied"] for line in _numbers(result["run_dir"])] == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"in_backward": True, "max_grad_norm": None}], ids=["plain", "in backward"])
+def test_batches_that_ask_for_nothing_leave_weights_and_optimizer_alone_and_stop_no_run(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], optimizer: dict[str, Any]
+) -> None:
+    content = recipe(optimizer={"peak_lr": 1e-2, **optimizer}, micro_batch_rows=4, steps=2, checkpoint={"keep": 9})
+    puna.train(content)
+    before = _weights(content["run_dir"])
+    real = Loader.batch
+
+    def blank(self: Loader, step: int, **share: int) -> Batch:
+        batch = real(self, step, **share)
+        return replace(batch, targets=np.full_like(batch.targets, IGNORE)) if step >= 2 else batch
+
+    monkeypatch.setattr(Loader, "batch", blank)
+    result = puna.train({**content, "steps": 8})
+    assert (result["step"], result["skipped"]) == (8, 6)
+    assert capsys.readouterr().err.count("no row of the batch asks for a token; weights and optimizer were left") == 6
+    _assert_same_weights(_weights(content["run_dir"]), before)
+    assert [line["loss"] for line in read_metrics(Path(content["run_dir"]))[2:]] == [None] * 6
+
+
+def test_numbers_that_are_not_finite_are_written_as_json_and_read_from_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
+    with Metrics(tmp_path, step=1) as metrics:
+        metrics.write({"step": 2, "loss": math.inf, "valid_loss": math.nan, "lr": 0.5})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "valid_loss": None, "lr": 0.5},
+    ]
+    assert read_metrics(tmp_path) == [json.loads(line) for line in lines]
 
 
 def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(

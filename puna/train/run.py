@@ -12,10 +12,9 @@ stopped: everything that happens at a step is a function of the recipe, the step
 import contextlib
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,52 +23,36 @@ import numpy as np
 import torch
 
 from puna import devices
-from puna.checkpoint import is_hub_id, load_config, resolve
 from puna.checkpoint.huggingface import fit, open_weights
-from puna.checkpoint.runs import Checkpoints, checkpoints, read_meta
+from puna.checkpoint.runs import Checkpoints, checkpoints
 from puna.config import Recipe, load_recipe
-from puna.data.loader import Batch, Loader, stack
-from puna.data.rows import Row, open_rows
-from puna.data.shards import Dataset
-from puna.errors import PunaError, UsageError
+from puna.data.loader import Batch, stack
+from puna.data.rows import Row
+from puna.errors import PunaError
 from puna.files import file_aside, folder_aside, write_json
 from puna.model.attention import Documents, way_of_attention
-from puna.model.config import PRESETS, ModelConfig, preset
+from puna.model.config import ModelConfig
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
-from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_rank, world_size
+from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
 from puna.parallel.model import DistributedModel
-from puna.progress import Progress, leave_terminal, say
+from puna.progress import Progress, say
 from puna.train.claim import Claim, only_run_in
+from puna.train.continuing import RECIPE, check_checkpoint, check_recipe, config_of_run, new_run_from, recipe_before
 from puna.train.gradients import gradients_of
+from puna.train.inputs import check_data, open_data, open_loader, verified_data, weights_folder
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
-
-#: The resolved recipe, in the run's folder.
-RECIPE = "recipe.yaml"
+from puna.train.stopping import Stopped, stop_signals
 
 #: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
 MAX_SKIPPED = 3
-
-#: Fields that may change when a run continues, and all below them; any other change would make it another run.
-MAY_CHANGE = {
-    "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "data.valid",
-    "validation", "checkpoint", "log", "device",
-}  # fmt: skip
-
-
-class Stopped(PunaError):
-    """The run was asked to stop and has saved its state."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -79,14 +62,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
         devices.keep_freed_memory()
     with process_group(device):
         run_dir = Path(recipe.run_dir)
-        before = _recipe_before(run_dir)
+        before = recipe_before(run_dir)
         asked = before.precision if before is not None and recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"precision": _precision(asked, device)})
-        config = _config_of_run(recipe, run_dir)
+        config = config_of_run(recipe, run_dir)
         layout = Layout.of(recipe, config, world_size())
         with only_run_in(run_dir) as claim:
             if before is not None:
-                _check_continues(before, recipe)
+                check_recipe(before, recipe)
             run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
             try:
                 return run_.go()
@@ -101,12 +84,12 @@ class _Run:
     def __init__(self, recipe: Recipe, config: ModelConfig, claim: Claim, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.config, self.claim, self.ranks, self.device = recipe, config, claim, ranks, device
         self.run_dir = run_dir = Path(recipe.run_dir)
-        self.tokenizer = _check_data(recipe, self.config, is_new=not checkpoints(run_dir))
-        self.fingerprints = _verified(recipe)
+        self.tokenizer = check_data(recipe, self.config, is_new=not checkpoints(run_dir))
+        self.fingerprints = verified_data(recipe)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0
         valid = recipe.data.valid
-        self.valid_rows = open_rows(Dataset.open(valid), recipe.sequence_length, _fill(recipe)) if valid else None
+        self.valid_rows = open_data(recipe, valid) if valid else None
         keep = recipe.checkpoint
         self.checkpoints = Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every)
         checkpoint = self.checkpoints.newest()
@@ -141,7 +124,7 @@ class _Run:
         with (
             self._metrics() as metrics,
             Progress("training", recipe.steps, "steps") as progress,
-            _stop_signals() as stop_signal,
+            stop_signals() as stop_signal,
         ):
             progress.advance(self.step)
             while self.step < recipe.steps:
@@ -294,19 +277,7 @@ class _Run:
 
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
-        before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
-        before = replace(before, eos_token_id=self.config.eos_token_id)  # where texts end does not change the network
-        if changed := _changes(asdict(before), asdict(self.config)):
-            raise PunaError(
-                f"{self.recipe.start or self.recipe.model} is another model than when {checkpoint} was saved "
-                f"({'; '.join(changed)}); put its config.json back as it was, or begin {_run_from(self.run_dir)}"
-            )
-        for folder, fingerprint in meta.get("data", {}).items():
-            if self.fingerprints.get(folder) != fingerprint:
-                raise PunaError(
-                    f"{folder} holds other data than when {checkpoint} was saved; prepare it again as it was, or begin "
-                    f"{_run_from(self.run_dir)}"
-                )
+        check_checkpoint(checkpoint, meta, self.recipe, self.config, self.fingerprints)
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
         was, now = (_rate(recipe, self.step + 1) for recipe in (load_recipe(meta["recipe"]), self.recipe))
@@ -342,7 +313,7 @@ class _Run:
         raise PunaError(
             f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); "
             f"{self.gradients.if_not_finite}, the batches' rows are in {path}. `puna inspect` the rows, or try a lower "
-            f"optimizer.peak_lr in {_run_from(self.run_dir)}"
+            f"optimizer.peak_lr in {new_run_from(self.run_dir)}"
         )
 
 
@@ -352,192 +323,12 @@ def _rate(recipe: Recipe, update: int) -> float:
     return learning_rate(number, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
 
 
-def _recipe_before(run_dir: Path) -> Recipe | None:
-    """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none."""
-    if (run_dir / RECIPE).is_file():
-        return load_recipe(run_dir / RECIPE)
-    for path in reversed(checkpoints(run_dir).values()):
-        try:
-            meta = read_meta(path)
-        except PunaError:  # damaged; where it would be continued from, that is said
-            continue
-        return load_recipe(meta["recipe"])
-    return None
-
-
-def model_config(recipe: Recipe) -> ModelConfig:
-    """The shape of the model that a recipe trains: the weights' config.json where there are weights, else a preset."""
-    source = weights_folder(recipe)
-    return preset(recipe.model) if source is None else load_config(source)
-
-
-def _config_of_run(recipe: Recipe, run_dir: Path) -> ModelConfig:
-    """As `model_config`; a run that has checkpoints no longer needs the folder of weights that it began with."""
-    try:
-        return model_config(recipe)
-    except PunaError as error:
-        saved = list(checkpoints(run_dir).values())
-        if not saved:
-            raise
-        say(f"{error}; the model is that of {saved[-1]}")
-        return ModelConfig.from_json(read_meta(saved[-1])["model_config"], str(saved[-1]))
-
-
-def weights_folder(recipe: Recipe) -> Path | None:
-    """The folder that a recipe's weights come from; None: random weights."""
-    if recipe.start is not None:
-        return resolve(recipe.start)
-    if recipe.model not in PRESETS and not is_hub_id(recipe.model) and not Path(recipe.model).exists():
-        raise PunaError(f"model={recipe.model} is neither a folder nor one of {', '.join(PRESETS)}")
-    return None if recipe.model in PRESETS else resolve(recipe.model)
-
-
-def open_loader(recipe: Recipe) -> Loader:
-    """The batches of a recipe."""
-    sources = [
-        (open_rows(Dataset.open(folder), recipe.sequence_length, _fill(recipe)), weight)
-        for folder, weight in recipe.data.weights.items()
-    ]
-    return Loader(sources, batch_rows=recipe.batch_rows, seed=recipe.seed)
-
-
-def _fill(recipe: Recipe) -> str | None:
-    return None if recipe.data.fill == "auto" else recipe.data.fill
-
-
 def _precision(asked: str, device: torch.device) -> str:
     if asked == "auto":
         return "bf16" if devices.has_fast_bf16(device) else "fp32"
     if asked != "fp32" and not devices.has_fast_bf16(device):
         say(f"precision {asked}: {devices.device_name(device)} has no bf16 units and will be slow; fp32 is faster here")
     return asked
-
-
-def _check_data(recipe: Recipe, config: ModelConfig, *, is_new: bool) -> Path:
-    """Refuses data that the model cannot read; returns the folder of the data's tokenizer, with a layout of dialogs."""
-    folders = [*recipe.data.weights, *([recipe.data.valid] if recipe.data.valid else [])]
-    infos = {folder: Dataset.open(folder).info for folder in folders}
-    tokenizers = {folder: info["tokenizer"] for folder, info in infos.items()}
-    first, *others = tokenizers.items()
-    for folder, tokenizer in others:
-        if tokenizer["sha256"] != first[1]["sha256"]:
-            raise PunaError(f"{folder} was prepared with another tokenizer than {first[0]}; prepare one of them again")
-    for folder, tokenizer in tokenizers.items():
-        if tokenizer["vocab_size"] > config.vocab_size:
-            raise PunaError(
-                f"{folder} was prepared with a tokenizer of {tokenizer['vocab_size']} ids, the model {recipe.model} "
-                f"has {config.vocab_size}; prepare the data with the model's own tokenizer"
-            )
-    if is_new and (source := weights_folder(recipe)) is not None:
-        _check_tokenizer(source, first[0], first[1]["sha256"])
-    options = {folder: info.get("settings", {}).get("options", {}) for folder, info in infos.items()}
-    layouts = {folder: options[folder]["template"] for folder in recipe.data.weights if "template" in options[folder]}
-    if len(set(layouts.values())) > 1:
-        of_each = ", ".join(f"{layout} in {folder}" for folder, layout in layouts.items())
-        say(f"dialogs of several layouts: {of_each}; the first goes along with the model")
-    return Path(next(iter(layouts), first[0])) / "tokenizer"
-
-
-def _verified(recipe: Recipe) -> dict[str, str]:
-    """What tells the data apart that is learned from, by folder; the ranks share out the reading of all data.
-
-    Raises:
-        PunaError: a shard is damaged.
-    """
-    measured = [recipe.data.valid] if recipe.data.valid else []
-    datasets = {folder: Dataset.open(folder) for folder in (*recipe.data.weights, *measured)}
-    for dataset in datasets.values():
-        dataset.verify(rank=world_rank(), size=world_size())
-    return {folder: datasets[folder].fingerprint for folder in recipe.data.weights}
-
-
-def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:
-    from puna.tokenizer import load_tokenizer
-
-    try:
-        own = load_tokenizer(model).sha256
-    except PunaError as error:
-        say(f"the tokenizer of {model} cannot be compared with that of {folder}: {error}")
-        return
-    if own != sha256:
-        raise PunaError(
-            f"{folder} was prepared with another tokenizer than that of {model}; prepare it again with "
-            f"--tokenizer {model}"
-        )
-
-
-def _check_continues(before: Recipe, now: Recipe) -> None:
-    """Refuses to continue a run under a recipe that would make it another run."""
-    changed = _changes(before.model_dump(), now.model_dump())
-    was, order = list(before.data.weights), list(now.data.weights)
-    if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
-        changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
-    may_change = MAY_CHANGE
-    if now.arithmetic == "mindformers":
-        may_change = may_change - {"micro_batch_rows"}  # whose means its loss is the mean of
-    free = tuple(name + end for name in may_change for end in ".:")
-    forbidden = [change for change in changed if not change.startswith(free)]
-    if forbidden:
-        raise UsageError(
-            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "
-            f"that folder, or begin {_run_from(now.run_dir)}"
-        )
-    if changed:
-        say(f"continuing with changes: {'; '.join(changed)}")
-
-
-def _run_from(run_dir: Path | str) -> str:
-    """How the weights of a run go on where the run itself cannot."""
-    return f"a new run with its weights: puna export {run_dir} -o DIR, then start=DIR and another run_dir"
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is not as it was, a text for each field."""
-    old, new = _flat(before), _flat(now)
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted names of the innermost fields, and their values."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return flat
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """While open, the signals that end a process are noted instead of obeyed.
-
-    Yields:
-        A function that says which came, 0 if none did. Where SIGHUP is ignored, as under nohup, it stays so.
-    """
-    came: list[int] = []
-    at_once: dict[int, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_IGN,  # a terminal that is closed sends it, and its shell does so again
-    }
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        del at_once[signal.SIGHUP]
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        if number == signal.SIGHUP:
-            leave_terminal()
-        say("stopping after this step; once more to stop at once")
-        for each in previous:
-            signal.signal(each, at_once[each])
-
-    try:
-        previous = {number: signal.signal(number, note) for number in at_once}
-    except ValueError:  # not the main thread: whoever runs it there also stops it
-        previous = {}
-    try:
-        yield lambda: came[0] if came else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _blank(row: Row) -> Row:

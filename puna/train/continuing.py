@@ -1,0 +1,112 @@
+"""Whether a run goes on as it is asked to: under this recipe, with this model, from this data.
+
+    recipe.yaml               check_recipe       steps: 100 -> 200 is the same run, seed: 0 -> 1 would be another
+    checkpoints/…/run.json    check_checkpoint   the model's shape and the data's fingerprints are those of the save
+
+What would make it another run is refused; the message says how a new one begins with its weights.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from puna.checkpoint.runs import checkpoints, read_meta
+from puna.config import Recipe, differing, load_recipe
+from puna.errors import PunaError, UsageError
+from puna.model.config import ModelConfig
+from puna.progress import say
+from puna.train.inputs import model_config
+
+#: The resolved recipe, in the run's folder.
+RECIPE = "recipe.yaml"
+
+#: Fields that may change when a run continues, and all below them; any other change would make it another run.
+MAY_CHANGE = {
+    "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "data.valid",
+    "validation", "checkpoint", "log", "device",
+}  # fmt: skip
+
+
+def recipe_before(run_dir: Path) -> Recipe | None:
+    """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none."""
+    if (run_dir / RECIPE).is_file():
+        return load_recipe(run_dir / RECIPE)
+    for path in reversed(checkpoints(run_dir).values()):
+        try:
+            meta = read_meta(path)
+        except PunaError:  # damaged; where it would be continued from, that is said
+            continue
+        return load_recipe(meta["recipe"])
+    return None
+
+
+def config_of_run(recipe: Recipe, run_dir: Path) -> ModelConfig:
+    """As `model_config`; a run that has checkpoints no longer needs the folder of weights that it began with."""
+    try:
+        return model_config(recipe)
+    except PunaError as error:
+        saved = list(checkpoints(run_dir).values())
+        if not saved:
+            raise
+        say(f"{error}; the model is that of {saved[-1]}")
+        return ModelConfig.from_json(read_meta(saved[-1])["model_config"], str(saved[-1]))
+
+
+def check_recipe(before: Recipe, now: Recipe) -> None:
+    """Refuses to continue a run under a recipe that would make it another run."""
+    changed = _differences(before.model_dump(), now.model_dump())
+    was, order = list(before.data.weights), list(now.data.weights)
+    if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
+        changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
+    may_change = MAY_CHANGE
+    if now.arithmetic == "mindformers":
+        may_change = may_change - {"micro_batch_rows"}  # whose means its loss is the mean of
+    free = tuple(name + end for name in may_change for end in ".:")
+    forbidden = [change for change in changed if not change.startswith(free)]
+    if forbidden:
+        raise UsageError(
+            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "
+            f"that folder, or begin {new_run_from(now.run_dir)}"
+        )
+    if changed:
+        say(f"continuing with changes: {'; '.join(changed)}")
+
+
+def check_checkpoint(
+    checkpoint: Path, meta: dict[str, Any], recipe: Recipe, config: ModelConfig, fingerprints: dict[str, str]
+) -> None:
+    """Refuses to continue from a checkpoint with another model or other data.
+
+    Args:
+        checkpoint: its folder, for the message.
+        meta: what was saved beside its state.
+        recipe: of the run.
+        config: the model's shape now.
+        fingerprints: of the data that is learned from, by folder.
+
+    Raises:
+        PunaError: the model's shape, or a folder's data, is not what it was.
+    """
+    before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
+    before = replace(before, eos_token_id=config.eos_token_id)  # where texts end does not change the network
+    if changed := _differences(asdict(before), asdict(config)):
+        raise PunaError(
+            f"{recipe.start or recipe.model} is another model than when {checkpoint} was saved "
+            f"({'; '.join(changed)}); put its config.json back as it was, or begin {new_run_from(recipe.run_dir)}"
+        )
+    for folder, fingerprint in meta.get("data", {}).items():
+        if fingerprints.get(folder) != fingerprint:
+            raise PunaError(
+                f"{folder} holds other data than when {checkpoint} was saved; prepare it again as it was, or begin "
+                f"{new_run_from(recipe.run_dir)}"
+            )
+
+
+def new_run_from(run_dir: Path | str) -> str:
+    """How the weights of a run are trained further where the run itself cannot go on."""
+    return f"a new run with its weights: puna export {run_dir} -o DIR, then start=DIR and another run_dir"
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A text for each field that is not as it was."""
+    return [f"{name}: {old} -> {new}" for name, (old, new) in differing(before, now).items()]

@@ -1,0 +1,57 @@
+"""A run that is told to stop ends after the step that it is in, with its state saved."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from puna.errors import PunaError
+from puna.progress import leave_terminal, say
+
+
+class Stopped(PunaError):
+    """The run was told to stop and has saved its state.
+
+    Args:
+        message: for the user.
+        number: of the signal that told it; 128 more is the exit code, as a shell has it.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """While open, the signals that end a process are noted instead of obeyed.
+
+    Yields:
+        A function that says which came, 0 if none did. Where SIGHUP is ignored, as under nohup, it stays so.
+    """
+    came: list[int] = []
+    at_once: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_IGN,  # a terminal that is closed sends it, and its shell does so again
+    }
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        del at_once[signal.SIGHUP]
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
+        say("stopping after this step; once more to stop at once")
+        for each in previous:
+            signal.signal(each, at_once[each])
+
+    try:
+        previous = {number: signal.signal(number, note) for number in at_once}
+    except ValueError:  # not the main thread: whoever runs it there also stops it
+        previous = {}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

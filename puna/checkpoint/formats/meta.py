@@ -10,8 +10,6 @@ Source: facebookresearch/codellama `llama/model.py` (layers and their slices); t
 `convert_llama_weights_to_hf.py` (order of rows).
 """
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna.checkpoint.formats import one_of_copies, pattern_of
 from puna.checkpoint.tensors import StoredTensor, open_pickled, write_pickled
 from puna.errors import PunaError
 from puna.files import folder_aside, read_json, write_json
@@ -108,14 +107,12 @@ def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], t
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     renamed = {}
     for name, tensor in tensors.items():
-        number, pattern = _pattern(name)
+        number, pattern = pattern_of(name)
         renamed[names[pattern].replace("*", number)] = _reordered(name, tensor, config, to_pairs)
     with folder_aside(folder) as aside:
         write_json(aside / "params.json", _params_of(config))
         write_pickled(aside / "consolidated.00.pth", renamed)
-        if tokenizer is not None and tokenizer.path.name == VOCABULARY:
-            shutil.copyfile(tokenizer.path, aside / VOCABULARY)
-        elif tokenizer is not None:
+        if tokenizer is not None:
             tokenizer.save(aside)
 
 
@@ -164,17 +161,11 @@ def _params(path: Path, rope_theta: float | None) -> dict[str, Any]:
 
 
 def _translated(name: str, folder: Path) -> tuple[str, int | None]:
-    number, pattern = _pattern(name)
+    number, pattern = pattern_of(name)
     if pattern not in NAMES:
         raise PunaError(f"{folder} holds {name}, which Meta's Llama does not have")
     dim = EMBEDDING_DIM if pattern == "tok_embeddings.weight" else SPLIT_DIM[NAMES[pattern]]
     return NAMES[pattern].replace("*", number), dim
-
-
-def _pattern(name: str) -> tuple[str, str]:
-    """The layer's number, and the name with a star for it."""
-    match = re.search(r"\blayers\.(\d+)\.", name)
-    return (match[1], name.replace(match[0], "layers.*.")) if match else ("", name)
 
 
 def _slice_of(name: str, rank: dict[str, StoredTensor], folder: Path) -> StoredTensor:
@@ -187,7 +178,7 @@ def _slice_of(name: str, rank: dict[str, StoredTensor], folder: Path) -> StoredT
 def _merged(name: str, slices: list[StoredTensor], dim: int | None, params: dict[str, Any]) -> StoredTensor:
     first = slices[0]
     if dim is None:
-        return StoredTensor(first.shape, first.dtype, first.where, lambda: _the_same(name, slices))
+        return one_of_copies(name, slices)
     if len(slices) == 1:
         return first
     if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
@@ -195,14 +186,6 @@ def _merged(name: str, slices: list[StoredTensor], dim: int | None, params: dict
     shape = list(first.shape)
     shape[dim] = sum(piece.shape[dim] for piece in slices)
     return StoredTensor(tuple(shape), first.dtype, first.where, lambda: torch.cat([p.read() for p in slices], dim))
-
-
-def _the_same(name: str, slices: list[StoredTensor]) -> Tensor:
-    first = slices[0].read()
-    for other in slices[1:]:
-        if not torch.equal(first, other.read()):
-            raise PunaError(f"{name} differs between {slices[0].where} and {other.where}; they are of different models")
-    return first
 
 
 def _config(
@@ -234,7 +217,7 @@ def _reordered(
 ) -> StoredTensor:
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
-    return tensor.then(lambda values: reorder(values, config.head_dim))
+    return StoredTensor(tensor.shape, tensor.dtype, tensor.where, lambda: reorder(tensor.read(), config.head_dim))
 
 
 def _refuse_unspeakable(config: ModelConfig) -> None:

@@ -10,13 +10,13 @@ Optimizer state and counters are recognised, left out with a word, and the model
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from puna.checkpoint.formats import pattern_of
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
 from puna.checkpoint.formats.mindspore.model_config import config_of, to_yaml
-from puna.checkpoint.formats.mindspore.names import pattern_of, sort_out, to_hugging_face, to_mindformers
+from puna.checkpoint.formats.mindspore.names import sort_out, to_hugging_face, to_mindformers
 from puna.checkpoint.formats.mindspore.slices import (
     SUFFIXES,
     chosen_files,
@@ -25,7 +25,7 @@ from puna.checkpoint.formats.mindspore.slices import (
     merge,
     rank_folders,
 )
-from puna.checkpoint.formats.mindspore.strategy import Layout, Strategy, read_strategies, write_strategy
+from puna.checkpoint.formats.mindspore.strategy import Strategy, read_strategies, write_strategy
 from puna.checkpoint.huggingface import load_tokenizer_of, open_index, without_eot
 from puna.checkpoint.tensors import StoredTensor, open_safetensors, safetensors_metadata
 from puna.errors import PunaError, UsageError
@@ -40,7 +40,6 @@ WRITE_OPTIONS = ("layout",)
 
 #: The file that states the model's shape beside weights that puna wrote.
 MODEL_FILE = "model.yaml"
-
 
 #: Says in which of several safetensors a parameter is, as `mindspore.unified_safetensors` writes it.
 INDEX_FILE = "param_name_map.json"
@@ -117,9 +116,7 @@ def write(
     with folder_aside(folder) as aside:
         with file_aside(aside / MODEL_FILE, "w") as file:
             file.write(section)
-        if tokenizer is not None and tokenizer.path.name == "tokenizer.model":
-            shutil.copyfile(tokenizer.path, aside / tokenizer.path.name)
-        elif tokenizer is not None:
+        if tokenizer is not None:
             tokenizer.save(aside)
         if strategy is None:
             write_ckpt(aside / "model.ckpt", renamed)
@@ -225,12 +222,8 @@ def _sizes(layout: str) -> dict[str, int]:
 def _write_slices(folder: Path, tensors: Mapping[str, StoredTensor], strategy: Strategy) -> None:
     for stage, layouts in sorted(strategy.items()):
         own = {name: tensors[name] for name in layouts}
-        devices = _devices(layouts)
+        devices = next(iter(layouts.values())).devices
         for i in range(devices):
             rank = stage * devices + i
             write_ckpt(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", cut(own, layouts, i))
             write_strategy(folder / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt", stage, layouts)
-
-
-def _devices(layouts: Mapping[str, Layout]) -> int:
-    return next(iter(layouts.values())).devices

@@ -13,7 +13,7 @@ Source: mindspore 2.7 `mindspore/ccsrc/utils/checkpoint.proto`, `train/serializa
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -53,9 +53,9 @@ MESSAGE_BYTES = 512 << 20
 #: A tensor with more is a sign of damage.
 _MOST_DIMS = 8
 
+#: What stands before the ten bytes of a checksum.
 CRC_MARK = b"crc_num"
-_CRC_DIGITS = 10
-_CRC_BYTES = len(CRC_MARK) + _CRC_DIGITS
+_CRC_BYTES = len(CRC_MARK) + 10
 
 
 def open_ckpt(path: Path) -> dict[str, StoredTensor | str]:
@@ -75,30 +75,24 @@ def open_ckpt(path: Path) -> dict[str, StoredTensor | str]:
     return {tag: _opened(path, data, tag, parameter) for tag, parameter in parameters.items()}
 
 
-def write_ckpt(path: Path, values: Mapping[str, StoredTensor | str], *, with_crc: bool = False) -> None:
-    """Writes a `.ckpt` as MindSpore does, one piece of a tensor in memory at a time; aside, synced and renamed.
+def write_ckpt(path: Path, values: Mapping[str, StoredTensor | str]) -> None:
+    """Writes tensors and texts by their tags as MindSpore does, without a checksum; aside, synced and renamed.
 
-    Args:
-        path: the file.
-        values: tag -> tensor or text.
-        with_crc: put a checksum behind them.
+    One piece of a tensor is in memory at a time.
 
     Raises:
         PunaError: MindSpore has no such dtype.
     """
     types = {dtype: name for name, dtype in DTYPES.items()}
     with file_aside(path) as file:
-        out = _Output(file, with_crc)
         for tag, value in values.items():
             if isinstance(value, str):
                 content = value.encode("utf-32-le")
-                out.write(_head(tag, [0], TEXT, len(content)) + content)
+                file.write(_head(tag, [0], TEXT, len(content)) + content)
             elif value.dtype not in types:
                 raise PunaError(f"{tag}: MindSpore has no dtype {value.dtype}")
             else:
-                _write_tensor(out, tag, value, types[value.dtype])
-        if with_crc:
-            file.write(CRC_MARK + out.crc.to_bytes(_CRC_DIGITS, "big"))
+                _write_tensor(file, tag, value, types[value.dtype])
 
 
 @dataclass
@@ -223,37 +217,20 @@ class _Content:
         return copy
 
 
-class _Output:
-    """A file, and the checksum of what was written to it, if one is wanted."""
-
-    def __init__(self, file: IO[bytes], with_crc: bool) -> None:
-        self._file, self._with_crc, self.crc = file, with_crc, 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        if self._with_crc:
-            self.crc = zlib.crc32(data, self.crc)
-
-
-def _write_tensor(out: _Output, tag: str, tensor: StoredTensor, type: str) -> None:
+def _write_tensor(file: IO[bytes], tag: str, tensor: StoredTensor, type: str) -> None:
     rest, room = tensor.size_bytes, 0
     if not rest:
-        out.write(_head(tag, tensor.shape, type, 0))
-    for data in _bytes(tensor):
+        file.write(_head(tag, tensor.shape, type, 0))
+    for data in map(bytes_of, tensor.pieces()):
         while data:
             if not room:
                 room = min(rest, MESSAGE_BYTES)
-                out.write(_head(tag, tensor.shape, type, room))
+                file.write(_head(tag, tensor.shape, type, room))
             taken = data[:room]
-            out.write(taken)
+            file.write(taken)
             data, room, rest = data[len(taken) :], room - len(taken), rest - len(taken)
     if rest:
         raise ValueError(f"{tag} lacks {rest:,} bytes of the {tensor.size_bytes:,} that it was to have")
-
-
-def _bytes(tensor: StoredTensor) -> Iterator[memoryview]:
-    for piece in tensor.pieces():
-        yield bytes_of(piece)
 
 
 def _head(tag: str, dims: list[int] | tuple[int, ...], type: str, size: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from puna.checkpoint.formats.mindspore.names import pattern_of
+from puna.checkpoint.formats import pattern_of
 from puna.checkpoint.huggingface import load_config
 from puna.checkpoint.tensors import StoredTensor, dtype_name
 from puna.errors import PunaError

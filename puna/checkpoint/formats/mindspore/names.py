@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from puna.checkpoint.formats import pattern_of
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError
 from puna.model.config import ModelConfig
@@ -120,12 +121,6 @@ def to_mindformers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTenso
         return part, int(number or 0), order.index(pattern)
 
     return {name: renamed[name] for name in sorted(renamed, key=place)}
-
-
-def pattern_of(name: str) -> tuple[str, str]:
-    """The layer's number, empty where there is none, and the name with a star for it."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return (match[1], f"model.layers.*.{name[match.end() :]}") if match else ("", name)
 
 
 def _parts(pattern: str, tensor: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:

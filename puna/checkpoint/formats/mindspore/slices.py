@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from puna.checkpoint.formats import one_of_copies
 from puna.checkpoint.formats.mindspore.strategy import Layout, Strategy
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError
@@ -165,7 +166,7 @@ def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: s
     if math.prod(parts) == 1:
         if len(parts) == 2:
             return first
-        return StoredTensor(first.shape, first.dtype, first.where, lambda: _the_same(name, list(slices.values())))
+        return one_of_copies(name, list(slices.values()))
     grid: dict[tuple[int, ...], StoredTensor] = {}  # row and column of a part -> it
     places = {
         rank: (*layout.place(rank - first_rank), 0)[:2] for rank in range(first_rank, first_rank + layout.devices)
@@ -185,15 +186,6 @@ def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: s
         return torch.cat(bands)
 
     return StoredTensor.by_rows(shape, first.dtype, first.where, rows)
-
-
-def _the_same(name: str, slices: list[StoredTensor]) -> Tensor:
-    """A vector that all ranks hold alike; read from all, so that files of different models are told apart."""
-    first = slices[0].read()
-    for other in slices[1:]:
-        if not torch.equal(first, other.read()):
-            raise PunaError(f"{name} differs between {slices[0].where} and {other.where}; they are of different steps")
-    return first
 
 
 def _cut(name: str, tensor: StoredTensor, layout: Layout, rank: int) -> StoredTensor:

@@ -21,7 +21,7 @@ import torch
 
 from puna.checkpoint import formats
 from puna.checkpoint.huggingface import fit, is_hub_id, resolve
-from puna.checkpoint.tensors import counted, dtype_of
+from puna.checkpoint.tensors import counted, dtype_of, rounded
 from puna.errors import PunaError, UsageError
 from puna.garbage import seldom_collected
 
@@ -52,8 +52,8 @@ def convert(
 
     Raises:
         UsageError: no such format, or an option that neither side takes.
-        PunaError: the source is in no known format, incomplete or damaged, holds what the target cannot say, or
-            `output` exists.
+        PunaError: the source is in no known format, incomplete or damaged, holds what the target cannot say, as fp16
+            weights over 65,504, or `output` exists.
     """
     output, dtype = Path(output), dtype_of(dtype)
     known = format_modules()
@@ -73,8 +73,7 @@ def convert(
     config, tensors, tokenizer = known[reader].read(place, rope_theta, **for_read)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
-    tensors = {name: tensor.to(dtype) for name, tensor in fit(config, tensors).items()}
-    with counted("converting", tensors) as tensors:
+    with counted("converting", rounded(fit(config, tensors), dtype)) as tensors:
         known[to].write(output, config, tensors, tokenizer, **for_write)
     return output
 

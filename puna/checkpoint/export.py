@@ -12,7 +12,7 @@ import torch
 
 from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model_files
 from puna.checkpoint.runs import MODEL, Damaged, checked_meanwhile, checkpoints, newest_sound, read_meta
-from puna.checkpoint.tensors import counted, dtype_of
+from puna.checkpoint.tensors import counted, dtype_of, rounded
 from puna.errors import PunaError
 from puna.files import folder_aside
 from puna.model.config import ModelConfig
@@ -33,7 +33,7 @@ def export(
         `output`.
 
     Raises:
-        PunaError: the run has no such checkpoint, it is damaged, or `output` exists.
+        PunaError: the run has no such checkpoint, it is damaged, a weight is too large for fp16, or `output` exists.
     """
     run_dir, output, dtype = Path(run_dir), Path(output), dtype_of(dtype)
     if output.exists():
@@ -45,8 +45,7 @@ def export(
 
             config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
             tensors = fit(config, open_sharded(checkpoint / MODEL, MODEL))
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-            with counted("exporting", tensors) as tensors:
+            with counted("exporting", rounded(tensors, dtype)) as tensors:
                 write_model_files(aside, config, tensors, load_tokenizer_of(run_dir / "tokenizer"))
 
     steps = _steps(run_dir, step)

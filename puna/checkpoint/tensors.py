@@ -125,12 +125,6 @@ class StoredTensor:
         changed = None if rows is None else lambda start, stop: change(rows(start, stop))
         return StoredTensor(self.shape, dtype, self.where, lambda: change(self.read()), changed)
 
-    def to(self, dtype: torch.dtype | None) -> "StoredTensor":
-        """The same tensor, rounded to `dtype` once it is read; None: as it is."""
-        if dtype is None or dtype == self.dtype:
-            return self
-        return self.each(lambda values: values.to(dtype), dtype)
-
     @classmethod
     def by_rows(
         cls, shape: tuple[int, ...], dtype: torch.dtype, where: str, read_rows: Callable[[int, int], Tensor]
@@ -155,6 +149,29 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise UsageError(f"no dtype is called {name!r}; there are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def rounded(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, StoredTensor]:
+    """The same tensors, rounded to `dtype` once they are read; None: as they are.
+
+    Reading them raises a PunaError where a number is beyond what `dtype` can say, as those over 65,504 are in fp16.
+    """
+    return {
+        name: tensor.each(partial(_rounded, name, tensor.where, dtype), dtype)
+        if dtype not in (None, tensor.dtype)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _rounded(name: str, where: str, dtype: torch.dtype, values: Tensor) -> Tensor:
+    result = values.to(dtype)
+    if dtype == torch.float16 and (lost := result.isinf() & values.isfinite()).any():
+        raise PunaError(
+            f"{where}: {name} holds {values[lost][0].item():g}, and fp16 says nothing beyond "
+            f"{torch.finfo(dtype).max:,.0f}; take bf16 instead"
+        )
+    return result
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.checkpoint import export, load, load_model, sharded
+from puna.checkpoint import convert, export, load, load_model, sharded
 from puna.checkpoint.runs import Checkpoints
 from puna.checkpoint.sharded import open_sharded
 from puna.cli import run
@@ -40,6 +40,20 @@ def test_a_step_can_be_chosen_and_a_dtype(run_dir, tmp_path):
     model, state = load_model(tmp_path / "out"), tiny_model(1).state_dict()
     assert all(torch.equal(values, state[name].bfloat16()) for name, values in model.state_dict().items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_weights_that_fp16_cannot_say_are_refused_by_name(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = -131_072
+    keep_model(tmp_path / "run", model)
+    said = r"lm_head\.weight holds -131072, and fp16 says nothing beyond 65,504; take bf16 instead"
+    with pytest.raises(PunaError, match=said):
+        export(tmp_path / "run", tmp_path / "out", dtype="fp16")
+    export(tmp_path / "run", tmp_path / "whole", dtype="bf16")
+    with pytest.raises(PunaError, match=said):
+        convert(tmp_path / "whole", tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_run_exports_tied(tmp_path):

@@ -68,9 +68,10 @@ def _of_file(path: Path) -> "Document":
     from puna.data.documents import Document
 
     try:
-        return Document(path.name, path.parent.name, path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # as in a folder, line ends are the file's own
     except UnicodeDecodeError as error:
         raise PunaError(f"{path} is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv") from None
+    return Document(path.name, path.parent.name, text)
 
 
 def _of_code(folder: Path) -> "list[Document]":

@@ -203,6 +203,14 @@ def test_documents_are_chosen_by_hash_wherever_they_stand() -> None:
     assert some != choose_documents(documents(30), 5, seed=1)
 
 
+def test_one_file_is_read_as_a_folder_that_holds_it(tmp_path: Path) -> None:
+    file = tmp_path / "code" / "file.py"
+    file.parent.mkdir()
+    file.write_bytes(b"\xef\xbb\xbf" + CODE.replace("\n", "\r\n").encode())
+    (alone,), (in_folder,) = read_documents(file), read_documents(file.parent)
+    assert alone.text == in_folder.text == CODE.replace("\n", "\r\n")
+
+
 def test_code_folders_give_each_text_once(corpus: Path) -> None:
     assert len(read_documents(corpus)) == 5
     assert {document.text for document in read_documents(corpus)} == {

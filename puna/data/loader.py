@@ -111,11 +111,6 @@ class Loader:
                 rows[here] = shuffled(within[here], length, (self.seed, source, epoch))
         return list(zip(sources.tolist(), rows.tolist(), strict=True))
 
-    def place(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, rows of it already read) of every source, before a step."""
-        drawn = self._mixture.drawn_before(step * self.batch_rows)
-        return [divmod(n, len(rows)) for n, rows in zip(drawn, self.sources, strict=True)]
-
 
 def shuffled(places: NDArray[np.int64], length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """The entries at `places` of an order of 0 … length - 1 drawn from `key`; no more of the order is computed.
@@ -191,12 +186,6 @@ class Mixture:
         periods, within = np.divmod(places, self._period)
         sources = self._turns[within]
         return sources, periods * np.array(self._shares, dtype=np.int64)[sources] + self._before[within]
-
-    def drawn_before(self, place: int) -> list[int]:
-        """How many rows each source has given before a place."""
-        periods, within = divmod(place, self._period)
-        so_far = np.bincount(self._turns[:within], minlength=len(self._shares)).tolist()
-        return [periods * share + n for share, n in zip(self._shares, so_far, strict=True)]
 
 
 def _whole_shares(weights: Sequence[float]) -> list[int]:

@@ -31,8 +31,6 @@ def test_the_example_of_the_docstring_stays_as_it_is_so_that_old_runs_resume():
     loader = Loader([(rows_of(5), 3), (rows_of(4), 1)], batch_rows=4, seed=0)
     assert loader.row_numbers(0) == [(0, 0), (0, 4), (0, 3), (1, 0)]
     assert loader.row_numbers(1) == [(0, 2), (0, 1), (0, 1), (1, 1)]
-    assert loader.place(1) == [(0, 3), (0, 1)]
-    assert loader.place(2) == [(1, 1), (0, 2)]
 
 
 def test_a_batch_is_its_rows_above_each_other():
@@ -84,9 +82,9 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 def test_a_place_far_into_a_run_costs_no_more_than_the_start():
     loader = Loader([(rows_of(1000), 0.9), (rows_of(77), 0.1)], batch_rows=8, seed=1)
     step = 10**12
-    (epoch, within), (second_epoch, second_within) = loader.place(step)
-    assert (epoch * 1000 + within, second_epoch * 77 + second_within) == (8 * step * 9 // 10, 8 * step // 10)
     assert loader.batch(step).tokens.shape == (8, T)
+    sources, before = Mixture([0.9, 0.1]).at(np.array([8 * step]))
+    assert before.tolist() == [8 * step * [9, 1][sources[0]] // 10]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
@@ -122,24 +120,22 @@ def test_each_source_is_less_than_a_row_from_its_share_at_every_place(weights, f
     period_is_short = math.lcm(*(share.denominator for share in shares)) <= LONGEST_PERIOD
     for start in (0, far):
         places = np.arange(start, start + 500)
+        rounding = 0 if period_is_short else (start + 500) / LONGEST_PERIOD
         sources, before = mixture.at(places)
         for source, share in enumerate(shares):
-            given_so_far = mixture.drawn_before(start)[source] + np.cumsum(sources == source)
-            errors = [
-                abs(n - share * (place + 1)) for n, place in zip(given_so_far.tolist(), places.tolist(), strict=True)
-            ]
-            rounding = 0 if period_is_short else (start + 500) / LONGEST_PERIOD
-            assert max(errors) < 1 + rounding
             here = sources == source
-            assert before[here].tolist() == (given_so_far[here] - 1).tolist()
+            assert (np.diff(before[here]) == 1).all()
+            for place, n in zip(places[here].tolist(), before[here].tolist(), strict=True):  # furthest off at its turns
+                assert abs(n - share * place) < 1 + rounding
+                assert abs(n + 1 - share * (place + 1)) < 1 + rounding
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.integers(0, 10**9))
 def test_whole_number_weights_are_kept_exactly(weights, periods):
     mixture = Mixture(weights)
-    assert mixture.drawn_before(periods * sum(weights)) == [periods * weight for weight in weights]
-    sources, _ = mixture.at(np.arange(sum(weights)) + periods * sum(weights))
+    sources, before = mixture.at(np.arange(sum(weights)) + periods * sum(weights))
     assert np.bincount(sources).tolist() == weights
+    assert [before[sources == source].min() for source in range(len(weights))] == [periods * n for n in weights]
 
 
 def test_weights_are_relative():
@@ -147,17 +143,6 @@ def test_weights_are_relative():
     assert Mixture([0.9, 0.1]).at(places)[0].tolist() == Mixture([9, 1]).at(places)[0].tolist()
     assert Counter(Mixture([0.9, 0.1]).at(places)[0].tolist()) == {0: 90, 1: 10}
     assert Counter(Mixture([1e-3, 3e-3]).at(places)[0].tolist()) == {0: 25, 1: 75}
-
-
-def test_places_agree_with_the_rows_counted_one_by_one():
-    lengths = [7, 3, 11]
-    loader = Loader([(rows_of(n), w) for n, w in zip(lengths, (0.5, 0.3, 0.2), strict=True)], batch_rows=3, seed=2)
-    counts = [0, 0, 0]
-    for step in range(50):
-        assert loader.place(step) == [divmod(count, n) for count, n in zip(counts, lengths, strict=True)]
-        for source, _ in loader.row_numbers(step):
-            counts[source] += 1
-    assert min(counts) > 25
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32), st.integers(0, 99))

@@ -8,6 +8,7 @@ pieces of which files there are to read; it runs in the main process, so it does
                                ─ read ──▶  Document(id="wiki.jsonl:1", text="…"), LeftOut("wiki.jsonl:2", "not JSON"), …
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,7 @@ if TYPE_CHECKING:  # the command line reads what kinds there are, without NumPy
     import numpy as np
     from numpy.typing import NDArray
 
-#: {"role": "system" | "user" | "assistant", "content": str}
-Message = dict[str, str]
+    from puna.prompts import Message
 
 #: Files that may be cut are cut into pieces of about this size: enough to be worth a process's while, small in memory.
 PIECE_BYTES = 2_000_000
@@ -49,7 +49,7 @@ class Document:
     id: str
     source: str
     text: str | None = None
-    messages: list[Message] | None = None
+    messages: "list[Message] | None" = None
     language: str | None = None
     tokens: "NDArray[np.int32] | None" = field(default=None, compare=False)
     is_target: "NDArray[np.bool_] | None" = field(default=None, compare=False)
@@ -146,6 +146,21 @@ def cut_file(path: Path, last_cut: Callable[[bytes], int]) -> Iterator[tuple[int
 def after_last_line(data: bytes) -> int:
     """A cut for `cut_file`: behind the last end of a line."""
     return data.rfind(b"\n") + 1
+
+
+def json_lines(data: bytes, first: int) -> Iterator[tuple[int, Any]]:
+    """Number and content of every line that is not blank; the error in place of the content where it is not JSON.
+
+    Args:
+        data: whole lines.
+        first: the number of the first line.
+    """
+    for number, line in enumerate(data.split(b"\n"), start=first):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or nested too deeply
+                yield number, error
 
 
 def is_spellable(text: str) -> bool:

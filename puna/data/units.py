@@ -23,7 +23,7 @@ from puna.data.drafts import DraftTokenizer
 from puna.data.infilling import Cut, cut_for_infilling, is_held_out
 from puna.data.shards import WORK_FOLDER, ShardWriter, shard_entry, write_shard
 from puna.files import write_json
-from puna.prompts import ChatTemplate, Encoded, Message, UnusableDialog, chat_template, infill_document
+from puna.prompts import ChatTemplate, Encoded, UnusableDialog, chat_template, infill_document
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: The parts that documents go to, and the folder of each within the prepared folder.
@@ -174,9 +174,9 @@ class PrepareUnit:
 
     def _drafted_dialog(self, document: Document) -> Encoded | LeftOut:
         assert self.template is not None
+        assert document.messages is not None
         try:
-            messages = cast(list[Message], document.messages)
-            return self.template.encode(cast(Tokenizer, self.draft_tokenizer), messages)
+            return self.template.encode(cast(Tokenizer, self.draft_tokenizer), document.messages)
         except UnusableDialog as error:
             detail = str(error).partition(f"{error.reason} (")[2].removesuffix(")")
             return LeftOut(document.id, document.source, error.reason, detail)

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puna.data.corpora import HELD_OUT, Option
 from puna.data.documents import (
@@ -23,15 +23,18 @@ from puna.data.documents import (
     RECORD_BYTES,
     Document,
     LeftOut,
-    Message,
     Span,
     after_last_line,
     checksum,
     cut_file,
     is_spellable,
+    json_lines,
 )
 from puna.data.folders import files_of
 from puna.errors import PunaError
+
+if TYPE_CHECKING:
+    from puna.prompts import Message
 
 HELP = "Dialogs: Alpaca, ShareGPT or messages."
 OPTIONS = (
@@ -77,25 +80,23 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
     """One dialog a record; whether the template can lay it out is seen when it is encoded."""
     is_array, first = span.state
-    records = _elements(data.decode("utf-8")) if is_array else _lines(data)
-    for number, record in enumerate(records, start=first):
-        id = f"{span.id}:{number}"
-        if isinstance(record, ValueError | RecursionError):
+    records = enumerate(_elements(data.decode("utf-8")), start=first) if is_array else json_lines(data, first)
+    for number, record in records:
+        id, messages = f"{span.id}:{number}", messages_of(record, options["template"])
+        if isinstance(record, Exception):
             yield LeftOut(id, span.source, "not JSON", str(record))
-        elif record is not _BLANK:
-            messages = messages_of(record, options["template"])
-            if messages is None:
-                keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-                yield LeftOut(id, span.source, "unknown layout", keys.encode(errors="replace").decode())
-            elif _has_weights(record):
-                yield LeftOut(id, span.source, "answers of weight 0", "puna learns all answers of a dialog")
-            elif not all(is_spellable(message["content"]) for message in messages):
-                yield LeftOut(id, span.source, "half a surrogate pair")
-            else:
-                yield Document(id, span.source, messages=messages)
+        elif messages is None:
+            keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            yield LeftOut(id, span.source, "unknown layout", keys.encode(errors="replace").decode())
+        elif _has_weights(record):
+            yield LeftOut(id, span.source, "answers of weight 0", "puna learns all answers of a dialog")
+        elif not all(is_spellable(message["content"]) for message in messages):
+            yield LeftOut(id, span.source, "half a surrogate pair")
+        else:
+            yield Document(id, span.source, messages=messages)
 
 
-def messages_of(record: Any, template: str) -> list[Message] | None:
+def messages_of(record: Any, template: str) -> "list[Message] | None":
     """The messages of a dialog in any of the three layouts; None if it is in none of them."""
     if not isinstance(record, dict):
         return None
@@ -113,7 +114,7 @@ def messages_of(record: Any, template: str) -> list[Message] | None:
     return [{"role": "system", "content": system}, *messages] if system and not is_told else messages
 
 
-def _alpaca(record: dict[str, Any], template: str) -> list[Message] | None:
+def _alpaca(record: dict[str, Any], template: str) -> "list[Message] | None":
     instruction, more, answer = record.get("instruction"), record.get("input") or "", record.get("output")
     history = record.get("history") or []
     if not (isinstance(instruction, str) and isinstance(more, str) and isinstance(answer, str)):
@@ -133,8 +134,8 @@ def _question(instruction: str, more: str, template: str) -> str:
     return f"{instruction}\n\n{more}" if more else instruction
 
 
-def _turns(turns: list[Any], role: str, content: str) -> list[Message] | None:
-    messages = []
+def _turns(turns: list[Any], role: str, content: str) -> "list[Message] | None":
+    messages: list[Message] = []
     for turn in turns:
         if not (isinstance(turn, dict) and isinstance(turn.get(role), str) and isinstance(turn.get(content), str)):
             return None
@@ -148,20 +149,6 @@ def _has_weights(record: dict[str, Any]) -> bool:
     """Whether a dialog says that an answer is not to be learnt, as OpenAI's layout can."""
     lists = [turns for name in ("conversations", "messages") if isinstance(turns := record.get(name), list)]
     return any(isinstance(turn, dict) and turn.get("weight") == 0 for turns in lists for turn in turns)
-
-
-_BLANK = object()
-
-
-def _lines(data: bytes) -> Iterator[Any]:
-    for line in data.split(b"\n"):
-        if not line.strip():
-            yield _BLANK
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield error
 
 
 def _line_pieces(path: Path) -> Iterator[tuple[int, bytes, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.data.corpora import TEXT_OPTIONS, Option
-from puna.data.documents import Document, LeftOut, Span, after_last_line, checksum, cut_file, is_spellable
+from puna.data.documents import Document, LeftOut, Span, after_last_line, checksum, cut_file, is_spellable, json_lines
 from puna.data.folders import files_of
 from puna.errors import PunaError, UsageError
 
@@ -34,17 +34,11 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
     """One document a line; blank lines are passed over."""
-    for number, line in enumerate(data.split(b"\n"), start=span.state):
-        if not line.strip():
-            continue
-        id = f"{span.id}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or nested too deeply
-            yield LeftOut(id, span.source, "not JSON", str(error))
-            continue
-        text = _text_of(record, options["field"])
-        if text is None:
+    for number, record in json_lines(data, span.state):
+        id, text = f"{span.id}:{number}", _text_of(record, options["field"])
+        if isinstance(record, Exception):
+            yield LeftOut(id, span.source, "not JSON", str(record))
+        elif text is None:
             yield LeftOut(id, span.source, "no text in this field")
         elif not text.strip():
             yield LeftOut(id, span.source, "empty")

@@ -97,7 +97,7 @@ def clean_piece(data: bytes, opened: str, closing: str) -> bytes:
 
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of a cleaned text, without headings."""
-    return [paragraph for paragraph in text.split("\n\n") if _is_paragraph(paragraph)]
+    return [paragraph for paragraph in text.split("\n\n") if paragraph and not paragraph.lstrip().startswith("=")]
 
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
@@ -124,15 +124,11 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
     """The paragraphs of the piece."""
     try:
-        texts = [paragraph.decode() for paragraph in clean_piece(data, *span.state).split(b"\n\n")]
+        text = clean_piece(data, *span.state).decode()
     except UnicodeDecodeError:
         raise _not_utf8(span, data) from None
-    for number, text in enumerate(filter(_is_paragraph, texts)):
-        yield Document(f"{span.id}:{span.start}+{number}", span.source, text)
-
-
-def _is_paragraph(text: str) -> bool:
-    return bool(text) and not text.lstrip().startswith("=")
+    for number, paragraph in enumerate(paragraphs(text)):
+        yield Document(f"{span.id}:{span.start}+{number}", span.source, paragraph)
 
 
 def _not_utf8(span: Span, data: bytes) -> PunaError:

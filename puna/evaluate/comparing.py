@@ -1,7 +1,9 @@
 """Two results of one benchmark side by side: what the scores differ by, and which tasks make the difference.
 
-before/details.jsonl   Tiny/0 passed   Tiny/1 wrong     Tiny/2 passed
-after/details.jsonl    Tiny/0 passed   Tiny/1 passed    Tiny/2 timeout      gained: Tiny/1, lost: Tiny/2
+    before/details.jsonl   Tiny/0 passed   Tiny/1 wrong     Tiny/2 passed
+    after/details.jsonl    Tiny/0 passed   Tiny/1 passed    Tiny/2 timeout      gained: Tiny/1, lost: Tiny/2
+
+Two results compare where they answer the same questions; what else is different between them is listed.
 """
 
 from collections import defaultdict
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from puna.config import differing
 from puna.errors import PunaError
 from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.samples import read_lines
@@ -17,10 +20,10 @@ from puna.files import read_json
 #: What two results have to have in common for their scores to be answers to the same questions.
 SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
 
-#: And what was read; results of earlier versions say only where it lay.
+#: The same for the texts that were read; results of earlier versions say only where those lay.
 CHECKSUMS, PLACE = ("corpus_sha256", "tokens_sha256"), "corpus"
 
-#: What they may differ in, and a reader has to know: how it was asked, and by what it was judged.
+#: What they may differ in, but a reader must know: how the model was asked, and how its answers were judged.
 TOLD = ("answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
 
 
@@ -71,17 +74,8 @@ def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    first, second = (flat({name: result[name] for name in TOLD if name in result}) for result in (one, other))
-    names = dict.fromkeys([*first, *second])
-    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"data": {"file": …}} as {"data.file": …}."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+    told = ({name: result[name] for name in TOLD if name in result} for result in (one, other))
+    return {name: list(values) for name, values in differing(*told).items()}
 
 
 def read_result(folder: Path | str) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from puna.config import differing
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
-from puna.evaluate.comparing import flat
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
@@ -431,12 +431,10 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     check_writable(folder)
     path = folder / "settings.json"
     if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
-        old, new = flat(read_json(path)), flat(settings)
-        if changed := [name for name in {**new, **old} if new.get(name) != old.get(name)]:
-            name = changed[0]
+        if changed := differing(settings, read_json(path)):
+            name, (new, old) = next(iter(changed.items()))
             raise PunaError(
-                f"{folder} holds answers of another run: its {name} is {old.get(name)}, this one's {new.get(name)}; "
-                "choose another folder"
+                f"{folder} holds answers of another run: its {name} is {old}, this one's {new}; choose another folder"
             )
     else:
         write_json(path, settings)

@@ -115,10 +115,6 @@ class StoredTensor:
         for start in range(0, self.shape[0], count):
             yield self.read_rows(start, min(start + count, self.shape[0]))
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> "StoredTensor":
-        """The same tensor with `change`, which must keep shape and dtype, applied once it is read as a whole."""
-        return StoredTensor(self.shape, self.dtype, self.where, lambda: change(self.read()))
-
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> "StoredTensor":
         """The same tensor with `change`, which gives `dtype` and takes the values one by one, applied when read."""
         rows = self.read_rows

@@ -58,10 +58,7 @@ class Share:
         if dim is not None and shape[dim] > 1:
             size, rest = divmod(shape[dim], self.group.size())
             if rest:
-                raise UsageError(
-                    f"{name} has {shape[dim]} groups in a row, which {self.group.size()} processes cannot share; "
-                    "start fewer, or quantise with smaller groups"
-                )
+                raise _cut_groups(name, shape[dim], self.group)
             index[dim] = slice(size * self.group.rank(), size * (self.group.rank() + 1))
         return tuple(index)
 
@@ -70,18 +67,31 @@ class Share:
 
         Args:
             model: of the whole config, holding the tensors of `index`.
+
+        Raises:
+            UsageError: a rank's part ends within a group, of which a row has no more than one.
         """
         size = self.group.size()
         for name, module in list(model.named_modules()):
             if isinstance(module, Embedding):
                 _replace(model, name, SummedEmbedding(module, self.group))
             elif isinstance(module, Linear | QuantizedLinear) and split_dim(f"{name}.weight") == 1:
+                group_size = module.group_size if isinstance(module, QuantizedLinear) else None
                 module.in_features //= size
+                if group_size is not None and module.in_features % group_size:
+                    raise _cut_groups(name, 1, self.group)  # whose scale looks to `index` like one of whole rows
                 _replace(model, name, SummedLinear(module, self.group))
             elif isinstance(module, Linear | QuantizedLinear):
                 module.out_features //= size
                 if name == HEAD:
                     _replace(model, name, GatheredLinear(module, self.group))
+
+
+def _cut_groups(name: str, groups: int, ranks: dist.ProcessGroup) -> UsageError:
+    return UsageError(
+        f"{name} has {groups} {'group' if groups == 1 else 'groups'} in a row, which {ranks.size()} processes cannot "
+        "share; start fewer, or quantise with smaller groups"
+    )
 
 
 def _replace(model: Llama, name: str, module: nn.Module) -> None:

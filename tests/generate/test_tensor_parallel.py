@@ -188,6 +188,14 @@ def test_a_group_of_quantised_weights_is_not_cut() -> None:
         share.index(name, (64, 6))
 
 
+def test_the_only_group_of_a_row_is_not_cut(tmp_path: Path) -> None:
+    save_model(tiny_model(**{**WIDE, "intermediate_size": 128}), tmp_path / "whole")
+    quantize(tmp_path / "whole", tmp_path / "int4", scheme="int4", group_size=128)
+    with pytest.raises(UsageError, match="o_proj has 1 group in a row, which 2 processes cannot share; start fewer"):
+        load(tmp_path / "int4", share=lambda config: Share(config, _Ranks(2)))  # type: ignore[arg-type]
+    load(tmp_path / "int4", share=lambda config: Share(config, _Ranks(1)))  # type: ignore[arg-type]
+
+
 def test_the_command_speaks_once_and_says_what_one_process_says(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,10 @@
-r"""What a benchmark asks of a model, and what answers: a model's engine, seeded sample by sample.
+r"""What a benchmark asks of a model, and what answers: a model's engine, with a seed for every answer.
 
-Ask("def f(x):\n")                                  to be continued
-Ask("def f(x):\n", suffix="    return y\n")         to be filled in between
-Ask("def f(x):\n", question="Complete …")           to be answered, by a model with a chat template
+    Ask("def f(x):\n")                                  to be continued
+    Ask("def f(x):\n", suffix="    return y\n")         to be filled in between
+    Ask("def f(x):\n", question="Complete …")           to be answered, by a model with a chat template
+
+A prompt that is too long for the model loses what is far from the answer.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """How surprised a model is by tokens: the sum over a document, or token by token.
 
-tokens     BOS a b c …        windows(length, window): every token but the first is asked for once, and sees
-at least half a window of what stands before it, where there is as much
+A document that is longer than the model's context is read in windows: every token but the first is asked for once, and
+sees at least half a window of what stands before it, where there is so much.
 """
 
 from collections.abc import Iterator, Sequence

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import puna
 from puna.config import differing
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
@@ -28,7 +29,7 @@ from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import RemoteCompleter
-from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_samples
+from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
 from puna.evaluate.stored import loaded
@@ -41,6 +42,11 @@ SAMPLES, VERDICTS_LOG = "samples.jsonl", "verdicts.jsonl"
 
 #: Most jobs that wait for a judgement; some hold thousands of inputs.
 BACKLOG = 1000
+
+
+#: What a run may go on with that it did not begin with, and then names both: the version that asks and judges, and the
+#: place of a server, which says of its model no more than a name.
+SOURCES = ("puna", "server")
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,7 @@ class Programs(ABC):
             if server is not None:
                 complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
             settings = {
+                "puna": puna.__version__,
                 "benchmark": self.name,
                 **_named(complete, name, weights),
                 **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
@@ -198,7 +205,9 @@ class Programs(ABC):
                 | ({} if cache_dtype is None else {"cache_dtype": cache_dtype})
                 | (_gap_settings(order, complete) if self._fills_gaps(tasks) else {}),
             }
-            folder = None if output is None else _open_folder(Path(output), settings)
+            folder = None if output is None else Path(output)
+            if folder is not None:
+                settings = _open_folder(folder, settings)
             if samples is None and complete is None:
                 options |= {"template": template, "order": order, "cache_dtype": cache_dtype}
                 complete = _completer(stack, model, tokenizer, options)
@@ -257,7 +266,7 @@ class Programs(ABC):
 
 def _named(complete: Completes | None, name: str | None, weights: str | None) -> dict[str, Any]:
     if isinstance(complete, RemoteCompleter):
-        return {"model": complete.model}
+        return {"model": complete.model, "server": complete.url}
     named = {} if name is None else {"model": name}
     return named | ({} if weights is None else {"weights": weights})
 
@@ -302,22 +311,21 @@ class _Wanted:
         self, benchmark: Programs, complete: Completes, log: Log, judge: "_Judge", *, batch: int, is_chat: bool
     ) -> list[Sample]:
         """All of them, in the order of the tasks; those of the log are not asked for again."""
-        found = {(line["task_id"], line["number"]): _sample_of(line) for line in log.lines}
+        found = {(line["task_id"], line["number"]): read_sample(line, SAMPLES) for line in log.lines}
         asks = {task.task_id: benchmark.ask(task) for task in self.tasks.values()}
         # Prompts of similar length go together, so that little is padded.
         order = sorted(self.tasks, key=lambda task_id: len(asks[task_id].prefix))
         every = [(task_id, number) for task_id in order for number in range(self.count)]
         left = [one for one in every if one not in found]
-        for one in found:
-            judge.submit(found[one])
+        for sample in found.values():
+            judge.submit(sample)
         with Progress("completing", len(left), "answers") as progress:
             for start in range(0, len(left), batch):
                 some = left[start : start + batch]
                 answers = complete([asks[task_id] for task_id, _ in some], [self._seed(*one) for one in some])
                 for one, answer in zip(some, answers, strict=True):
                     found[one] = sample = benchmark.sample(self.tasks[one[0]], answer, is_chat=is_chat)
-                    said = {"answer": answer} if is_chat else {}
-                    log.append({**sample.record(), "number": one[1], **said})
+                    log.append({**sample.record(), "number": one[1], **({"answer": answer} if is_chat else {})})
                     judge.submit(sample)
                 progress.advance(len(some))
         return [found[task_id, number] for task_id in self.tasks for number in range(self.count)]
@@ -325,11 +333,6 @@ class _Wanted:
     def _seed(self, task_id: str, number: int) -> int:
         digest = hashlib.blake2b(f"{self.seed}\0{task_id}\0{number}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
-
-
-def _sample_of(line: Mapping[str, Any]) -> Sample:
-    is_whole = "solution" in line
-    return Sample(line["task_id"], line["solution" if is_whole else "completion"], is_whole)
 
 
 # ---- verdicts
@@ -422,8 +425,11 @@ def _scored(
     }
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """The folder of a run; what is there must be of the same run.
+def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes the folder of a run, or goes on in one; what is there must be of the same run.
+
+    Returns:
+        The settings, in which `SOURCES` are all that the run's answers came from.
 
     Raises:
         PunaError: it holds another run's answers.
@@ -431,14 +437,22 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> Path:
     check_writable(folder)
     path = folder / "settings.json"
     if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
-        if changed := differing(settings, read_json(path)):
+        before = read_json(path)
+        for name in SOURCES:
+            old, new = before.pop(name, None), settings.get(name)
+            if old is not None and new is not None and new not in old.split(", "):
+                say(f"{folder} holds answers from {name} {old}; those that are missing come from {new}")
+                settings = settings | {name: f"{old}, {new}"}
+            elif old is not None:
+                settings = settings | {name: old}
+        told = {name: value for name, value in settings.items() if name not in SOURCES}
+        if changed := differing(told, before):
             name, (new, old) = next(iter(changed.items()))
             raise PunaError(
                 f"{folder} holds answers of another run: its {name} is {old}, this one's {new}; choose another folder"
             )
-    else:
-        write_json(path, settings)
-    return folder
+    write_json(path, settings)
+    return settings
 
 
 def _write_details(

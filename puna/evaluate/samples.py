@@ -1,9 +1,11 @@
 """Files of tasks, samples and verdicts: JSON lines, plain or gzipped, read strictly and appended to safely.
 
-tasks       what a benchmark's authors publish, found by `data_file`
-samples     {"task_id", "completion"}, OpenAI's: what follows the prompt
-            {"task_id", "solution"}, EvalPlus': the whole program
-Log         lines that a run appends while it works; a run that was killed goes on behind the last whole line
+    tasks       what a benchmark's authors publish, found by `data_file`
+    samples     {"task_id", "completion"}, OpenAI's: what follows the prompt
+                {"task_id", "solution"}, EvalPlus': the whole program
+    log         lines that a run appends while it works
+
+A run that was killed goes on behind the last whole line of its logs.
 """
 
 import gzip
@@ -84,7 +86,7 @@ def read_samples(path: Path | str, task_ids: Collection[str]) -> list[Sample]:
         where = f"{path}, line {number}"
         if line["task_id"] not in task_ids:
             raise PunaError(f"{where}: there is no task {line['task_id']!r}; there is {next(iter(task_ids))!r} …")
-        samples.append(_sample(line, where))
+        samples.append(read_sample(line, where))
     missing = sorted(set(task_ids) - {sample.task_id for sample in samples})
     if missing:
         raise PunaError(
@@ -94,7 +96,12 @@ def read_samples(path: Path | str, task_ids: Collection[str]) -> list[Sample]:
     return samples
 
 
-def _sample(line: dict[str, Any], where: str) -> Sample:
+def read_sample(line: Mapping[str, Any], where: str) -> Sample:
+    """The sample of a line that has a `task_id`.
+
+    Raises:
+        PunaError: it has neither completion nor solution; the message begins with `where` it is.
+    """
     for name, is_whole in (("solution", True), ("completion", False)):
         if isinstance(line.get(name), str):
             return Sample(line["task_id"], line[name], is_whole)

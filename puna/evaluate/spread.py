@@ -105,18 +105,13 @@ def _serve(pipe: Connection, replicas: Replicas, rank: int, options: dict[str, A
 def _completer(replicas: Replicas, rank: int, options: dict[str, Any]) -> Any:
     import torch
 
-    from puna.checkpoint import load
     from puna.devices import cpu_cores, device_names, pick_device
     from puna.evaluate.completing import Completer
+    from puna.evaluate.stored import Stored, loaded
 
     kind = pick_device(replicas.device).type
     accelerators = [name for name in device_names() if name.partition(":")[0] == kind and name != "cpu"]
     if not accelerators:
         torch.set_num_threads(max(1, cpu_cores() // replicas.count))
     device = accelerators[rank % len(accelerators)] if accelerators else "cpu"
-    model, tokenizer = load(replicas.model, dtype=replicas.dtype, device=pick_device(device), for_inference=True)
-    if tokenizer is None:
-        raise PunaError(
-            f"{replicas.model} has no tokenizer; copy its tokenizer.model or tokenizer.json into its folder"
-        )
-    return Completer(model, tokenizer, **options)
+    return Completer(*loaded(Stored(replicas.model, replicas.dtype, pick_device(device)), None), **options)

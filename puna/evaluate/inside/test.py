@@ -1,11 +1,13 @@
 """The trusted half: runs a task's test, whose function under test asks the other half, and speaks the verdict.
 
-test                                       hold
-◀──────────    ["hello"], and executes the program
-◀──────────    ["ready"]
-["call", (2, 3), {}]        ──────────▶    add(2, 3)
-◀──────────    ["answer", 5, []]
-assert candidate(2, 3) == 5
+    test                                       hold
+                                ◀──────────    ["hello"], and executes the program
+                                ◀──────────    ["ready"]
+    ["call", (2, 3), {}]        ──────────▶    add(2, 3)
+                                ◀──────────    ["answer", 5, []]
+    assert candidate(2, 3) == 5
+
+What the program sends is decoded as plain data, so none of its code runs here.
 """
 
 from __future__ import annotations
@@ -153,9 +155,9 @@ class Proxy:
                 raise self.raised
         self.report("error", "the program answered out of turn")
 
-    def _ask(self, question: Any) -> Any:
+    def _ask(self, question: bytes) -> Any:
         try:
-            self.pipe.send(question if isinstance(question, bytes) else encode(question))
+            self.pipe.send(question)
         except OSError:
             self.report("error", GONE)
         if self.most_seconds is not None and not self.pipe.is_ready(self.most_seconds):

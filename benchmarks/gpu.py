@@ -291,7 +291,7 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         assert engine._runner._graphs is not None
         yield {**case, "work": f"{rows} rows decode", "tokens_per_second": rows / step,
                "share_of_copy_rate": read / step / copied, "share_of_product_rate": None,
-               "is_recorded": rows in {size for size, _ in engine._runner._graphs._graphs}}  # fmt: skip
+               "is_recorded": rows in {size for size, *_ in engine._runner._graphs._graphs}}  # fmt: skip
     for prompt in (1024, 4096):
         seconds = []
         for _ in range(4):

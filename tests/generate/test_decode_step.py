@@ -51,7 +51,7 @@ def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, Pag
             layer.write(torch.arange(n, device=device), rows)
     ids, positions = torch.tensor([[5, 9, 17], [20, 0, 33]], device=device)
     tables = torch.tensor([[3, 4, 0], [7, 0, 0], [1, 2, 5]], dtype=torch.int32, device=device)
-    cache.step = Step(torch.tensor([68, 112, 81], device=device), 3, (tables, (positions + 1).int()), [])
+    cache.step = Step(torch.tensor([68, 112, 81], device=device), 3, (tables, (positions + 1).int()), None, [])
     with torch.inference_mode():
         logits = step(ids, positions, cache)
     return [logits, *(storage.read(torch.float32) for storage in (cache.keys, cache.values))]

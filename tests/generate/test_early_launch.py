@@ -33,11 +33,20 @@ KERNELS: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
         {
             **dict.fromkeys(("q", "keys", "values", "out"), "*bf16"),
             **dict.fromkeys(("parts", "tops", "totals"), "*fp32"),
-            **dict.fromkeys(("block_tables", "lengths"), "*i32"),
+            **dict.fromkeys(("block_tables", "lengths", "firsts"), "*i32"),
             **dict.fromkeys(("key_scales", "value_scales")),
             "scale": "fp32",
         },
-        {"GROUPS": 1, "ROWS": 16, "WIDTH": 128, "CHANNELS": 128, "BLOCK_SIZE": 32, "TILE": 64, "IS_SPLIT": True},
+        {
+            "GROUPS": 1,
+            "HEADS": 1,
+            "ROWS": 16,
+            "WIDTH": 128,
+            "CHANNELS": 128,
+            "BLOCK_SIZE": 32,
+            "TILE": 64,
+            "IS_SPLIT": True,
+        },
     ),
     "puna.generate.engine.paged_attention_kernel._join": (
         {**dict.fromkeys(("parts", "tops", "totals"), "*fp32"), "out": "*bf16"},

@@ -19,8 +19,10 @@ from puna.errors import PunaError, UsageError
 from puna.generate import Completion, Sampling, complete
 from puna.generate.engine import Engine
 from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
+from puna.generate.engine.cache import Step
 from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
+from puna.generate.engine.paged_attention import MOST_TOKENS
 from puna.generate.engine.scheduler import Running
 from puna.generate.sequence import Sequence
 from puna.model.llama import Llama
@@ -360,26 +362,35 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraph]:
         return recorded[-1], recorded[-1].logits
 
     monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
-    monkeypatch.setattr("puna.generate.engine.cache.is_fast", lambda keys: True)
+    for module in ("cache", "graphs"):
+        monkeypatch.setattr(f"puna.generate.engine.{module}.most_tokens", lambda keys: MOST_TOKENS)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     return recorded
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"draft": tiny_model()}, {"cache_dtype": "int8"}], ids=["plain", "draft", "int8"]
+    "options",
+    [{}, {"draft": tiny_model()}, {"lookup": True}, {"cache_dtype": "int8"}],
+    ids=["plain", "draft", "lookup", "int8"],
 )
 def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
-    model: Llama, request: pytest.FixtureRequest, options: dict[str, Any]
+    model: Llama, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)]
+    prompts = [[1, *list(range(5, 5 + n)) * 2] for n in (1, 20, 7, 45, 3)]
     samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
     expected = complete(model, None, prompts, samplings)
     if "cache_dtype" in options:
-        expected = Engine(model, cache_tokens=400, **options).generate(prompts, samplings)
+        expected = Engine(model, cache_tokens=600, **options).generate(prompts, samplings)
     recorded = request.getfixturevalue("recorded")
-    engine = Engine(model, cache_tokens=400, block_tokens=4, max_rows=5, **options)
+    engine = Engine(model, cache_tokens=600, block_tokens=4, max_rows=4, **options)
+    steps = []
+    step_of = Step.of
+    monkeypatch.setattr(Step, "of", lambda *inputs: steps.append(step_of(*inputs)) or steps[-1])
     assert engine.generate(prompts, samplings) == expected
     assert len(recorded) > 3, "several numbers of rows and blocks"
+    is_guessing = "draft" in options or "lookup" in options
+    assert any(has_several for *_, has_several in engine._runner._graphs._graphs) or not is_guessing
+    assert any(step.firsts is not None and step.others for step in steps) or not is_guessing, "beside a prompt as well"
     assert_all_free(engine)
 
 

@@ -82,10 +82,10 @@ def test_in_8_bits_it_sees_what_was_rounded(
 def test_a_compiled_model_holds_it_as_one_operation(is_rounded: bool) -> None:
     q, _, _, *pool, tables, lengths = scattered(CASES["grouped"])
     pool, scales = zip(*(round_heads(x, torch.int8) if is_rounded else (x, None) for x in pool), strict=True)
-    arguments = (newest(q, lengths), *pool, tables, lengths, *scales)
+    arguments = (newest(q, lengths), *pool, tables, lengths, *scales, torch.arange(len(q), dtype=torch.int32))
     torch.library.opcheck(torch.ops.puna.attend_paged.default, arguments)
     compiled = torch.compile(lambda *x: attend_paged(*x) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), attend_paged_reference(*arguments) + 1)
+    assert torch.equal(compiled(*arguments), attend_paged_reference(*arguments[:-1]) + 1)
 
 
 def test_the_kernel_is_loaded_only_where_it_is_used() -> None:
@@ -116,6 +116,37 @@ def test_what_is_not_a_number_on_a_cpu_does_not_become_one() -> None:
     assert found.isnan().sum() == found[1, 3].numel()
 
 
+def several(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """What `attend_paged` takes for up to 20 newest tokens of each sequence; an empty one has a row as well."""
+    q, _, _, *pools, tables, lengths = scattered(shape, dtype, device)
+    queries, sequences, seen, firsts = [], [], [], []
+    for sequence, length in enumerate(lengths.tolist()):
+        first = len(queries)
+        for place in range(max(0, length - 20), max(1, length)):
+            queries.append(q[sequence, place])
+            sequences.append(sequence)
+            seen.append(min(place + 1, length))
+            firsts.append(first)
+    seen, firsts = (torch.tensor(x, dtype=torch.int32, device=device) for x in (seen, firsts))
+    return torch.stack(queries), *pools, tables[sequences], seen, None, None, firsts
+
+
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_some_newest_tokens_see_what_they_would_see_in_order(
+    shape: tuple[int, int, int, int, tuple[int, ...]],
+) -> None:
+    whole, k, v, *_, lengths = scattered(shape)
+    found, rows = attend_paged(*several(shape)), []
+    for sequence, length in enumerate(lengths.tolist()):
+        in_order = attend_reference(
+            whole[sequence : sequence + 1], k[sequence : sequence + 1], v[sequence : sequence + 1]
+        )
+        rows.append(in_order[0, max(0, length - 20) : length] if length else torch.zeros_like(found[:1]))
+    torch.testing.assert_close(found, torch.cat(rows))
+
+
 @needs_triton
 def test_the_kernel_interpreted_computes_the_formula() -> None:
     interpret("tests.generate.test_paged_attention.compare_all()")
@@ -132,6 +163,8 @@ def compare_all() -> None:
                 for kept_in in (dtype, *GREATEST):
                     compare_kernel(shape, dtype, kept_in, "cpu", splits)
                     print(shape, dtype, kept_in, splits, "same")
+        compare_several(shape, torch.float32, "cpu", 1)
+        compare_several(shape, torch.float32, "cpu", 3)
     from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
     from puna.generate.engine.paged_attention_kernel import splits_to_fill
 
@@ -164,6 +197,26 @@ def compare_kernel(
     expected = attend_paged_reference(*arguments)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def compare_several(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, device: str, splits: int | None
+) -> None:
+    """The kernel against the formula, where sequences have several newest tokens."""
+    from puna.generate.engine.paged_attention_kernel import attend_paged as attend_by_kernel
+
+    arguments = several(shape, dtype, device)
+    found, expected = attend_by_kernel(*arguments, splits=splits), attend_paged_reference(*arguments[:-1])
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [*CASES.values(), (32, 32, 128, 32, (1000, 3, 0, 77)), (64, 8, 128, 16, (4097,))])
+def test_the_kernel_takes_several_tokens_of_a_sequence(shape: tuple[int, int, int, int, tuple[int, ...]]) -> None:
+    compare_several(shape, torch.bfloat16, "cuda", None)
 
 
 @pytest.mark.gpu

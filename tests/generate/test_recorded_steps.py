@@ -60,8 +60,8 @@ def test_they_give_the_tokens_of_others(
     model = loaded(scheme, **changes)
     found, graphs = completions(model)
     assert found == completions(model, is_recorded=False)[0]
-    assert len({rows for rows, _ in graphs._graphs}) == MOST_ROWS_ON_CPU
-    assert len({width for _, width in graphs._graphs}) == 2, f"tables longer than {SHORTEST_TABLE} blocks"
+    assert len({rows for rows, *_ in graphs._graphs}) == MOST_ROWS_ON_CPU
+    assert len({width for _, width, _ in graphs._graphs}) == 2, f"tables longer than {SHORTEST_TABLE} blocks"
 
 
 def test_biases_of_packed_layers_are_recorded(loaded: Callable[..., Llama]) -> None:
@@ -88,7 +88,7 @@ def test_a_draft_model_has_its_own(loaded: Callable[..., Llama]) -> None:
 
 def test_a_recorded_step_writes_over_no_memory_of_others(loaded: Callable[..., Llama]) -> None:
     engine = Engine(loaded(), cache_tokens=200)
-    graph = engine._runner._graphs._graphs[1, SHORTEST_TABLE]
+    graph = engine._runner._graphs._graphs[1, SHORTEST_TABLE, False]
     with torch.inference_mode():
         others = [torch.full((n,), 7.0) for n in (16, 64, 256, 512, 1024) for _ in range(50)]
         graph.graph.replay()

@@ -4,18 +4,19 @@
     slots                             where each is kept: block * size + place in the block  (T,)
 
 Each layer first writes the step's keys and values to their slots; then each sequence's queries see its own slots up to
-themselves. Sequences that decode go through a kernel that reads the blocks as they lie (`attend_paged`), where there is
-one; of the others, one whose blocks are neighbours is read in place on a CPU, and else gathered. What is kept in 8 bits
-(`puna.generate.engine.storage`) is seen as it was rounded, by its own token too: so it makes no difference which tokens
-came in one step.
+themselves. Single tokens, and on a CUDA device a few of a sequence, go through a kernel that reads the blocks as they
+lie (`attend_paged`), where there is one. The keys and values of other chunks are gathered, or read in place on a CPU
+where blocks are neighbours. What is kept in 8 bits (`puna.generate.engine.storage`) is seen as it was rounded, by its
+own token too: so it makes no difference which tokens came in one step.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
 
-from puna.generate.engine.paged_attention import attend_paged, is_fast
+from puna.generate.engine.paged_attention import attend_paged, most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import Storage
 from puna.model.attention import Span, attend, attend_spans
@@ -76,15 +77,17 @@ class Step:
 
     Attributes:
         slots: (T,) of each token.
-        n_decoding: sequences of one token, which come first, that go through the kernel; 0 where there is none.
-        tables: for each of these its blocks, (n_decoding, blocks) int32, and its length, (n_decoding,) int32; None
-            where there are none.
+        n_rows: tokens, the first ones, that go through the kernel.
+        tables: for each of these the blocks of its sequence, (n_rows, blocks) int32, and how many tokens it sees,
+            (n_rows,) int32; None where there are none.
+        firsts: (n_rows,) int32 for each of these the first of its sequence; None where each is of another.
         others: the rest: slots of all that each sees.
     """
 
     slots: Tensor
-    n_decoding: int
+    n_rows: int
     tables: tuple[Tensor, Tensor] | None
+    firsts: Tensor | None
     others: "list[Seen]"
 
     @classmethod
@@ -92,15 +95,28 @@ class Step:
         """For chunks in the scheduler's order, single tokens first."""
         size, device = cache.block_tokens, cache.device
         slots = [slot for chunk in chunks for slot in chunk.slots(size)]
-        n_decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks) if is_fast(cache.keys.numbers) else 0
-        tables = None
-        if n_decoding:
-            width = max(len(chunk.running.blocks) for chunk in chunks[:n_decoding])
-            rows = [chunk.running.blocks + [0] * (width - len(chunk.running.blocks)) for chunk in chunks[:n_decoding]]
-            lengths = [chunk.stop for chunk in chunks[:n_decoding]]
-            tables = tuple(torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (rows, lengths))
-        others = [Seen.of(chunk, cache) for chunk in chunks[n_decoding:]]
-        return cls(torch.tensor(slots).to(device), n_decoding, tables, others)  # type: ignore[arg-type]
+        most = most_tokens(cache.keys.numbers)
+        short = list(takewhile(lambda chunk: len(chunk) <= most, chunks))
+        rows = [(chunk, place) for chunk in short for place in range(chunk.start, chunk.stop)]
+        tables, firsts = None, None
+        if rows:
+            width = max(len(chunk.running.blocks) for chunk in short)
+            blocks = [chunk.running.blocks + [0] * (width - len(chunk.running.blocks)) for chunk, _ in rows]
+            tables = _on_device(blocks, device), _on_device([place + 1 for _, place in rows], device)
+        if len(rows) > len(short):
+            firsts = _on_device(first_rows(short), device)
+        others = [Seen.of(chunk, cache) for chunk in chunks[len(short) :]]
+        return cls(torch.tensor(slots).to(device), len(rows), tables, firsts, others)
+
+
+def first_rows(chunks: list[Chunk]) -> list[int]:
+    """Of each token of chunks end to end, the number of the first one of its chunk."""
+    ends = accumulate(map(len, chunks))
+    return [end - len(chunk) for chunk, end in zip(chunks, ends, strict=True) for _ in range(len(chunk))]
+
+
+def _on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @dataclass(eq=False)
@@ -127,7 +143,7 @@ class Seen:
         else:
             places = torch.tensor(blocks)[:, None] * size + torch.arange(size)
             slots = places.flatten()[: chunk.stop].to(cache.device)
-        return cls(chunk.stop - chunk.start, slots, chunk.stop)
+        return cls(len(chunk), slots, chunk.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,11 +159,12 @@ class PagedLayer:
         keys, values, step = self.keys.flatten(), self.values.flatten(), self.step
         keys.write(step.slots, k[0])
         values.write(step.slots, v[0])
-        n = step.n_decoding
+        n = step.n_rows
         out = []
         if step.tables is not None:
             scales = self.keys.scales, self.values.scales
-            out.append(attend_paged(q[0, :n], self.keys.numbers, self.values.numbers, *step.tables, *scales))
+            pools = self.keys.numbers, self.values.numbers
+            out.append(attend_paged(q[0, :n], *pools, *step.tables, *scales, step.firsts))
         for seen in step.others:
             of_sequence = (storage[seen.slots].read(q.dtype) for storage in (keys, values))
             out.append(_attend(q[0, n : n + seen.n_queries], *of_sequence))

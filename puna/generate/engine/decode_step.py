@@ -25,7 +25,7 @@ from puna.quantized.rows_kernel import norm_rows, round_rows
 
 
 class DecodeStep:
-    """A model for single tokens, `puna.quantized.few_rows.MOST_ROWS` of them at most.
+    """A model for `puna.quantized.few_rows.MOST_ROWS` tokens at most that all go through the kernel of attention.
 
     Args:
         model: on its device, with activations of 16 bits.
@@ -37,7 +37,7 @@ class DecodeStep:
         self._head = _product(model.lm_head)
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
-        """Logits (n, V) behind (n,) tokens, whose keys and values are kept; all of them decode in `cache.step`."""
+        """Logits (n, V) behind (n,) tokens, the rows of `cache.step`, whose keys and values are kept."""
         x = self._model.embed_tokens(ids).to(self._dtype)
         tables = self._model.rotary_tables(positions[None], self._model.config)
         cos, sin = (table.view(len(ids), -1) for table in tables)
@@ -130,7 +130,8 @@ class _Layer:
             keys.write(slots, heads[:, n_queries:-n_keys])
             values.write(slots, heads[:, -n_keys:])
         scales = kept.keys.scales, kept.values.scales
-        attended = attend_paged(heads[:, :n_queries], kept.keys.numbers, kept.values.numbers, *tables, *scales)
+        kept_heads = kept.keys.numbers, kept.values.numbers
+        attended = attend_paged(heads[:, :n_queries], *kept_heads, *tables, *scales, kept.step.firsts)
         x = self.o(attended.view(len(x), -1), residual=x)
         wide = self.gate_up(x, norm=self.layer.post_attention_layernorm, is_gated=True)
         return self.down(wide, residual=x)

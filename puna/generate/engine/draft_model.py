@@ -54,7 +54,7 @@ class DraftModel:
         context = self._config.max_position_embeddings
         left = {running: min(most, context - len(running.tokens)) for running, most in wanted}
         chunks = [Chunk(running, running.drafted, len(running.tokens)) for running, most in left.items() if most > 0]
-        chunks = sorted(filter(self._can_read, chunks), key=lambda chunk: chunk.stop - chunk.start > 1)
+        chunks = sorted(filter(self._can_read, chunks), key=lambda chunk: len(chunk) > 1)
         while chunks:
             for chunk, logits in zip(chunks, self._runner.compute(chunks), strict=True):
                 assert logits is not None

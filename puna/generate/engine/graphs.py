@@ -1,10 +1,11 @@
 """Decoding steps as graphs: one launch a step instead of a thousand, and on a CPU one call instead of three hundred.
 
-At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A graph is
-recorded once for every number of rows, and of blocks that the longest of them has, each rounded up; rows that stand
-empty have length 0 and write to a block that nobody reads. Few rows go through fewer kernels than the model's modules
-launch (`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their products is
-one kernel for any number of rows, which costs a minute at the start.
+At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A row is a
+token. A graph is recorded once for every number of rows, and of blocks that the longest sequence has, each rounded up,
+and once more for steps in which a sequence has several rows, guesses above all. Rows that stand empty have length 0 and
+write to a block that nobody reads. Few rows go through fewer kernels than the model's modules launch
+(`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their products is one
+kernel for any number of rows, which costs a minute at the start.
 
 On a CPU a graph is a `Recording` of our kernels' calls. A model that needs more than these is refused as the first is
 made, and each step is computed by itself.
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.garbage import uncollected
-from puna.generate.engine.cache import PagedCache, PagedLayer, Step
+from puna.generate.engine.cache import PagedCache, PagedLayer, Step, first_rows
+from puna.generate.engine.paged_attention import most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.model.calls import Recording
 from puna.model.llama import Llama
@@ -44,7 +46,7 @@ SHORTEST_TABLE = 16
 
 
 class DecodeGraphs:
-    """Steps in which every sequence has one token.
+    """Steps in which every sequence has its newest token, or a few of them.
 
     Args:
         model: on a CUDA device.
@@ -56,7 +58,8 @@ class DecodeGraphs:
 
     def __init__(self, model: Llama, cache: PagedCache, *, is_compiled: bool) -> None:
         self._model, self._cache, self._is_compiled = model, cache, is_compiled
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._most_tokens = most_tokens(cache.keys.numbers)
         self._memory: Any = None
         if is_compiled:
             cache.layer_type = _OutsideCompiledLayers
@@ -66,26 +69,29 @@ class DecodeGraphs:
 
     def takes(self, chunks: list[Chunk]) -> bool:
         """Whether a graph can compute these chunks."""
-        return len(chunks) <= self.most_rows and all(c.is_last and c.stop - c.start == 1 for c in chunks)
+        are_short = all(chunk.is_last and len(chunk) <= self._most_tokens for chunk in chunks)
+        return are_short and sum(map(len, chunks)) <= self.most_rows
 
     def logits(self, chunks: list[Chunk]) -> Tensor:
-        """Logits (n, V) behind the one token of each of n chunks; overwritten by the next call."""
+        """Logits (n, V) behind the n tokens of chunks end to end; overwritten by the next call."""
         widest = max(len(chunk.running.blocks) for chunk in chunks)
-        rows, width = self._rows(len(chunks)), SHORTEST_TABLE
+        n, width = sum(map(len, chunks)), SHORTEST_TABLE
         while width < widest:
             width *= 4
-        if (rows, width) not in self._graphs:
-            self._graphs[rows, width] = self._record(rows, width)
-        return self._graphs[rows, width].run(chunks, self._cache)
+        size = self._rows(n), width, n > len(chunks)
+        if size not in self._graphs:
+            self._graphs[size] = self._record(*size)
+        return self._graphs[size].run(chunks, self._cache)
 
     def _rows(self, n: int) -> int:
         return 1 << (n - 1).bit_length()
 
     @torch.inference_mode()
     def _record_one_row(self) -> None:
-        self._graphs[1, SHORTEST_TABLE] = self._record(1, SHORTEST_TABLE)
+        size = 1, SHORTEST_TABLE, False
+        self._graphs[size] = self._record(*size)
 
-    def _record(self, rows: int, width: int) -> "_Graph":
+    def _record(self, rows: int, width: int, has_several: bool) -> "_Graph":
         host = torch.zeros(rows * (width + 8), dtype=torch.int32, pin_memory=self._cache.device.type == "cuda")
         there = host.to(self._cache.device)
         inputs = _Inputs.of(there, rows)
@@ -94,7 +100,8 @@ class DecodeGraphs:
         fused = self._fused_step(rows)
 
         def step() -> Tensor:
-            self._cache.step = Step(inputs.slots, rows, (inputs.tables, inputs.lengths), [])
+            firsts = inputs.firsts if has_several else None
+            self._cache.step = Step(inputs.slots, rows, (inputs.tables, inputs.lengths), firsts, [])
             if fused is not None:
                 return fused(inputs.ids, inputs.positions, self._cache)
             hidden = self._model.hidden(inputs.ids[None], positions=inputs.positions[None], cache=self._cache)
@@ -162,21 +169,22 @@ class _OutsideCompiledLayers(PagedLayer):
 
 @dataclass(eq=False)
 class _Inputs:
-    """What a step reads: ids, positions and slots (rows,) int64; lengths (rows,) and blocks (rows, width) int32."""
+    """What a step reads: ids, positions, slots (rows,) int64; tables (rows, width), lengths, firsts (rows,) int32."""
 
     ids: Any
     positions: Any
     slots: Any
-    lengths: Any
     tables: Any
+    lengths: Any
+    firsts: Any
 
     @classmethod
     def of(cls, flat: Tensor, rows: int) -> "_Inputs":
         """Views of (rows * (width + 8),) int32, so that one copy brings them all."""
         width = len(flat) // rows - 8
-        tables, lengths, _, numbers = flat.split([rows * width, rows, rows, 6 * rows])
+        tables, lengths, firsts, numbers = flat.split([rows * width, rows, rows, 6 * rows])
         ids, positions, slots = numbers.view(torch.int64).view(3, rows)
-        return cls(ids, positions, slots, lengths, tables.view(rows, width))
+        return cls(ids, positions, slots, tables.view(rows, width), lengths, firsts)
 
     def numpy(self) -> "_Inputs":
         """The same memory as arrays, which take lists in a fifth of the time."""
@@ -196,15 +204,18 @@ class _Graph:
 
     def run(self, chunks: list[Chunk], cache: PagedCache) -> Tensor:
         """Computes the chunks; the caller has read what the step before gave, so `host` may be written."""
-        n, inputs = len(chunks), self.inputs
+        n, inputs = sum(map(len, chunks)), self.inputs
+        places = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         inputs.ids[:n] = [id for chunk in chunks for id in chunk.ids]
-        inputs.positions[:n] = [chunk.start for chunk in chunks]
+        inputs.positions[:n] = places
         inputs.slots[:n] = [slot for chunk in chunks for slot in chunk.slots(cache.block_tokens)]
         inputs.slots[n:] = self.empty_slot
-        inputs.lengths[:n] = [chunk.stop for chunk in chunks]
+        inputs.lengths[:n] = [place + 1 for place in places]
         inputs.lengths[n:] = 0
-        for row, chunk in zip(inputs.tables, chunks, strict=False):
-            row[: len(chunk.running.blocks)] = chunk.running.blocks
+        inputs.firsts[:] = [*first_rows(chunks), *range(n, len(inputs.firsts))]
+        of_rows = (chunk.running.blocks for chunk in chunks for _ in range(len(chunk)))
+        for row, blocks in zip(inputs.tables, of_rows, strict=False):
+            row[: len(blocks)] = blocks
         self.there.copy_(self.host, non_blocking=True)
         self.graph.replay()
         return self.logits[:n]

@@ -1,9 +1,10 @@
 """Attention of decoding as a Triton kernel for CUDA devices: keys and values are read once, by all who share them.
 
 A program takes one sequence, one key/value head and a range of tokens; the query heads of that key/value head are the
-rows of its products. A few long sequences would leave most of the device idle, so they are split into ranges until it
-is full (flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html), and a second kernel joins the parts.
-`puna.generate.engine.paged_attention` has the plain formula. Needs Triton, which comes with torch's CUDA builds.
+rows of its products. Products have 16 rows at least, which the next tokens of the sequence fill where it has several.
+A few long sequences would leave most of the device idle, so they are split into ranges until it is full (flash
+decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html), and a second kernel joins the parts. The plain
+formula is in `puna.generate.engine.paged_attention`. Needs Triton, which comes with torch's CUDA builds.
 """
 
 from functools import cache
@@ -44,6 +45,7 @@ def attend_paged(
     lengths: Tensor,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    firsts: Tensor | None = None,
     *,
     splits: int | None = None,
 ) -> Tensor:
@@ -55,6 +57,7 @@ def attend_paged(
         block_tables: (n, max_blocks) int32; its last dim is dense.
         lengths: (n,) int32, dense.
         key_scales, value_scales: (blocks, block_size, K) fp32 of the same strides, where keys and values have 8 bits.
+        firsts: (n,) int32, dense; where a sequence has several queries.
         splits: programs that share a sequence; None: as `splits_to_fill` says. Results differ by rounding only.
 
     Returns:
@@ -75,18 +78,22 @@ def attend_paged(
     channels = triton.next_power_of_2(max(16, width))
     tile = min(MOST_TOKENS, TILE_BYTES // (channels * q.element_size()))
     tiles = triton.cdiv(block_tables.shape[1] * block_size, tile)
-    splits = splits or splits_to_fill(_multiprocessors(q.device), n * kv_heads, tiles)
+    groups = heads // kv_heads
+    rows = triton.next_power_of_2(max(16, groups))
+    heads_of_token = rows if firsts is None else triton.next_power_of_2(groups)
+    sequences = triton.cdiv(n, rows // heads_of_token)  # at least
+    splits = splits or splits_to_fill(_multiprocessors(q.device), sequences * kv_heads, tiles)
     out = q.new_empty(q.shape)
     part_shape = (n, heads, splits) if splits > 1 else (0,)
     parts = q.new_empty((*part_shape, width), dtype=torch.float32)
     tops, totals = q.new_empty((2, *part_shape), dtype=torch.float32)
     early = early_launch(q.device)
     _attend[(n, kv_heads, splits)](
-        q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
+        q, keys, values, block_tables, lengths, key_scales, value_scales, firsts, out, parts, tops, totals, n,
         *q.stride()[:2], *keys.stride()[:3], *(keys if key_scales is None else key_scales).stride()[:3],
         block_tables.stride(0), width**-0.5,
-        GROUPS=heads // kv_heads, ROWS=triton.next_power_of_2(max(16, heads // kv_heads)), WIDTH=width,
-        CHANNELS=channels, BLOCK_SIZE=block_size, TILE=tile, IS_SPLIT=splits > 1, num_warps=4, num_stages=STAGES,
+        GROUPS=groups, HEADS=heads_of_token, ROWS=rows, WIDTH=width, CHANNELS=channels,
+        BLOCK_SIZE=block_size, TILE=tile, IS_SPLIT=splits > 1, num_warps=4, num_stages=STAGES,
         **early,
     )  # fmt: skip
     if splits > 1:
@@ -116,11 +123,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.get_device_module(device).get_device_properties(device).multi_processor_count
 
 
-@triton.jit(do_not_specialize=["table_sequence"])
+@triton.jit(do_not_specialize=["n", "table_sequence"])
 def _attend(
-    q, keys, values, block_tables, lengths, key_scales, value_scales, out, parts, tops, totals,
+    q, keys, values, block_tables, lengths, key_scales, value_scales, firsts, out, parts, tops, totals, n,
     q_sequence, q_head, pool_block, pool_slot, pool_head, scales_block, scales_slot, scales_head, table_sequence, scale,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, IS_SPLIT: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if IS_EARLY:
@@ -128,16 +135,22 @@ def _attend(
         gdc_wait()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
-    length = tl.load(lengths + sequence)
+    row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    query, is_head = sequence + row // HEADS, row % HEADS < GROUPS  # HEADS, of which GROUPS are there, of each query
+    if HEADS < ROWS:
+        first = tl.load(firsts + sequence)
+        if (sequence - first) % (ROWS // HEADS) != 0:
+            return  # the program of a query before takes this one along
+        is_head &= tl.load(firsts + query, mask=query < n, other=-1) == first
+    seen = tl.load(lengths + query, mask=is_head, other=0)
+    length = tl.max(seen, 0)
     share = tl.cdiv(tl.cdiv(length, TILE), splits) * TILE  # by what is there, not by what could be
     start = split * share
     stop = tl.minimum(start + share, length)
 
-    row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    head = kv_head * GROUPS + row
-    is_head = row < GROUPS
+    head = kv_head * GROUPS + row % HEADS
     is_query = is_head[:, None] & (channel < WIDTH)[None, :]
-    q_place = sequence.to(tl.int64) * q_sequence + head[:, None] * q_head + channel[None, :]
+    q_place = query.to(tl.int64)[:, None] * q_sequence + head[:, None] * q_head + channel[None, :]
     queries = tl.load(q + q_place, mask=is_query, other=0.0)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
@@ -160,7 +173,7 @@ def _attend(
             k = (k.to(tl.float32) * k_scale[:, None]).to(queries.dtype)
             v = (v.to(tl.float32) * v_scale[:, None]).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # log2(e)
-        scores = tl.where(is_here[None, :], scores, float("-inf"))
+        scores = tl.where(is_here[None, :] & (token[None, :] < seen[:, None]), scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -169,7 +182,7 @@ def _attend(
         top = new_top
 
     n_heads = tl.num_programs(1) * GROUPS
-    line = sequence.to(tl.int64) * n_heads + head
+    line = query.to(tl.int64) * n_heads + head
     if IS_SPLIT:
         part = line * splits + split
         tl.store(tops + part, top, mask=is_head)

@@ -1,6 +1,7 @@
 """One model, its keys and values, and how it computes what a step puts together; a draft model has a runner as well."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.cache import PagedCache, Step
-from puna.generate.engine.paged_attention import is_fast
+from puna.generate.engine.paged_attention import most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import storage_dtype, token_bytes
 from puna.generate.sampling import check_numbers
@@ -71,7 +72,8 @@ class Runner:
     def _compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
         if self._graphs is not None and self._graphs.takes(chunks):
             logits = Logits.of(self._graphs.logits(chunks), self._choices)
-            return [logits.part(row, 1) for row in range(len(chunks))]
+            ends = accumulate(map(len, chunks))
+            return [logits.part(end - _wanted(chunk), _wanted(chunk)) for chunk, end in zip(chunks, ends, strict=True)]
         self.cache.step = Step.of(chunks, self.cache)
         ids = torch.tensor([id for chunk in chunks for id in chunk.ids])
         positions = torch.tensor([place for chunk in chunks for place in range(chunk.start, chunk.stop)])
@@ -79,9 +81,8 @@ class Runner:
         parts: list[tuple[int, int]] = []  # of `rows`: where a chunk's begin, and how many they are
         end = 0
         for chunk in chunks:
-            size = chunk.stop - chunk.start
-            count = min(1 + len(chunk.running.drafts), size) if chunk.is_last else 0
-            end += size
+            count = _wanted(chunk)
+            end += len(chunk)
             parts.append((len(rows), count))
             rows += range(end - count, end)
         wanted = torch.tensor(rows or [0], device=self._device)
@@ -96,6 +97,11 @@ class Runner:
             return [None] * len(chunks)
         logits = Logits.of(self._model.lm_head(hidden if spares else hidden[wanted]), self._choices)
         return [logits.part(start, count) if count else None for start, count in parts]
+
+
+def _wanted(chunk: Chunk) -> int:
+    """How many of a chunk's last tokens say what comes next: its newest, and the guesses behind it."""
+    return min(1 + len(chunk.running.drafts), len(chunk)) if chunk.is_last else 0
 
 
 def kept_bytes(model: Llama, cache_dtype: str | None) -> int:
@@ -120,7 +126,7 @@ def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGra
 
     if takes_cuda_kernels(cache.device.type):
         return DecodeGraphs(model, cache, is_compiled=is_compiled)
-    if not is_fast(cache.keys.numbers):
+    if not most_tokens(cache.keys.numbers):
         return None
     try:
         return RecordedSteps(model, cache)

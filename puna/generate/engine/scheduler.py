@@ -67,6 +67,9 @@ class Chunk:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def is_last(self) -> bool:
         """Whether its last token says what comes next."""
@@ -141,9 +144,9 @@ class Scheduler:
             if chunk is None:
                 break
             chunks.append(chunk)
-            left -= chunk.stop - chunk.start
+            left -= len(chunk)
         chunks = [chunk for chunk in chunks if chunk.running in self.running]
-        return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+        return sorted(chunks, key=lambda chunk: len(chunk) > 1)
 
     def advance(self, chunk: Chunk) -> None:
         """Counts what a step has computed; call it when the sequence has taken its new tokens."""
@@ -168,7 +171,7 @@ class Scheduler:
         for running in those:  # the oldest first: the youngest give way
             if running in self.running and left > 0 and (chunk := self._chunk_of(running, left)):
                 chunks.append(chunk)
-                left -= _size([chunk])
+                left -= len(chunk)
         return chunks
 
     def _chunk_of(self, running: Running, left: int) -> Chunk | None:
@@ -260,4 +263,4 @@ class Scheduler:
 
 
 def _size(chunks: list[Chunk]) -> int:
-    return sum(chunk.stop - chunk.start for chunk in chunks)
+    return sum(map(len, chunks))

@@ -9,7 +9,7 @@ from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
 from puna.checkpoint.huggingface import is_hub_id, load, load_config, load_model, resolve, save_model
 from puna.checkpoint.quantize import quantize
-from puna.checkpoint.runs import Checkpoints, load_checkpoint, newest_checkpoint
+from puna.checkpoint.runs import Checkpoints
 
 __all__ = [
     "Checkpoints",
@@ -17,10 +17,8 @@ __all__ = [
     "export",
     "is_hub_id",
     "load",
-    "load_checkpoint",
     "load_config",
     "load_model",
-    "newest_checkpoint",
     "quantize",
     "resolve",
     "save_model",

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model_files
-from puna.checkpoint.runs import MODEL, Damaged, checked_meanwhile, checkpoints, newest_sound, read_meta
+from puna.checkpoint.manifest import Damaged, checked_meanwhile, read_meta
+from puna.checkpoint.runs import MODEL, checkpoints, newest_sound
 from puna.checkpoint.tensors import counted, dtype_of, rounded
 from puna.errors import PunaError
 from puna.files import folder_aside

@@ -17,15 +17,14 @@ Which ranks hold what is not remembered: a checkpoint is whole tensors in pieces
 """
 
 import concurrent.futures
-import contextlib
 import copy
 import os
 import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,17 +33,11 @@ import torch
 from torch import Tensor
 
 from puna import progress
+from puna.checkpoint.manifest import Damaged, check_files, damage, fingerprints, read_meta, write_manifest
 from puna.checkpoint.meetings import Meetings
 from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
-from puna.files import ASIDE, checksum_of, checksum_of_value, read_json, sync_folder, write_json
-
-#: Version of `run.json`.
-FORMAT = 1
-MANIFEST = "run.json"
-
-#: Its field with the checksum of the others; those of earlier versions have none.
-CHECKSUM = "checksum"
+from puna.files import ASIDE, sync_folder
 
 #: Of a host's free memory, what copies of the state may take: training takes some, too.
 ROOM_SHARE = 0.8
@@ -53,10 +46,6 @@ ROOM_SHARE = 0.8
 MODEL, REST = "model", "rest"
 
 T = TypeVar("T")
-
-
-class Damaged(PunaError):
-    """A checkpoint's files are not as they were written; the message names it and the first of them."""
 
 
 class Checkpoints:
@@ -127,9 +116,24 @@ class Checkpoints:
             saving.result()
 
     def newest(self, say: Callable[[str], None] = progress.say) -> Path | None:
-        """As `newest_checkpoint`, with the files shared out among the ranks; all get the same answer, rank 0 `say`s."""
+        """The newest checkpoint whose files are as they were written; None if there are no checkpoints.
+
+        All ranks get the same answer.
+
+        Args:
+            say: is told on rank 0 of every damaged checkpoint that is passed over.
+
+        Raises:
+            PunaError: there are checkpoints and all are damaged.
+        """
         self.wait()
-        return _newest(self.run_dir, say if self._meetings.is_first else lambda _: None, self._meetings)
+
+        def sound(path: Path) -> Path:
+            check_files(path, meetings=self._meetings)
+            return path
+
+        steps = partial(self._meetings.first, lambda: list(checkpoints(self.run_dir)))
+        return newest_sound(self.run_dir, steps, sound, say if self._meetings.is_first else lambda _: None)
 
     def load(self, path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
         """Fills `state` in place from a checkpoint of any layout, to the last bit.
@@ -146,8 +150,24 @@ class Checkpoints:
             PunaError: a tensor is missing on either side, all ranks taken together, or has another shape or dtype than
                 the one that was saved.
         """
+        from puna.checkpoint.sharded import forms, read_sharded
+
         self.wait()
-        return _load(Path(path), state, self._meetings)
+        path, parts = Path(path), _parts(state)
+
+        def check(asked: list[dict[str, dict[str, str]]]) -> list[dict[str, Any]]:
+            for part in sorted({part for of_rank in asked for part in of_rank}):
+                _check_fits(path, part, [of_rank.get(part, {}) for of_rank in asked])
+            return [read_meta(path)] * self._meetings.size
+
+        def read() -> None:
+            for part, content in parts.items():
+                read_sharded(path / part, content)
+                state.update(content)
+
+        meta = self._meetings.hold(lambda: {part: forms(content) for part, content in parts.items()}, check)
+        self._meetings.hold(read)
+        return meta
 
     def _find_room(self, state: dict[str, Any]) -> bool:
         """Whether every host has room for its ranks' copies; all ranks get the same answer, and rank 0 says it if not.
@@ -208,8 +228,7 @@ class Checkpoints:
 
         def finish(files: list[dict[str, Any]]) -> list[None]:
             written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
-            manifest = {"format": FORMAT, "step": step, "meta": meta, "files": written}
-            write_json(aside / MANIFEST, {**manifest, CHECKSUM: checksum_of_value(manifest)})
+            write_manifest(aside, step, meta, written)
             _put_in_place(aside, path)
             try:
                 _prune(aside.parent, step, self._keep, self._keep_every)
@@ -220,7 +239,7 @@ class Checkpoints:
         try:
             for part in meetings.hold(lambda: list(staged.result()), make_room):
                 write_sharded(aside / part, staged.result().get(part, {}), meetings)
-            meetings.hold(lambda: _fingerprints(aside, meetings.rank), finish)
+            meetings.hold(lambda: fingerprints(aside, meetings.rank), finish)
         except BaseException as error:
             if meetings.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -235,19 +254,6 @@ def checkpoints(run_dir: Path | str) -> dict[int, Path]:
         (re.fullmatch(r"step-(\d{8,})", path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())
     )
     return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def newest_checkpoint(run_dir: Path | str, say: Callable[[str], None] = progress.say) -> Path | None:
-    """The newest sound checkpoint of a run; None if it has none at all.
-
-    Args:
-        run_dir: the run's folder.
-        say: is told of every damaged checkpoint that is passed over.
-
-    Raises:
-        PunaError: there are checkpoints and all are damaged.
-    """
-    return _newest(run_dir, say, Meetings())
 
 
 def newest_sound(
@@ -283,112 +289,6 @@ def newest_sound(
             f"Where none can be mended, remove the folder to start the run afresh"
         )
     return None
-
-
-@contextlib.contextmanager
-def checked_meanwhile(path: Path, part: str) -> Iterator[None]:
-    """Lets a block read a part of a checkpoint while its files are checked: they come from the disk once.
-
-    Raises:
-        Damaged: they are not as written, whatever the block has made of them.
-    """
-    _raise_if(path, damage(path, f"{part}/.metadata"))  # little, and all that is read is found by it
-    found: Future[str | None] = Future()
-
-    def check() -> None:
-        try:
-            found.set_result(damage(path, part))
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=check, daemon=True).start()  # which an interrupted block need not wait for
-    try:
-        yield
-    except Exception:
-        _raise_if(path, found.result())  # that is why
-        _raise_if(path, None if path.exists() else "it was removed meanwhile")
-        raise
-    _raise_if(path, found.result())
-
-
-def damage(path: Path, part: str = "") -> str | None:
-    """What is wrong with the files of a checkpoint or of a part, in a few words; None if they are as written."""
-    return _damage(path, part, Meetings())
-
-
-def load_checkpoint(path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
-    """Fills `state` from a checkpoint in one process alone; see `Checkpoints.load`."""
-    return _load(Path(path), state, Meetings())
-
-
-def read_meta(path: Path | str) -> dict[str, Any]:
-    """The `meta` of a checkpoint."""
-    return read_json(Path(path) / MANIFEST)["meta"]
-
-
-def _newest(run_dir: Path | str, say: Callable[[str], None], meetings: Meetings) -> Path | None:
-    def sound(path: Path) -> Path:
-        _raise_if(path, _damage(path, "", meetings))
-        return path
-
-    return newest_sound(run_dir, lambda: meetings.first(lambda: list(checkpoints(run_dir))), sound, say)
-
-
-def _raise_if(path: Path, reason: str | None) -> None:
-    if reason is not None:
-        raise Damaged(f"{path} is damaged ({reason})") from None
-
-
-def _damage(path: Path, part: str, meetings: Meetings) -> str | None:
-    """What the ranks find, each of them in its share of the files."""
-    reasons: list[str | None] = meetings.hold(lambda: _damage_of_share(path, part, meetings))
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _damage_of_share(path: Path, part: str, meetings: Meetings) -> str | None:
-    try:
-        manifest = read_json(path / MANIFEST)
-        files = manifest["files"]
-        written = manifest.pop(CHECKSUM, None)
-        if written not in (None, checksum_of_value(manifest)):
-            return f"{MANIFEST} has other bytes than were written"
-        names = [name for name in files if name.startswith(part)]
-        names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size
-        for name in names[meetings.rank :: meetings.size]:
-            expected = files[name]
-            if not (path / name).exists():
-                return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != expected["size"]:
-                return f"{name} has {size:,} of {expected['size']:,} bytes"
-            if _fingerprint(path / name) != expected:
-                return f"{name} has other bytes than were written"
-    except PunaError as error:
-        return str(error).removeprefix(f"{path}/")
-    except (KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not one of ours"
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    return None
-
-
-def _load(path: Path, state: dict[str, Any], meetings: Meetings) -> dict[str, Any]:
-    from puna.checkpoint.sharded import forms, read_sharded
-
-    parts = _parts(state)
-
-    def check(asked: list[dict[str, dict[str, str]]]) -> list[dict[str, Any]]:
-        for part in sorted({part for of_rank in asked for part in of_rank}):
-            _check_fits(path, part, [of_rank.get(part, {}) for of_rank in asked])
-        return [read_meta(path)] * meetings.size
-
-    def read() -> None:
-        for part, content in parts.items():
-            read_sharded(path / part, content)
-            state.update(content)
-
-    meta = meetings.hold(lambda: {part: forms(content) for part, content in parts.items()}, check)
-    meetings.hold(read)
-    return meta
 
 
 def _check_fits(path: Path, part: str, asked: list[dict[str, str]]) -> None:
@@ -466,16 +366,6 @@ def _check_shared(folder: Path, meetings: Meetings) -> None:
     finally:
         if meetings.is_first:
             os.rmdir(folder / name)
-
-
-def _fingerprints(folder: Path, rank: int) -> dict[str, Any]:
-    """Of the files that a rank wrote; rank 0 wrote `.metadata` too."""
-    files = [*folder.glob(f"*/__{rank}_*"), *(folder.glob("*/.metadata") if rank == 0 else ())]
-    return {str(file.relative_to(folder)): _fingerprint(file) for file in files}
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "checksum": checksum_of(file)}
 
 
 def _clear_leftovers(folder: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from puna.checkpoint.runs import checkpoints, read_meta
+from puna.checkpoint.manifest import read_meta
+from puna.checkpoint.runs import checkpoints
 from puna.config import Recipe, differing, load_recipe
 from puna.errors import PunaError, UsageError
 from puna.model.config import ModelConfig

@@ -16,8 +16,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from puna.checkpoint import load_checkpoint, newest_checkpoint, runs
-from puna.checkpoint.runs import Checkpoints, checkpoints, damage
+from puna.checkpoint import manifest, runs
+from puna.checkpoint.manifest import damage
+from puna.checkpoint.runs import Checkpoints, checkpoints
 from puna.errors import PunaError
 
 
@@ -26,7 +27,7 @@ def test_state_and_meta_come_back_to_the_last_bit(tmp_path):
     path = save(tmp_path, 7, saved, {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]})
     loaded = some_state(seed=2)
     targets = [id(tensor) for _, tensor in flat(loaded)]
-    assert load_checkpoint(path, loaded) == {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]}
+    assert Checkpoints(tmp_path).load(path, loaded) == {"recipe": {"peak_lr": 1e-5}, "place": [3, 41]}
     assert [id(tensor) for _, tensor in flat(loaded)] == targets
     assert_same(loaded, saved)
 
@@ -34,18 +35,18 @@ def test_state_and_meta_come_back_to_the_last_bit(tmp_path):
 def test_a_part_of_the_state_can_be_loaded_alone(tmp_path):
     path = save(tmp_path, 1, some_state(seed=1), {})
     part = {"model": some_state(seed=2)["model"]}
-    load_checkpoint(path, part)
+    Checkpoints(tmp_path).load(path, part)
     assert torch.equal(part["model"]["weight"], some_state(seed=1)["model"]["weight"])
 
 
 def test_the_folder_is_named_by_its_step_and_holds_its_manifest(tmp_path):
     path = save(tmp_path, 100, some_state(), {"a": 1})
     assert path == tmp_path / "checkpoints" / "step-00000100"
-    manifest = json.loads((path / "run.json").read_text())
-    assert manifest["step"] == 100
-    assert manifest["meta"] == {"a": 1}
-    assert set(manifest["files"]) == {str(file.relative_to(path)) for file in path.rglob("*.*")} - {"run.json"}
-    assert set(manifest["files"]) == {
+    written = json.loads((path / "run.json").read_text())
+    assert written["step"] == 100
+    assert written["meta"] == {"a": 1}
+    assert set(written["files"]) == {str(file.relative_to(path)) for file in path.rglob("*.*")} - {"run.json"}
+    assert set(written["files"]) == {
         f"{part}/{name}" for part in ("model", "rest") for name in (".metadata", "__0_0.distcp")
     }
 
@@ -54,7 +55,7 @@ def test_the_newest_k_and_every_nth_are_kept(tmp_path):
     for step in range(10, 90, 10):
         save(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2, keep_every=30)
     assert list(checkpoints(tmp_path)) == [30, 60, 70, 80]
-    assert newest_checkpoint(tmp_path).name == "step-00000080"
+    assert Checkpoints(tmp_path).newest().name == "step-00000080"
 
 
 def test_one_that_is_due_at_a_skipped_step_is_kept_for_good_all_the_same(tmp_path):
@@ -64,8 +65,8 @@ def test_one_that_is_due_at_a_skipped_step_is_kept_for_good_all_the_same(tmp_pat
 
 
 def test_a_run_without_checkpoints_has_no_newest(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "nothing") is None
+    assert Checkpoints(tmp_path).newest() is None
+    assert Checkpoints(tmp_path / "nothing").newest() is None
 
 
 @pytest.mark.parametrize("part", ["model", "rest"])
@@ -82,31 +83,31 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, har
     else:
         file.write_bytes(content[: len(content) // 2])
     said: list[str] = []
-    assert newest_checkpoint(tmp_path, say=said.append).name == "step-00000001"
+    assert Checkpoints(tmp_path).newest(say=said.append).name == "step-00000001"
     assert len(said) == 1
     assert re.match(rf"{newest} is damaged \(.*{file.name}.*\); taking the checkpoint before it", said[0])
 
 
 def test_a_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(tmp_path):
     meta = {"step": 2, "model_config": {"rope_theta": 1e6}}
-    manifest = save(tmp_path, 2, some_state(), meta) / "run.json"
-    content = manifest.read_bytes()
+    path = save(tmp_path, 2, {"x": torch.ones(1)}, meta)
+    content = (path / "run.json").read_bytes()
     harmless = 0
-    for place in range(0, 8 * len(content), 3):
+    for place in range(0, 8 * len(content), 7):  # each bit of a byte comes up
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
-        manifest.write_bytes(flipped)
-        if damage(manifest.parent) is None:
+        (path / "run.json").write_bytes(flipped)
+        if damage(path) is None:
             harmless += 1
-            assert runs.read_meta(manifest.parent) == meta
-    assert harmless < len(content)  # spaces between fields
+            assert manifest.read_meta(path) == meta
+    assert harmless <= 8 * len("checksum")  # without the field of that name, it is a manifest of an earlier version
 
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
     path = save(tmp_path, 2, some_state(), {})
-    manifest = json.loads((path / "run.json").read_text())
-    del manifest["checksum"]
-    (path / "run.json").write_text(json.dumps(manifest))
+    written = json.loads((path / "run.json").read_text())
+    del written["checksum"]
+    (path / "run.json").write_text(json.dumps(written))
     assert damage(path) is None
 
 
@@ -114,7 +115,7 @@ def test_nothing_but_damaged_ones_is_an_error(tmp_path):
     path = save(tmp_path, 1, some_state(), {})
     (path / "model" / ".metadata").write_bytes(b"")
     with pytest.raises(PunaError, match=r"every checkpoint in .*checkpoints is damaged"):
-        newest_checkpoint(tmp_path, say=lambda _: None)
+        Checkpoints(tmp_path).newest(say=lambda _: None)
 
 
 def test_a_damaged_one_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
@@ -124,7 +125,7 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_to_its_step_again(tmp_path
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "rest" / ".metadata").write_bytes(b"")
     save(tmp_path, 2, some_state(), {"life": 2}, keep=1)
     assert list(checkpoints(tmp_path)) == [2]  # the damaged third one no longer stands in the way
-    assert load_checkpoint(newest_checkpoint(tmp_path), some_state()) == {"life": 2}
+    assert Checkpoints(tmp_path).load(Checkpoints(tmp_path).newest(), some_state()) == {"life": 2}
 
 
 def test_a_sound_later_one_is_left_alone(tmp_path):
@@ -138,7 +139,7 @@ def test_a_save_that_was_killed_is_ignored_and_cleared_away_by_the_next(tmp_path
     left = tmp_path / "checkpoints" / "step-00000002.aside"
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")
-    assert newest_checkpoint(tmp_path).name == "step-00000001"
+    assert Checkpoints(tmp_path).newest().name == "step-00000001"
     save(tmp_path, 2, some_state(), {})
     assert sorted(path.name for path in left.parent.iterdir()) == ["step-00000001", "step-00000002"]
 
@@ -152,9 +153,9 @@ def test_a_process_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_pat
     time.sleep(0.013)
     process.kill()
     process.join()
-    newest = newest_checkpoint(tmp_path, say=pytest.fail)
+    newest = Checkpoints(tmp_path).newest(say=pytest.fail)
     state = {"x": torch.zeros(3_000_000)}
-    step = load_checkpoint(newest, state)["step"]
+    step = Checkpoints(tmp_path).load(newest, state)["step"]
     assert step >= done == 4
     assert state["x"].unique().tolist() == [step]
 
@@ -174,8 +175,8 @@ def save_for_ever(folder: str, sent: Connection) -> None:
         "runs._clear_leftovers",
         "sharded.FileSystemWriter.write_data",
         "sharded.FileSystemWriter.finish",
-        "runs._fingerprints",
-        "runs.write_json",
+        "runs.fingerprints",
+        "manifest.write_json",
         "runs._put_in_place",
         "runs._prune",
         "runs._remove",
@@ -188,7 +189,7 @@ def test_a_process_killed_at_any_stage_of_a_save_leaves_a_sound_newest_checkpoin
     process.join()
     assert process.exitcode == -signal.SIGKILL
     state = some_state(seed=9)
-    step = load_checkpoint(newest_checkpoint(tmp_path, say=pytest.fail), state)["step"]
+    step = Checkpoints(tmp_path).load(Checkpoints(tmp_path).newest(say=pytest.fail), state)["step"]
     assert step in (1, 2)
     assert torch.equal(state["model"]["weight"], some_state(seed=step)["model"]["weight"])
     save(tmp_path, 3, state, {"step": 3}, keep=1)  # the next save finds its way
@@ -216,15 +217,15 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_clear_leftovers", lambda _: may_write.wait())
     run = Checkpoints(tmp_path)
     path = run.save(1, state, meta)
-    assert newest_checkpoint(tmp_path) is None  # the caller goes on, nothing is written yet
+    assert Checkpoints(tmp_path).newest() is None  # the caller goes on, nothing is written yet
     for values in (state["model"]["weight"], state["optimizer"]["state"][0]["exp_avg"], state["generator"]):
         values.zero_()
     state["optimizer"]["param_groups"][0]["lr"] = meta["step"] = 99
     may_write.set()
     run.wait()
-    assert newest_checkpoint(tmp_path) == path
+    assert Checkpoints(tmp_path).newest() == path
     assert_same(load(path), some_state(seed=1))
-    assert runs.read_meta(path) == {"step": 1}
+    assert manifest.read_meta(path) == {"step": 1}
 
 
 def test_one_save_waits_for_the_other_and_uses_its_memory_again(tmp_path):
@@ -245,13 +246,13 @@ def test_without_room_for_a_copy_the_state_is_written_before_training_goes_on(tm
     run, state = Checkpoints(tmp_path), some_state(seed=1)
     for step in (1, 2):
         path = run.save(step, state, {})
-        assert (newest_checkpoint(tmp_path), run._copies) == (path, {})
+        assert (Checkpoints(tmp_path).newest(), run._copies) == (path, {})
     said = capfd.readouterr().err
     assert said.count("training waits while checkpoints are written: copies of the state would take") == 1
     state["model"]["weight"].zero_()
     assert_same(load(path), some_state(seed=1))
     with monkeypatch.context() as broken:
-        broken.setattr(runs, "write_json", full)
+        broken.setattr(manifest, "write_json", full)
         run.save(3, state, {})
     with pytest.raises(OSError, match="No space left"):
         run.wait()
@@ -263,7 +264,7 @@ def test_without_room_for_a_copy_the_state_is_written_before_training_goes_on(tm
 def test_what_fails_in_the_background_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
     run = Checkpoints(tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr(runs, "write_json", full)
+        broken.setattr(manifest, "write_json", full)
         run.save(1, some_state(), {})
         with pytest.raises(OSError, match="No space left"):
             run.save(2, some_state(), {})
@@ -285,14 +286,14 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_ones_before(tmp_path):
             save(place, 2, {"x": torch.ones(1_000_000)}, {})
         assert caught.value.errno == errno.ENOSPC
         assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-00000001"]
-        assert newest_checkpoint(place, say=pytest.fail).name == "step-00000001"
+        assert Checkpoints(place).newest(say=pytest.fail).name == "step-00000001"
     finally:
         subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_failure_while_writing_leaves_the_ones_before(tmp_path, monkeypatch):
     before = save(tmp_path, 1, some_state(), {})
-    monkeypatch.setattr("puna.checkpoint.runs.write_json", full)
+    monkeypatch.setattr("puna.checkpoint.manifest.write_json", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, some_state(), {}, keep=1)
     assert list(before.parent.iterdir()) == [before]
@@ -336,7 +337,7 @@ def test_a_state_that_does_not_fit_is_named(tmp_path, edit, message):
     state = some_state()
     edit(state["model"])
     with pytest.raises(PunaError, match=message):
-        load_checkpoint(path, state)
+        Checkpoints(tmp_path).load(path, state)
 
 
 def save(folder, step, state, meta, **keep):
@@ -349,7 +350,7 @@ def save(folder, step, state, meta, **keep):
 
 def load(path):
     state = some_state(seed=9)
-    load_checkpoint(path, state)
+    Checkpoints(path.parents[1]).load(path, state)
     return state
 
 

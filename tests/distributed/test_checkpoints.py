@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from puna.checkpoint.runs import Checkpoints, load_checkpoint, newest_checkpoint
+from puna.checkpoint.runs import Checkpoints
 from puna.errors import PunaError
 
 META = {"recipe": {"peak_lr": 1e-5}, "step": 1}
@@ -29,9 +29,9 @@ def test_what_one_layout_saves_every_other_loads_to_the_last_bit(tmp_path, in_ra
     in_ranks(3, load_and_save_in_three, str(tmp_path))
     for step in (1, 2, 3, 4):  # saved as tp 2 x fsdp 2, fsdp 4, pp 2 x fsdp 2, uneven fsdp 3
         state = whole_state(seed=9)
-        assert load_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", state) == META
+        assert Checkpoints(tmp_path).load(tmp_path / "checkpoints" / f"step-{step:08d}", state) == META
         assert_same(state, whole_state(seed=1))
-    assert newest_checkpoint(tmp_path, say=pytest.fail).name == "step-00000004"
+    assert Checkpoints(tmp_path).newest(say=pytest.fail).name == "step-00000004"
 
 
 def save_and_load_in_four(run_dir: str) -> None:
@@ -190,7 +190,7 @@ def meet_trouble(folder: str) -> list[str]:
     for target, error in (
         ("puna.checkpoint.sharded.FileSystemWriter.write_data", OSError(errno.ENOSPC, "No space left on device")),
         ("puna.checkpoint.sharded.local_piece", PunaError("no room")),
-        ("puna.checkpoint.runs._fingerprints", ValueError("cannot be read")),
+        ("puna.checkpoint.runs.fingerprints", ValueError("cannot be read")),
     ):
         checkpoints.wait()
         with hears(heard), patch(target, side_effect=error) if rank else nullcontext():
@@ -243,9 +243,9 @@ def test_a_rank_that_dies_while_it_writes_ends_the_save_of_all(tmp_path, in_rank
     heard = in_ranks(2, die_while_writing, str(tmp_path), victim)
     assert heard[victim] is None
     assert re.match("PunaError: another rank left, or", heard[1 - victim][0])
-    assert newest_checkpoint(tmp_path, say=pytest.fail).name == "step-00000001"
+    assert Checkpoints(tmp_path).newest(say=pytest.fail).name == "step-00000001"
     state = whole_state(seed=9)
-    load_checkpoint(tmp_path / "checkpoints" / "step-00000001", state)
+    Checkpoints(tmp_path).load(tmp_path / "checkpoints" / "step-00000001", state)
     assert_same(state, whole_state(seed=1))
 
 

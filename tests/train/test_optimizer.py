@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from puna.checkpoint import Checkpoints, load_checkpoint
+from puna.checkpoint import Checkpoints
 from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.train import optimizer as optimizer_module
@@ -166,7 +166,7 @@ def test_state_saved_and_loaded_continues_to_the_last_bit(state_bits: int, dtype
     checkpoints.wait()
     other = _whole(9, 80, 1, dtype)
     continued = AdamW([("w", other)], Optimizer(state_bits=state_bits), seed=0)
-    load_checkpoint(path, {"model": {"w": other.detach()}, "optimizer": continued.state})
+    checkpoints.load(path, {"model": {"w": other.detach()}, "optimizer": continued.state})
     for each in (adamw, continued):
         _take_steps(each, lambda grad: grad, first=4)
     assert torch.equal(weight, other)

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 import puna
-from puna.checkpoint import load_checkpoint, newest_checkpoint, save_model, sharded
+from puna.checkpoint import Checkpoints, save_model, sharded
 from puna.checkpoint.runs import checkpoints
 from puna.config import load_recipe
 from puna.data.loader import Batch, Loader
@@ -59,9 +59,9 @@ def _numbers(run_dir: str | Path) -> list[dict[str, Any]]:
 def _weights(run_dir: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     model = Llama(preset("tiny-64")).to(dtype)
     state = {"model": model.state_dict()}
-    path = newest_checkpoint(run_dir)
+    path = Checkpoints(run_dir).newest()
     assert path is not None
-    load_checkpoint(path, state)
+    Checkpoints(run_dir).load(path, state)
     return state["model"]
 
 
@@ -153,7 +153,7 @@ def test_sigterm_saves_before_leaving_and_the_run_continues(recipe: Make, tmp_pa
     assert "run the same command to continue" in said
     assert "Traceback" not in said
     steps = len(read_metrics(run_dir))
-    newest = newest_checkpoint(run_dir)
+    newest = Checkpoints(run_dir).newest()
     assert newest is not None
     assert newest.name.endswith(f"{steps:08d}")
 
@@ -185,7 +185,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(recipe: Make, tmp_path: Pa
                 os.read(ours, 1 << 16)
         os.close(ours)
         assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    newest = newest_checkpoint(run_dir)
+    newest = Checkpoints(run_dir).newest()
     assert newest is not None
     assert newest.name.endswith(f"{len(read_metrics(run_dir)):08d}")
 
@@ -283,7 +283,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
     content = recipe(steps=8, checkpoint={"every": 4})
     puna.train(content)
     first = _numbers(content["run_dir"])
-    newest = newest_checkpoint(content["run_dir"])
+    newest = Checkpoints(content["run_dir"]).newest()
     assert newest is not None
     victim = next(newest.rglob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-100])
@@ -476,7 +476,7 @@ def test_a_folder_of_which_only_checkpoints_were_copied_is_known_as_the_run_it_h
     with pytest.raises(UsageError, match="seed: 0 -> 1"):
         puna.train(recipe(steps=9, seed=1))
     (run_dir / "recipe.yaml").unlink()
-    newest = newest_checkpoint(run_dir)
+    newest = Checkpoints(run_dir).newest()
     assert newest is not None
     (newest / "run.json").write_text("{")
     with pytest.raises(UsageError, match="seed: 0 -> 1"):
@@ -675,7 +675,7 @@ def test_a_folder_where_another_run_has_begun_meanwhile_is_left_to_it(
     monkeypatch.setattr(run_module, "train_step", replacing)
     with contextlib.ExitStack() as others, pytest.raises(PunaError, match="another process is training"):
         puna.train(recipe(steps=6, checkpoint={"every": 3}))
-    assert newest_checkpoint(run_dir) is None
+    assert Checkpoints(run_dir).newest() is None
 
 
 def test_where_no_lock_keeps_others_away_it_is_said(

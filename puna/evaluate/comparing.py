@@ -24,7 +24,7 @@ SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
 CHECKSUMS, PLACE = ("corpus_sha256", "tokens_sha256"), "corpus"
 
 #: What they may differ in, but a reader must know: how the model was asked, and how its answers were judged.
-TOLD = ("answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
+TOLD = ("puna", "server", "answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
 
 
 def compare(first: Path | str, second: Path | str) -> dict[str, Any]:

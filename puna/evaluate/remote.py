@@ -44,6 +44,10 @@ class RemoteCompleter:
         how: greedy by default.
         is_chat: questions are put to the server's chat, in whatever layout it has.
 
+    Attributes:
+        url: with "/v1".
+        model: what the server calls the model.
+
     Raises:
         UsageError: the URL is none.
         PunaError: the server cannot be reached, or has no model.
@@ -62,7 +66,7 @@ class RemoteCompleter:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url} is not a server's URL; begin it with http:// or https://")
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._batch_rows, self._is_chat, self._fills_gaps = batch_rows, is_chat, False
         self.model = model or self._first_model()
         self._settings: dict[str, Any] = {
@@ -100,14 +104,14 @@ class RemoteCompleter:
             lengths.append((usage or {}).get("prompt_tokens"))
         if lengths[0] is not None and lengths[0] == lengths[1]:
             raise PunaError(
-                f"{self._url}/completions ignores the suffix: it counts {lengths[0]} tokens of prompt with one and "
+                f"{self.url}/completions ignores the suffix: it counts {lengths[0]} tokens of prompt with one and "
                 "without; score gaps with a server that fills in, or name the model's folder instead"
             )
 
     def _first_model(self) -> str:
         models = self._request("/models", None).get("data") or []
         if not models:
-            raise PunaError(f"{self._url} serves no model")
+            raise PunaError(f"{self.url} serves no model")
         return str(models[0]["id"])
 
     def _post(self, path: str, request: dict[str, Any]) -> Any:
@@ -115,11 +119,11 @@ class RemoteCompleter:
         try:
             return answer["choices"][0]
         except (KeyError, IndexError, TypeError):
-            raise PunaError(f"{self._url}{path} answered without choices: {str(answer)[:200]}") from None
+            raise PunaError(f"{self.url}{path} answered without choices: {str(answer)[:200]}") from None
 
     def _request(self, path: str, request: dict[str, Any] | None) -> Any:
         body = None if request is None else json.dumps(request).encode()
-        asked = urllib.request.Request(self._url + path, body, {"Content-Type": "application/json"})
+        asked = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         for pause in (*PAUSE_SECONDS, None):
             try:
                 with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
@@ -127,10 +131,10 @@ class RemoteCompleter:
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {error.reason}: {_body(error)}"
                 if pause is None or error.code not in (429, 500, 502, 503, 504):
-                    raise PunaError(f"{self._url}{path} refuses: {said}") from None
+                    raise PunaError(f"{self.url}{path} refuses: {said}") from None
             except (*BROKEN_OFF, ValueError) as error:  # or it is no JSON
                 if pause is None or body is None:
-                    raise PunaError(f"{self._url}{path} cannot be reached: {error}; is the server up?") from None
+                    raise PunaError(f"{self.url}{path} cannot be reached: {error}; is the server up?") from None
             time.sleep(pause)
         raise AssertionError("the last try has no pause")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import puna
 from puna.cli import run
 from puna.errors import PunaError
 from puna.evaluate import evaluate, remote
@@ -172,9 +173,32 @@ def test_a_served_model_is_scored(
     command = ["evaluate", "humaneval", "--server", server.url, "--data", str(tmp_path / "tasks.jsonl"), "--json"]
     assert run(command) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["model"], result["pass@1"]) == ("first", 1.0)
+    assert (result["model"], result["server"], result["pass@1"]) == ("first", f"{server.url}/v1", 1.0)
     assert run([*command, "second", "--template", "chat"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["model"], result["pass@1"]) == ("second", 1.0)
     assert [path for path, _ in server.requests] == ["/v1/completions", "/v1/chat/completions"]
     assert evaluate("humaneval", server=server.url, data=tmp_path / "tasks.jsonl")["model"] == "first"
+
+
+def test_a_run_goes_on_with_another_server_or_version_and_names_both(
+    server: FakeServer, bubblewrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = tmp_path / "tasks.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(TASK | {"task_id": f"Tiny/{i}"}) + "\n" for i in range(2)))
+    evaluate("humaneval", server=server.url, data=data, output=folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["server"] == f"{server.url}/v1"
+    settings |= {"server": "http://elsewhere/v1", "puna": "0.0.1"}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    samples = folder / "samples.jsonl"
+    samples.write_text(samples.read_text().splitlines(keepends=True)[0])
+    both = {"server": f"http://elsewhere/v1, {server.url}/v1", "puna": f"0.0.1, {puna.__version__}"}
+    for _ in range(2):
+        result = evaluate("humaneval", server=server.url, data=data, output=folder)
+        assert {name: result[name] for name in both} == both
+    said = capsys.readouterr().err
+    assert said.count("holds answers from server http://elsewhere/v1; those that are missing come from") == 1
+    assert said.count("holds answers from puna 0.0.1; those that are missing come from") == 1
+    (folder / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in both}))
+    assert evaluate("humaneval", server=server.url, data=data, output=folder)["puna"] == puna.__version__

@@ -18,8 +18,7 @@ import yaml
 
 from puna.config import Recipe, load_recipe
 from puna.errors import UsageError
-from puna.files import read_json
-from puna.model.config import PRESETS, ModelConfig
+from puna.model.config import config_at_hand
 from puna.parallel.layout import Layout
 from puna.twins import make_callable
 
@@ -120,26 +119,12 @@ def _check(job: Job, format: str) -> None:
     for field, owner in of_formats.items():
         if getattr(job, field) is not None and format != owner:
             raise UsageError(f"--{field.replace('_', '-')} is only for --format {owner}, not {format}")
-    config = _model_config(job.recipe)
+    config = config_at_hand(job.recipe.model, job.recipe.start)
     for nodes in range(job.min_nodes, job.nodes + 1):
         try:
             Layout.of(job.recipe, config, nodes * job.gpus)
         except UsageError as error:
             raise UsageError(f"{nodes} x {job.gpus} devices: {error}") from None
-
-
-def _model_config(recipe: Recipe) -> ModelConfig:
-    """The model's shape: its folder's config.json, or the preset's where the folder is on another machine."""
-    source = recipe.start or recipe.model
-    file = Path(source) / "config.json"
-    if recipe.model in PRESETS and not file.is_file():
-        return PRESETS[recipe.model]
-    if not file.is_file():
-        raise UsageError(
-            f"{file} does not exist, so the layout cannot be checked; launch where the model's folder is, or name its "
-            f"size with model=PRESET start={source}"
-        )
-    return ModelConfig.from_json(read_json(file), str(file))
 
 
 def _torchrun(job: Job, nnodes: str, endpoint: str, run_id: str, is_host: str, *more: str) -> list[str]:

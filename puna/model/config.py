@@ -7,9 +7,11 @@ what a size costs. What the network cannot compute is refused here, by name, bef
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
+from puna.files import read_json
 
 #: `model_type`s whose network is this one, and whether their q/k/v and output projections carry a bias when
 #: `config.json` does not say (None: it must not; True/False: the family's own rule).
@@ -275,3 +277,27 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise PunaError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def config_at_hand(model: str, start: str | None = None) -> ModelConfig:
+    """The shape of a recipe's model without its weights: of the folder that it starts from, else of the preset.
+
+    A folder may be on another machine only, where a run is planned or launched; then the preset serves.
+
+    Args:
+        model: a preset or a folder.
+        start: the folder of weights that a run starts from, if that is another.
+
+    Raises:
+        UsageError: there is neither a folder with config.json nor a preset.
+    """
+    for folder in filter(None, (start, model)):
+        path = Path(folder) / "config.json"
+        if path.is_file():
+            return ModelConfig.from_json(read_json(path), str(path))
+    if model in PRESETS:
+        return PRESETS[model]
+    raise UsageError(
+        f"{start or model}/config.json does not exist, so the model's shape is not known; do this where the model's "
+        f"folder is, or name its size with model=PRESET start={start or model} (presets: {', '.join(PRESETS)})"
+    )

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from puna.config import Recipe, load_recipe
 from puna.devices import PROFILES, Profile, cpu_bf16_units
-from puna.errors import PunaError, UsageError
-from puna.files import read_json
-from puna.model.config import PRESETS, ModelConfig
+from puna.errors import UsageError
+from puna.model.config import config_at_hand
 from puna.twins import make_callable
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def plan(
         …}; "own" is the recipe's, with "reason" where it is impossible. Memory is in GiB, of a device.
 
     Raises:
-        UsageError: the recipe or an argument is wrong.
+        UsageError: the recipe or an argument is wrong, or the model is not here.
         PunaError: the model's config.json cannot be read.
     """
     from puna.plan.search import Found, Search
@@ -74,7 +73,8 @@ def plan(
         profile = replace(profile, node_link_rate=bandwidth)
     available = profile.memory_gib if memory_gib is None else memory_gib
     settled = recipe.model_copy(update={"precision": _precision(recipe.precision, name)})
-    search = Search(settled, model_config(recipe), Cluster(profile, devices_per_node), devices, available)
+    config, cluster = config_at_hand(recipe.model, recipe.start), Cluster(profile, devices_per_node)
+    search = Search(settled, config, cluster, devices, available)
     own = _own(search)
     found = Found() if layout else search.run(best)
     shown = [_as_dict(each, search) for each in found.best]
@@ -96,20 +96,6 @@ def plan(
     closest = found.nearest if not layout else search.judge(settled) if "memory" in own else None
     result["help"] = [] if fits or closest is None else _help(closest, search)
     return result
-
-
-def model_config(recipe: Recipe) -> ModelConfig:
-    """The shape of a recipe's model: of the folder that it starts from, else of the preset.
-
-    A folder that is not there is no reason not to plan where the recipe names a preset too.
-    """
-    for folder in filter(None, (recipe.start, recipe.model)):
-        path = Path(folder) / "config.json"
-        if path.is_file():
-            return ModelConfig.from_json(read_json(path), str(path))
-    if recipe.model not in PRESETS:
-        raise PunaError(f"{recipe.model} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json")
-    return PRESETS[recipe.model]
 
 
 def _profile(device: str | None, memory_gib: float | None) -> tuple[str, Profile]:

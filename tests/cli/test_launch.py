@@ -92,7 +92,7 @@ def test_what_is_missing_or_too_much_is_named(arguments: str, message: str, caps
         ("parallel={tp: 16}", 2, "2 x 8 devices: parallel.tp=16 must divide the 8 key/value heads"),
         ("parallel={tp: 3}", 1, "1 x 8 devices: parallel: .* does not make the 8 devices"),
         ("parallel={}", 3, "3 x 8 devices: the 128 rows of a batch cannot be shared by .* = 24"),
-        ("model=nowhere", 1, "nowhere/config.json does not exist, so the layout cannot be checked"),
+        ("model=nowhere", 1, "nowhere/config.json does not exist, so the model's shape is not known; do this where"),
     ],
 )
 def test_an_impossible_layout_is_refused(override: str, nodes: int, message: str) -> None:

@@ -14,7 +14,6 @@ Everything but attention is per token. For attention there are two ways, both ex
 Source: DeepSpeed-Ulysses (arXiv:2309.14509) for the first; Llama 3 (arXiv:2407.21783), section 3.3.2, for the second.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -103,7 +102,3 @@ def _spans(lengths: tuple[int, ...], batch: int, length: int, size: int, rank: i
                 begin = max(start, first)
                 spans.append(Span(query + begin - first, query + stop - first, start, stop))
     return spans
-
-
-#: What `Attention.attend` is: queries, keys, values and documents to the mixed values.
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]

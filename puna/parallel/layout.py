@@ -83,6 +83,11 @@ class Layout:
         return self.dp_shard * self.cp
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether weights are sharded or copied over ranks that read other tokens: `fully_shard` then holds them."""
+        return self.shard_size * self.dp_replicate > 1
+
+    @property
     def stages(self) -> int:
         """Pipeline stages over all ranks."""
         return self.pp * self.stages_per_rank

@@ -73,11 +73,6 @@ class Ranks:
         memory = SharedMemory.of(weights.get_group("shard")) if device.type == "cpu" and shard * cp > 1 else None
         return cls(layout, weights, cp_group, tp_group, pp_rank, dp_rank, cp_rank, tp_rank, memory)
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights are sharded or copied over ranks that read other tokens."""
-        return self.layout.shard_size * self.layout.dp_replicate > 1
-
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:

@@ -237,7 +237,7 @@ def _share(stage: Stage, ranks: Ranks, settings: Parallel, prepare: Prepare) -> 
     if ranks.cp is not None:
         share_tokens(stage.llama, ranks.cp)
     keeping = prepare(stage.llama)
-    if ranks.is_sharded:
+    if ranks.layout.is_sharded:
         _shard(stage, ranks, settings)
     return keeping
 

@@ -21,7 +21,7 @@ class Stage(nn.Module):
     def __init__(self, llama: Llama, layers: range) -> None:
         super().__init__()
         config = llama.config
-        self.llama, self.layers = llama, layers
+        self.llama = llama
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_hidden_layers
         decoder = self.llama.model
         for number in range(config.num_hidden_layers):
@@ -46,9 +46,8 @@ class Stage(nn.Module):
         """
         documents = Documents.of(numbers.numpy(), x.device)
         out = self.llama.model(x, positions, documents, None, self.llama.compute_dtype)
-        return (
-            out.clone() if out._is_view() else out
-        )  # what shards the weights hangs on the output, which no view keeps
+        # `fully_shard` hangs its backward pass on the output as a hook, which a view would not keep.
+        return out.clone() if out._is_view() else out
 
     def weights(self) -> dict[str, Tensor]:
         """Name in the whole model -> weight, a tied head left out."""

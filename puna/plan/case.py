@@ -89,7 +89,7 @@ class Case:
     @cached_property
     def is_sharded(self) -> bool:
         """Whether weights are gathered before use, in the compute dtype."""
-        return self.layout.shard_size * self.layout.dp_replicate > 1
+        return self.layout.is_sharded
 
     @cached_property
     def uses_gradients_at_once(self) -> bool:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puna.checkpoint import load_config
 from puna.config import Recipe, load_recipe
 from puna.devices import free_memory_bytes, pick_device
 from puna.errors import PunaError, UsageError
@@ -88,7 +88,7 @@ def choose_recipe(at: "Places", epochs: float, device: str | None, overrides: Ma
 def _first_that_fits(
     at: "Places", tokens: int, length: int | None, epochs: float, device: str | None, overrides: Mapping[str, Any]
 ) -> Recipe:
-    config = ModelConfig.from_json(read_json(at.model / "config.json"), str(at.model))
+    config = load_config(at.model)
     length = length or row_length(config, tokens)
     place = pick_device(device)
     memory_gib = free_memory_bytes(place) / 2**30
@@ -129,8 +129,3 @@ def _content(at: "Places", config: ModelConfig, tokens: int, length: int, epochs
         "checkpoint": {"every": max(50, steps // 5), "keep": 1},
         "device": device,
     }
-
-
-def recipe_of(run: Path) -> str:
-    """The recipe of a run, as it ran."""
-    return (run / "recipe.yaml").read_text(encoding="utf-8")

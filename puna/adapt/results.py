@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from puna.adapt.recipe import recipe_of
 from puna.adapt.stages import Places
 from puna.evaluate.comparing import compare
 from puna.evaluate.pass_at_k import bootstrap
@@ -29,6 +28,7 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
     told = story.outcomes
     before, after = (told[name]["scores"] for name in ("score_before", "score_after"))
     general = [told[name]["scores"] for name in ("score_general_before", "score_general_after")]
+    sandbox = {"sandbox": general[0]["sandbox"]} if all(general) else {}
     changes = _changes(at)
     low, high = changes["edit_similarity"]["interval"]
     gain = before["bits_per_byte"] - after["bits_per_byte"]
@@ -53,8 +53,8 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
         "stages": [
             {"title": stage["title"], "seconds": stage["seconds"], **stage["outcome"]} for stage in story.stages
         ],
-        "run": {**what_runs_here(), "seeds": "0 everywhere", **_sandbox(general)},
-        "recipes": {"run": recipe_of(at.run)},
+        "run": {**what_runs_here(), "seeds": "0 everywhere", **sandbox},
+        "recipes": {"run": (at.run / "recipe.yaml").read_text(encoding="utf-8")},
     }
 
 
@@ -134,7 +134,3 @@ def _samples(at: Places) -> list[dict[str, Any]]:
                 parts = [["given", prompt], ["written", case["completion"]]]
                 samples.append({"title": f"{case['document']}, line {case['line']}", "note": note, "parts": parts})
     return samples
-
-
-def _sandbox(general: list[Any]) -> dict[str, str]:
-    return {"sandbox": general[0]["sandbox"]} if all(general) else {}

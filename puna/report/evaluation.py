@@ -11,7 +11,7 @@ from puna.evaluate.samples import read_lines
 from puna.evaluate.sandbox import VERDICTS
 from puna.report import what_runs_here, write_report
 
-#: Names of scores that are shares, and shown in percent.
+#: Scores that are no shares; all others are shown in percent.
 NOT_SHARES = ("bits_per_byte", "perplexity")
 
 #: Fields of a result that the page shows elsewhere, or not at all.

@@ -259,6 +259,8 @@ def _read(name: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold fields and values (model: …), not {type(content).__name__}")
+    if isinstance(content.get("model"), dict) and "model_config" in content["model"]:
+        raise UsageError(f"{path} is a YAML of MindFormers; make a recipe of it: puna migrate {path} -o recipe.yaml")
     return content
 
 

@@ -22,6 +22,12 @@ def test_every_shipped_recipe_is_valid_and_survives_its_own_yaml(name: str) -> N
     assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_yaml_of_mindformers_is_named_with_the_command_that_translates_it(tmp_path) -> None:
+    (tmp_path / "old.yaml").write_text("runner_config: {epochs: 2}\nmodel: {model_config: {seq_length: 4096}}\n")
+    with pytest.raises(UsageError, match=r"is a YAML of MindFormers; .* puna migrate .*old\.yaml -o recipe\.yaml"):
+        load_recipe(tmp_path / "old.yaml")
+
+
 def test_overrides_reach_nested_fields_and_keep_the_others() -> None:
     recipe = load_recipe(SMALL, ["optimizer.peak_lr=1e-5", "batch_tokens=128", "optimizer.betas=[0.8, 0.9]"])
     assert recipe.optimizer.peak_lr == 1e-5

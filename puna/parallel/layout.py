@@ -50,10 +50,11 @@ class Layout:
         dp_shard = devices // fixed if p.dp_shard == "auto" else p.dp_shard
         if fixed * dp_shard != devices:
             factors = " x ".join(f"{axis} {getattr(p, axis)}" for axis in AXES)
+            needed = max(1, dp_shard) * fixed
             raise UsageError(
-                f"parallel: {factors} does not make the {devices} devices there are; start "
-                f"{max(1, dp_shard) * fixed} of them, or use parallel.dp_shard=auto and axes whose product divides "
-                f"{devices}"
+                f"parallel: {factors} does not make the {devices} devices there are; start {needed} processes "
+                f"(--nproc {needed}, or puna launch for several machines), or use parallel.dp_shard=auto and axes "
+                f"whose product divides {devices}"
             )
         layout = cls(p.pp, p.dp_replicate, dp_shard, p.cp, p.tp, p.stages_per_rank)
         reasons = list(layout._misfits(recipe, config))

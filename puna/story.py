@@ -1,7 +1,8 @@
 """A story told stage by stage: each is numbered, timed, remembered, and told once.
 
 The folder's `stages.json` holds what every finished stage came to. Told again, a story passes over those, and goes on
-where it was broken off; told with other settings, it asks for another folder.
+where it was broken off; told with other settings, it asks for another folder. A newer version of puna goes on too: each
+stage names the version that did it, and that the stages have several is said.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import puna
 from puna.errors import PunaError
 from puna.files import read_json, write_json
 from puna.progress import say
@@ -45,6 +47,10 @@ class Story:
             if changed and before["stages"]:
                 raise PunaError(f"{folder} was made with other {', '.join(changed)}; remove it or choose another place")
             self._finished = {stage["name"]: stage for stage in before["stages"]}
+            for stage in before["stages"]:
+                stage.setdefault("puna", before["settings"].get("puna"))  # earlier versions wrote it once for all
+            if others := self._others(before["stages"]):
+                say(f"stages of {folder} were done by puna {', '.join(others)}; {puna.__version__} does the others")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise PunaError(f"{folder} exists and holds something else; choose another place with -o")
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +61,12 @@ class Story:
     def outcomes(self) -> dict[str, Outcome]:
         """Name of a stage's function -> what it came to."""
         return {stage["name"]: stage["outcome"] for stage in self.stages}
+
+    @property
+    def earlier(self) -> dict[str, str]:
+        """For a report: the other versions of puna that did stages, if any did."""
+        others = self._others(self.stages)
+        return {"puna, of earlier stages": ", ".join(others)} if others else {}
 
     def stage(self, title: str, tell: Callable[..., Outcome], *arguments: Any) -> None:
         """Does what a stage does, `tell(*arguments)`, unless it was done before, and says so."""
@@ -67,10 +79,15 @@ class Story:
         started = time.monotonic()
         outcome = tell(*arguments)
         seconds = time.monotonic() - started
-        self.stages.append({"name": tell.__name__, "title": title, "seconds": seconds, "outcome": outcome})
+        name, version = tell.__name__, puna.__version__
+        self.stages.append({"name": name, "title": title, "seconds": seconds, "puna": version, "outcome": outcome})
         self._remember()
         say(textwrap.indent(outcome["command"], "    "))
         say(f"    {outcome['said']} ({seconds:.1f} s)")
+
+    @staticmethod
+    def _others(stages: list[dict[str, Any]]) -> list[str]:
+        return list(dict.fromkeys(str(stage["puna"]) for stage in stages if stage["puna"] != puna.__version__))
 
     def _remember(self) -> None:
         write_json(self.folder / FILE, {"settings": self.settings, "stages": self.stages})

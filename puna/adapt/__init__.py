@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import puna
 from puna.adapt import stages
 from puna.adapt.recipe import check_recipe, choose_recipe
 from puna.adapt.results import results_of
@@ -62,7 +61,6 @@ def adapt(
     """
     at = Places(Path(output), Path(code), resolve(model))
     settings = {
-        "puna": puna.__version__,
         "code": str(code),
         "model": str(model),
         "epochs": epochs,

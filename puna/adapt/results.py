@@ -53,7 +53,7 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
         "stages": [
             {"title": stage["title"], "seconds": stage["seconds"], **stage["outcome"]} for stage in story.stages
         ],
-        "run": {**what_runs_here(), "seeds": "0 everywhere", **sandbox},
+        "run": {**what_runs_here(), **story.earlier, "seeds": "0 everywhere", **sandbox},
         "recipes": {"run": (at.run / "recipe.yaml").read_text(encoding="utf-8")},
     }
 

@@ -13,7 +13,6 @@ import dataclasses
 import platform
 from pathlib import Path
 
-import puna
 from puna.demo import stages
 from puna.demo.results import results_of
 from puna.demo.stages import Places, Size
@@ -37,7 +36,7 @@ def demo(output: str | Path = "demo", *, size: Size = Size()) -> Path:
         PunaError: `output` holds something else, or a stage cannot be done here.
     """
     at = Places(Path(output))
-    settings = {"puna": puna.__version__, "Python": platform.python_version(), "size": dataclasses.asdict(size)}
+    settings = {"Python": platform.python_version(), "size": dataclasses.asdict(size)}
     story = Story(at.root, settings, stages=10)
     story.stage("Cut Python's standard library into pieces", stages.cut_library, at, size)
     story.stage("Train a tokenizer on them", stages.make_tokenizer, at, size)

@@ -42,7 +42,7 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
         "stages": [
             {"title": stage["title"], "seconds": stage["seconds"], **stage["outcome"]} for stage in story.stages
         ],
-        "run": {**what_runs_here(), "seeds": "0 everywhere", "sandbox": problems["sandbox"]},
+        "run": {**what_runs_here(), **story.earlier, "seeds": "0 everywhere", "sandbox": problems["sandbox"]},
         "recipes": {
             run.name: (run / "recipe.yaml").read_text(encoding="utf-8") for run in (at.pretrain_run, at.chat_run)
         },

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import typer
 
+import puna
 from puna.demo import Size, demo, stages
 from puna.demo.library import PIECE_CHARACTERS, pieces
 from puna.errors import PunaError
 from puna.evaluate.benchmarks.humaneval import HumanEval
-from puna.files import read_json
+from puna.files import read_json, write_json
 from puna.story import FILE, Story, command
 
 SMALL = {"sequence_length": 512, "batch_tokens": 1024, "micro_batch_rows": 2, "steps": 4, "schedule.warmup_steps": 1}
@@ -117,6 +118,32 @@ def test_a_story_that_was_broken_off_before_a_stage_was_done_may_be_told_with_ot
     Story(tmp_path / "story", {"share": 0.3}, stages=1).stage("The first", lambda: {"said": "", "command": ""})
     with pytest.raises(PunaError, match="was made with other share; remove it"):
         Story(tmp_path / "story", {"share": 0.1}, stages=1)
+
+
+@pytest.mark.parametrize("is_written_once", [False, True], ids=["for each stage", "once, as before"])
+def test_a_story_goes_on_with_another_version_and_says_which_did_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_written_once: bool
+) -> None:
+    done = {"said": "", "command": ""}
+    with monkeypatch.context() as patched:
+        patched.setattr(puna, "__version__", "0.0.1")
+        story = Story(tmp_path / "story", {"share": 0.1}, stages=2)
+        story.stage("The first", lambda: done)
+        assert story.earlier == {}
+    if is_written_once:
+        stages = [{name: value for name, value in stage.items() if name != "puna"} for stage in story.stages]
+        write_json(tmp_path / "story" / FILE, {"settings": {"puna": "0.0.1", "share": 0.1}, "stages": stages})
+
+    def second() -> dict[str, Any]:
+        return done
+
+    for _ in range(2):
+        story = Story(tmp_path / "story", {"share": 0.1}, stages=2)
+        story.stage("The first", lambda: pytest.fail("it is done already"))
+        story.stage("The second", second)
+        assert f"were done by puna 0.0.1; {puna.__version__} does the others" in capsys.readouterr().err
+        assert [stage["puna"] for stage in story.stages] == ["0.0.1", puna.__version__]
+        assert story.earlier == {"puna, of earlier stages": "0.0.1"}
 
 
 def test_a_story_with_settings_that_json_spells_otherwise_goes_on(tmp_path: Path) -> None:

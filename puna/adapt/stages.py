@@ -8,7 +8,7 @@ from typing import Any
 import puna
 from puna.adapt.recipe import BYTES_A_TOKEN, row_length
 from puna.checkpoint import load_config
-from puna.checkpoint.huggingface import open_weights
+from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.corpora.code import language_of
 from puna.data.folders import files_of

@@ -7,7 +7,8 @@
 
 from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
-from puna.checkpoint.huggingface import is_hub_id, load, load_config, load_model, resolve, save_model
+from puna.checkpoint.hub import is_hub_id, resolve
+from puna.checkpoint.huggingface import load, load_config, load_model, save_model
 from puna.checkpoint.quantize import quantize
 from puna.checkpoint.runs import Checkpoints
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from puna.checkpoint import formats
-from puna.checkpoint.huggingface import fit, is_hub_id, resolve
+from puna.checkpoint.hub import is_hub_id, resolve
+from puna.checkpoint.huggingface import fit
 from puna.checkpoint.tensors import counted, dtype_of, rounded
 from puna.errors import PunaError, UsageError
 from puna.garbage import seldom_collected

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model_files
+from puna.checkpoint.huggingface import fit, load_tokenizer_of, write_model
 from puna.checkpoint.manifest import Damaged, checked_meanwhile, read_meta
 from puna.checkpoint.runs import MODEL, checkpoints, newest_sound
 from puna.checkpoint.tensors import counted, dtype_of, rounded
@@ -47,7 +47,7 @@ def export(
             config = ModelConfig.from_json(read_meta(checkpoint)["model_config"], str(checkpoint))
             tensors = fit(config, open_sharded(checkpoint / MODEL, MODEL))
             with counted("exporting", rounded(tensors, dtype)) as tensors:
-                write_model_files(aside, config, tensors, load_tokenizer_of(run_dir / "tokenizer"))
+                write_model(aside, config, tensors, load_tokenizer_of(run_dir / "tokenizer"))
 
     steps = _steps(run_dir, step)
     if step is None:

@@ -17,16 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from puna.checkpoint.hub import resolve
 from puna.checkpoint.room import check_room
-from puna.checkpoint.tensors import (
-    StoredTensor,
-    dtype_name,
-    dtype_of,
-    open_pickled,
-    open_safetensors,
-    write_safetensors,
-)
+from puna.checkpoint.tensors import StoredTensor, dtype_name, dtype_of
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
+from puna.checkpoint.weights import open_weights, some, write_weights
 from puna.errors import PunaError, UsageError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig, ends_of
@@ -37,9 +32,6 @@ from puna.tokenizer import Tokenizer, load_tokenizer
 
 #: Endings of tensors that old checkpoints carry and no network reads.
 HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
-
-#: Most bytes of a file of weights.
-SHARD_BYTES = 5_000_000_000
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -82,16 +74,15 @@ def load(
     folder = resolve(folder)
     config, quantization = load_quantized_config(folder)
     tokenizer = load_tokenizer_of(folder)
-    if tokenizer is not None and hasattr(tokenizer, "check_vocab_size"):
+    if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
-    part, tensors = None if share is None else share(config), open_weights(folder)
     model = build_model(
         config,
-        tensors,
+        open_weights(folder),
         quantization=quantization,
         dtype=dtype,
         device=device,
-        share=part,
+        share=None if share is None else share(config),
         for_inference=for_inference,
     )
     return model, tokenizer
@@ -193,13 +184,13 @@ def fit(
         )
     shapes = parameter_shapes(config, quantization)
     if missing := [name for name in shapes if name not in tensors]:
-        raise PunaError(f"{where} lacks {_some(missing)}, which config.json asks for; fetch or make the weights again")
+        raise PunaError(f"{where} lacks {some(missing)}, which config.json asks for; fetch or make the weights again")
     unknown = [name for name in tensors if name not in shapes and not name.endswith(HARMLESS_EXTRAS)]
     if config.tie_word_embeddings and HEAD in unknown:
         unknown.remove(HEAD)
         _check_tied(tensors[EMBEDDING], tensors[HEAD])
     if unknown:
-        raise PunaError(f"{where} holds {_some(unknown)}, which the model of config.json does not have")
+        raise PunaError(f"{where} holds {some(unknown)}, which the model of config.json does not have")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise PunaError(_misfit(name, tensors[name], shape, config))
@@ -278,59 +269,7 @@ def load_tokenizer_of(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder)
 
 
-def open_weights(folder: Path | str) -> dict[str, StoredTensor]:
-    """Every tensor of a folder in Hugging Face layout, unread; safetensors are preferred to `.bin`.
-
-    Raises:
-        PunaError: there are no weights, or the weights of two models; a file is missing or damaged, or two files hold
-            the same tensor.
-    """
-    folder = Path(folder)
-    for stem, suffix, opened in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickled)):
-        index, file = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.exists() and file.exists() and file.name not in _weight_map(index).values():
-            raise PunaError(
-                f"{folder} holds {file.name}, and {index.name} names other files; remove what is not the model's"
-            )
-        if index.exists():
-            return open_index(index, opened)
-        if file.exists():
-            return opened(file)
-    raise PunaError(
-        f"{folder} holds no weights: there is neither model.safetensors nor model.safetensors.index.json "
-        "(nor pytorch_model.bin)"
-    )
-
-
-def resolve(name: Path | str) -> Path:
-    """The folder of MODEL: itself, or the download of a Hugging Face hub id.
-
-    Raises:
-        PunaError: there is no such folder, and the hub cannot be reached, is not installed or does not give access.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise PunaError(f"{folder} is a file; a model is a folder with config.json and its weights")
-    if not is_hub_id(name):
-        raise PunaError(f"there is no folder {name}; name a model's folder, or its id on the Hugging Face hub")
-    return _download(str(name))
-
-
-def is_hub_id(name: Path | str) -> bool:
-    """Whether a name is OWNER/NAME, and not a path into a folder that is here."""
-    owner, *rest = str(name).split("/")
-    return len(rest) == 1 and all((owner, *rest)) and owner not in (".", "..", "~") and not Path(owner).is_dir()
-
-
-def save_model(
-    model: Llama,
-    folder: Path | str,
-    *,
-    tokenizer: Tokenizer | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> None:
+def save_model(model: Llama, folder: Path | str, *, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
 
     Raises:
@@ -341,44 +280,29 @@ def save_model(
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise PunaError("a model that was loaded for inference cannot be saved; load it without for_inference")
     tensors = {name: StoredTensor.of(values) for name, values in model.named_parameters()}
-    write_model(folder, model.config, tensors, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    with folder_aside(folder) as aside:
+        write_model(aside, model.config, tensors, tokenizer)
 
 
 def write_model(
-    folder: Path | str,
-    config: ModelConfig,
-    tensors: Mapping[str, StoredTensor],
-    *,
-    tokenizer: Tokenizer | None = None,
-    quantization: Quantization | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes stored tensors in Hugging Face layout, one in memory at a time; the folder appears when it is whole.
-
-    Args:
-        folder: to be made.
-        config: the model's shape.
-        tensors: exactly the model's.
-        tokenizer: goes along; None: none does.
-        quantization: how the tensors are quantised; None: they are not.
-        max_shard_bytes: most bytes of a file, unless one tensor is larger.
-
-    Raises:
-        PunaError: the folder exists, or the tensors are not those of the model.
-    """
-    with folder_aside(folder) as aside:
-        write_model_files(aside, config, tensors, tokenizer, quantization, max_shard_bytes)
-
-
-def write_model_files(
     folder: Path,
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     tokenizer: Tokenizer | None = None,
     quantization: Quantization | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """As `write_model`, into an empty folder that is there already."""
+    """Writes stored tensors in Hugging Face layout, one in memory at a time.
+
+    Args:
+        folder: empty, best one that takes its place when it is whole (`puna.files.folder_aside`).
+        config: the model's shape.
+        tensors: exactly the model's.
+        tokenizer: goes along; None: none does.
+        quantization: how the tensors are quantised; None: they are not.
+
+    Raises:
+        PunaError: the tensors are not those of the model.
+    """
     tensors = fit(config, tensors, quantization)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     fields = without_eot(config, tokenizer).to_json()
@@ -391,33 +315,7 @@ def write_model_files(
     if tokenizer is not None:
         tokenizer.save(folder)
         write_tokenizer_json(tokenizer, folder)
-    _write_weights(folder, tensors, max_shard_bytes)
-
-
-def _write_weights(folder: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
-    shards = _shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in shard})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.size_bytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _shards(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.size_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.size_bytes
-    return shards
+    write_weights(folder, tensors)
 
 
 def without_eot(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
@@ -430,39 +328,6 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     if tokenizer is not None and tokenizer.infilling is not None:
         config = config.with_ends([tokenizer.infilling.eot_id])
     return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-
-
-def open_index(
-    index: Path, opened: Callable[[Path], dict[str, StoredTensor]] = open_safetensors
-) -> dict[str, StoredTensor]:
-    """Every tensor of the files that an index names, unread.
-
-    Args:
-        index: JSON with a "weight_map", name -> file beside it.
-        opened: gives the tensors of a file.
-
-    Raises:
-        PunaError: there is no such map, a file is missing, or holds other tensors than the map says.
-    """
-    weight_map = _weight_map(index)
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (index.parent / file).exists():
-            raise PunaError(f"{index.parent / file} does not exist, but {index.name} names it; fetch it again")
-        found = opened(index.parent / file)
-        if both := [name for name in found if name in tensors]:
-            raise PunaError(f"{_some(both)} is in {file} and in {Path(tensors[both[0]].where).name} of {index.parent}")
-        if lost := [name for name, place in weight_map.items() if place == file and name not in found]:
-            raise PunaError(f"{index.parent / file} lacks {_some(lost)}, which {index.name} says it holds")
-        tensors.update(found)
-    return tensors
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise PunaError(f'{index} has no "weight_map"')
-    return weight_map
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
@@ -483,32 +348,3 @@ def _misfit(name: str, stored: StoredTensor, shape: tuple[int, ...], config: Mod
 def _place(tensors: Mapping[str, StoredTensor]) -> str:
     files = {tensor.where for tensor in tensors.values()}
     return files.pop() if len(files) == 1 else str(Path(min(files, default="the checkpoint")).parent)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
-
-
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    except ImportError:
-        raise PunaError(
-            f"there is no folder {name}; to fetch it from the Hugging Face hub, install huggingface_hub: "
-            "pip install 'puna[hub]'"
-        ) from None
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError:
-        raise PunaError(
-            f"the hub gives {name} only to those who accepted its licence: accept it at "
-            f"https://huggingface.co/{name} and run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise PunaError(f"there is no folder {name}, and no such model on the Hugging Face hub") from None
-    except Exception as error:  # the hub's client passes on errors of whatever it is built upon
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PunaError(f"there is no folder {name}, and the Hugging Face hub cannot be reached ({reason})") from None

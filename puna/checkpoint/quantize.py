@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.checkpoint.huggingface import fit, load_config, load_tokenizer_of, open_weights, resolve, write_model
+from puna.checkpoint.hub import resolve
+from puna.checkpoint.huggingface import fit, load_config, load_tokenizer_of, write_model
 from puna.checkpoint.tensors import StoredTensor, counted
+from puna.checkpoint.weights import open_weights
 from puna.errors import PunaError
+from puna.files import folder_aside
 from puna.quantized import Quantization, QuantizedLinear
 
 #: Weights that are quantised at once: schemes take several times their bytes meanwhile, best in the cache.
@@ -50,8 +53,8 @@ def quantize(
     tensors = quantized_tensors(source, quantization)
     size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
     _check_disk(output, size_bytes)
-    with counted("quantising", tensors) as tensors:
-        write_model(output, config, tensors, tokenizer=load_tokenizer_of(folder), quantization=quantization)
+    with folder_aside(output) as aside, counted("quantising", tensors) as tensors:
+        write_model(aside, config, tensors, load_tokenizer_of(folder), quantization)
     return {
         "folder": str(output),
         "scheme": scheme,

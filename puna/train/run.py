@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from puna import devices
-from puna.checkpoint.huggingface import fit, open_weights
+from puna.checkpoint.huggingface import fit
 from puna.checkpoint.runs import Checkpoints, checkpoints
+from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, stack
 from puna.data.rows import Row

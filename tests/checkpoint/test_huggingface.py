@@ -29,19 +29,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model in several files."""
-    save_model(tiny_model(), tmp_path / "sharded", max_shard_bytes=100_000)
+    monkeypatch.setattr("puna.checkpoint.weights.SHARD_BYTES", 100_000)
+    save_model(tiny_model(), tmp_path / "sharded")
     return tmp_path / "sharded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000])
-def test_tensors_come_back_bit_for_bit(tmp_path, dtype, max_shard_bytes):
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
+def test_tensors_come_back_bit_for_bit(tmp_path, monkeypatch, dtype, shard_bytes):
+    monkeypatch.setattr("puna.checkpoint.weights.SHARD_BYTES", shard_bytes)
     source = {name: all_bit_patterns(shape, dtype) for name, shape in parameter_shapes(preset("tiny-64")).items()}
     model = build_model(preset("tiny-64"), {name: StoredTensor.of(values) for name, values in source.items()})
-    save_model(model, tmp_path / "a", max_shard_bytes=max_shard_bytes)
-    save_model(load_model(tmp_path / "a"), tmp_path / "b", max_shard_bytes=max_shard_bytes)
+    save_model(model, tmp_path / "a")
+    save_model(load_model(tmp_path / "a"), tmp_path / "b")
     stored = {}
     for file in (tmp_path / "b").glob("*.safetensors"):
         stored.update(load_file(file))
@@ -310,7 +312,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("puna.checkpoint.huggingface.write_safetensors", full)
+    monkeypatch.setattr("puna.checkpoint.weights.write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(tiny_model(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

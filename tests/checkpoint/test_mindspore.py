@@ -14,8 +14,8 @@ from puna.checkpoint import convert, load_model, save_model
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
 from puna.checkpoint.formats.mindspore.model_config import from_fields
 from puna.checkpoint.formats.mindspore.strategy import Layout, read_strategies, write_strategy
-from puna.checkpoint.huggingface import open_weights
 from puna.checkpoint.tensors import StoredTensor, open_safetensors
+from puna.checkpoint.weights import open_weights
 from puna.cli import run
 from puna.errors import PunaError, UsageError
 from puna.model.config import preset

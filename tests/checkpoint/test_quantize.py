@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.checkpoint import load, load_config, load_model, quantize, room, save_model
-from puna.checkpoint.huggingface import write_model
-from puna.checkpoint.tensors import StoredTensor
 from puna.cli import run
 from puna.errors import PunaError, UsageError
 from puna.generate import complete, generate
@@ -139,10 +137,11 @@ def quantize_without_result(folder, output, scheme):
     quantize(folder, output, scheme=scheme)
 
 
-def test_shards_are_quantised_to_shards(tmp_path):
+def test_shards_are_quantised_to_shards(tmp_path, monkeypatch):
     model = tiny_model(**SHAPE)
-    tensors = {name: StoredTensor.of(values) for name, values in model.named_parameters()}
-    write_model(tmp_path / "sharded", model.config, tensors, max_shard_bytes=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("puna.checkpoint.weights.SHARD_BYTES", 100_000)
+        save_model(model, tmp_path / "sharded")
     save_model(model, tmp_path / "whole")
     tokens = torch.tensor([[1, 2, 3]])
     logits = []

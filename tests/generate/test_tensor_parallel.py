@@ -10,7 +10,8 @@ import torch
 
 import puna
 from puna.checkpoint import load, quantize, room, save_model
-from puna.checkpoint.huggingface import load_quantized_config, open_weights
+from puna.checkpoint.huggingface import load_quantized_config
+from puna.checkpoint.weights import open_weights
 from puna.cli import run
 from puna.errors import PunaError, UsageError
 from puna.generate import Engine, complete

@@ -87,9 +87,10 @@ def test_gradients_equal_transformers(pair):
         parameter.grad = None
 
 
-def test_what_we_save_opens_in_transformers_with_equal_logits(pair, tmp_path):
+def test_what_we_save_opens_in_transformers_with_equal_logits(pair, tmp_path, monkeypatch):
     _, ours = pair
-    save_model(ours, tmp_path / "saved", max_shard_bytes=100_000)
+    monkeypatch.setattr("puna.checkpoint.weights.SHARD_BYTES", 100_000)
+    save_model(ours, tmp_path / "saved")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from puna.checkpoint.huggingface import load_config, load_tokenizer_of, open_weights, write_model
+from puna.checkpoint.huggingface import load_config, load_tokenizer_of, write_model
 from puna.checkpoint.tensors import StoredTensor
+from puna.checkpoint.weights import open_weights
+from puna.files import folder_aside
 from puna.model.config import ModelConfig
 from puna.tokenizer import Tokenizer
 
@@ -20,4 +22,5 @@ def read(folder: Path, rope_theta: float | None) -> tuple[ModelConfig, dict[str,
 
 def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], tokenizer: Tokenizer | None) -> None:
     """Writes the folder."""
-    write_model(folder, config, tensors, tokenizer=tokenizer)
+    with folder_aside(folder) as aside:
+        write_model(aside, config, tensors, tokenizer)

@@ -26,8 +26,9 @@ from puna.checkpoint.formats.mindspore.slices import (
     rank_folders,
 )
 from puna.checkpoint.formats.mindspore.strategy import Strategy, read_strategies, write_strategy
-from puna.checkpoint.huggingface import load_tokenizer_of, open_index, without_eot
+from puna.checkpoint.huggingface import load_tokenizer_of, without_eot
 from puna.checkpoint.tensors import StoredTensor, open_safetensors, safetensors_metadata
+from puna.checkpoint.weights import open_index
 from puna.errors import PunaError, UsageError
 from puna.files import file_aside, folder_aside
 from puna.model.config import ModelConfig

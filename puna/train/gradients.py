@@ -22,24 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from puna.errors import PunaError
-from puna.train.optimizer import (
-    AdamW,
-    Chance,
-    Place,
-    is_sharded,
-    local_part,
-    placed_like,
-    round_stochastically,
-    rows_at_once,
-    seeds_of,
-)
+from puna.train.optimizer import AdamW, local_part, placed_like, rows_at_once, sharded_like
+from puna.train.rounding import Chance, Place, round_stochastically, seeds_of
 
 #: Bytes of gradients that may wait on the device for their way to host memory; the backward pass waits beyond that.
 IN_FLIGHT_BYTES = 1 << 30
 
-#: Numbers whose squares a CPU adds to one number, and how many such rows it takes at a time.
+#: Numbers whose squares a CPU sums in one fp32 number, and how many such sums it forms at a time; see `square_of`.
 SUMMED, ROWS = 1 << 14, 64
 
 #: Makes a sum of the one before (None: there is none) and a gradient, both on the device.
@@ -155,18 +147,17 @@ class _Sums(_Leaving):
         self._sums = kept
         self._counts: dict[str, int] = {}
 
-    def squared_norm(self) -> float:
-        """As for `Gradients`; the shares of the sums were taken on the device, when they were formed."""
-        self.collect()
+    def collect(self) -> None:
+        """Takes what no hook took, and waits until all sums are formed."""
+        super().collect()
         self._sums.wait()
-        return super().squared_norm()
 
     def pop(self, name: str) -> Tensor | None:
         """A parameter's sum, on the device."""
         if name not in self._squares:
             return None
         del self._squares[name], self._counts[name]
-        return _like(self._sums.pop(name), self.parameters[name])
+        return sharded_like(self._sums.pop(name), self.parameters[name])
 
     def clear(self) -> None:
         super().clear()
@@ -237,8 +228,7 @@ class HostGradients(_Sums):
         for start in range(0, len(rows), size):
             piece = rows[start : start + size]
             total = piece.float().add_(more[start : start + size])
-            here = Place(place.row + start, place.column, place.columns)
-            piece.copy_(round_stochastically(total, Chance.of(seeds, here).bits(total)))
+            piece.copy_(round_stochastically(total, Chance.of(seeds, place.below(start)).bits(total)))
         return rows.view(before.shape)
 
 
@@ -270,7 +260,7 @@ class UpdatesInBackward(_Leaving):
 def share_of_square(grad: Tensor, parameter: Any) -> Tensor:
     """A rank's share of a gradient's squared 2-norm, in fp32 on its device; ranks with the same part share it."""
     copies = 1
-    if is_sharded(parameter):
+    if isinstance(parameter, DTensor):
         axes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
         copies = math.prod(size for size, placement in axes if placement.is_replicate())
     return square_of(local_part(grad)) / copies
@@ -291,25 +281,13 @@ def square_of(x: Tensor) -> Tensor:
 
 def is_finite_everywhere(square: Tensor, parameter: Any) -> bool:
     """Whether the shares of all ranks that hold a part of a parameter are finite; they all ask."""
-    if is_sharded(parameter):
+    if isinstance(parameter, DTensor):
         total = square.clone()
         for axis, placement in enumerate(parameter.placements):
             if not placement.is_replicate():
                 dist.all_reduce(total, group=parameter.device_mesh.get_group(axis))
         square = total
     return math.isfinite(square.item())
-
-
-def _like(part: Tensor, parameter: Any) -> Tensor:
-    """A rank's part of a gradient as its parameter is: a DTensor where that is one."""
-    if not is_sharded(parameter):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
 
 
 class _Kept:

@@ -3,11 +3,10 @@
 The update walks over the rows of the weights in pieces that fit the cache, so the dozen element-wise operations of a
 step read and write memory once. Where there is a kernel for all of them it serves: `puna.train.update_kernel` on CUDA,
 torch's own for fp32 on a CPU. State is a few tensors a parameter under the parameter's own name, sharded as it is, so
-checkpoints need no map. Where a number is rounded by chance, the chance is a function of seed, update, name and the
-number's place in the whole weight: a step gives the same bits on one device and on many.
+checkpoints need no map. Where a number is rounded by chance (`puna.train.rounding`), a step gives the same bits on one
+device and on many.
 """
 
-import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from puna.config import Optimizer
@@ -24,6 +24,7 @@ from puna.devices import takes_cuda_kernels
 from puna.errors import PunaError
 from puna.model.optimizer_state import MOMENTS, block_of, is_blockwise, misfit, state_shapes
 from puna.train.low_bit import Blocks, signed_levels, unsigned_levels
+from puna.train.rounding import Chance, Place, round_stochastically, seeds_of
 
 #: Elements updated at a time: on a CPU the pieces of weight, gradient and state stay in its cache.
 PIECE = {"cpu": 1 << 16}
@@ -122,8 +123,7 @@ class AdamW:
         size = rows_at_once(rows["weight"])
         for start in range(0, len(rows["weight"]), size):
             piece = {kind: tensor[start : start + size] for kind, tensor in rows.items()}
-            here = Place(place.row + start, place.column, place.columns)
-            chances = {kind: Chance.of(seeds[kind], here) for kind in kinds}
+            chances = {kind: Chance.of(seeds[kind], place.below(start)) for kind in kinds}
             _update_piece(piece, formats, factors, chances)
 
     def _update_by_torch(self, rows: dict[str, Tensor], update: int, lr: float, grad_scale: float) -> None:
@@ -170,7 +170,7 @@ class Factors:
 
 
 def _update_piece(
-    piece: dict[str, Tensor], formats: dict[str, "_Format"], factors: Factors, chances: dict[str, "Chance"]
+    piece: dict[str, Tensor], formats: dict[str, "_Format"], factors: Factors, chances: dict[str, Chance]
 ) -> None:
     """Moves some rows of a weight, in place: "weight", "grad" and the state's kinds, (rows, columns) each."""
     p, m, v = (formats[kind].read(piece, kind) for kind in ("weight", *MOMENTS))
@@ -234,144 +234,56 @@ class _Codes:
         self.blocks.write(exact, piece[kind], piece[f"{kind}_scales"], bits)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the part of a weight that lies here begins in the whole, and how many columns the whole has."""
-
-    row: int
-    column: int
-    columns: int
-
-    @classmethod
-    def of(cls, parameter: Any) -> "Place":
-        """The place of a tensor's part on this rank; a tensor of one dimension is one column."""
-        offset: tuple[int, ...] = (0, 0)
-        if is_sharded(parameter):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-        return cls(offset[0], offset[1] if len(offset) > 1 else 0, math.prod(parameter.shape[1:]))
-
-
 def rows_at_once(x: Tensor) -> int:
     """Rows of a (rows, columns) tensor that are worked on together."""
     return max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // x.shape[1])
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; asked without importing what defines them, which takes most of a second."""
-    return hasattr(tensor, "placements")
-
-
-def local_part(tensor: Any) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What a rank holds of a tensor: of a DTensor its part, else all."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(grad: Any, parameter: Any) -> Tensor:
+def placed_like(grad: Any, parameter: Tensor) -> Tensor:
     """A gradient with its parameter's placements; where it has others, e.g. a sum that is due, ranks communicate."""
-    if is_sharded(parameter) and grad.placements != parameter.placements:
+    if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         return grad.redistribute(parameter.device_mesh, parameter.placements)
     return grad
 
 
-def round_stochastically(x: Tensor, chance: Tensor) -> Tensor:
-    """Rounds fp32 to bf16, up or down with the probability that makes the mean right.
-
-    bf16 is the upper half of fp32: adding 16 random bits and dropping the lower half does it, and leaves infinities
-    what they are, whose lower half is 0. What is not a number stays so.
+def sharded_like(part: Tensor, parameter: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A rank's part of a tensor that is sharded as a parameter is: as a DTensor where the parameter is one.
 
     Args:
-        x: fp32.
-        chance: int32 of the same shape, evenly from 0 to 2^16 - 1.
+        part: what the rank holds.
+        parameter: whose mesh and placements it has.
+        shape: of the whole; None: the parameter's.
     """
-    rounded = (x.contiguous().view(torch.int32) + chance).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(x == x, rounded, x).to(torch.bfloat16)  # the bits of some NaNs would become those of a number
+    if not isinstance(parameter, DTensor):
+        return part
+    shape = tuple(parameter.shape) if shape is None else shape
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=torch.Size(shape), stride=(*shape[1:], 1),
+    )  # fmt: skip
 
 
-def seeds_of(key: str) -> tuple[int, int]:
-    """Two numbers of 32 bits that are a function of a text."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-
-
-@dataclass(frozen=True)
-class Chance:
-    """Random bits for the elements of a part of a weight: a function of two seeds and of the place in the whole.
-
-    Attributes:
-        start: the number of the part's first element (row times columns plus column) plus a seed, as int32.
-        mix: the other seed, as int32.
-        columns: of the whole.
-    """
-
-    start: int
-    mix: int
-    columns: int
-
-    @classmethod
-    def of(cls, seeds: tuple[int, int], place: Place) -> "Chance":
-        """For the part that begins at `place`, with seeds from `seeds_of`."""
-        start = place.row * place.columns + place.column + seeds[0]
-        return cls(_int32(start), _int32(seeds[1]), place.columns)
-
-    def bits(self, like: Tensor) -> Tensor:
-        """16 random bits for each element.
-
-        The number of an element goes through the two multiplications of a 32-bit hash, with a seed before each; the
-        upper half comes out well mixed. Places 2^32 apart have the same bits.
-
-        Args:
-            like: (rows, columns of the part) on the device that makes them.
-
-        Returns:
-            int32 of the same shape, evenly from 0 to 2^16 - 1.
-
-        Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018); shifts here keep the sign, which
-        folds the 32 bits to 30.
-        """
-        rows, columns = (torch.arange(size, device=like.device, dtype=torch.int32) for size in like.shape)
-        x = (rows * self.columns + self.start)[:, None] + columns  # modulo 2^32
-        x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_(self.mix)
-        x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32))
-        return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-
-
-def _int32(x: int) -> int:
-    """Modulo 2^32."""
-    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
-def _column_parts(parameter: Any) -> int:
+def _column_parts(parameter: Tensor) -> int:
     """Ranks that the columns of a matrix are split over."""
-    if not is_sharded(parameter):
+    if not isinstance(parameter, DTensor):
         return 1
     splits = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    parts = 1
-    for size, placement in splits:
-        parts *= size if getattr(placement, "dim", None) == 1 else 1
-    return parts
+    return math.prod(size for size, placement in splits if getattr(placement, "dim", None) == 1)
 
 
-def _state_of(parameter: Any, bits: int) -> dict[str, Tensor]:
+def _state_of(parameter: Tensor, bits: int) -> dict[str, Tensor]:
     """Zeros for the state of a parameter, sharded as it is."""
     part = local_part(parameter.detach())
-    dtype = str(part.dtype).removeprefix("torch.")
-    kept = {
-        kind: torch.zeros(shape, dtype=getattr(torch, name), device=part.device)
-        for kind, (shape, name) in state_shapes(tuple(part.shape), bits, weight_dtype=dtype).items()
-    }
-    if not is_sharded(parameter):
-        return kept
-    from torch.distributed.tensor import DTensor
-
-    whole = state_shapes(tuple(parameter.shape), bits, weight_dtype=dtype)
+    shapes = partial(state_shapes, state_bits=bits, weight_dtype=str(part.dtype).removeprefix("torch."))
+    whole = shapes(tuple(parameter.shape))
     return {
-        kind: DTensor.from_local(
-            tensor, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=torch.Size(whole[kind][0]), stride=(*whole[kind][0][1:], 1),
+        kind: sharded_like(
+            torch.zeros(shape, dtype=getattr(torch, dtype), device=part.device), parameter, whole[kind][0]
         )
-        for kind, tensor in kept.items()
-    }  # fmt: skip
+        for kind, (shape, dtype) in shapes(tuple(part.shape)).items()
+    }

@@ -14,7 +14,8 @@ from puna.model.optimizer_state import MOMENTS
 
 if TYPE_CHECKING:
     from puna.train.low_bit import Blocks
-    from puna.train.optimizer import Chance, Factors
+    from puna.train.optimizer import Factors
+    from puna.train.rounding import Chance
 
 #: Numbers of a tile, about.
 TILE = 1024

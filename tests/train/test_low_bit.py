@@ -15,7 +15,8 @@ from puna.config import Optimizer
 from puna.model.optimizer_state import misfit, state_shapes, state_sizes
 from puna.testing import tiny_model
 from puna.train.low_bit import Blocks, lowest_by_upper_half, signed_levels, unsigned_levels
-from puna.train.optimizer import AdamW, Chance, Place, seeds_of
+from puna.train.optimizer import AdamW
+from puna.train.rounding import Chance, Place, seeds_of
 
 CPU = torch.device("cpu")
 

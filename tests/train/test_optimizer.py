@@ -15,7 +15,8 @@ from puna.checkpoint import Checkpoints
 from puna.config import Optimizer
 from puna.errors import PunaError
 from puna.train import optimizer as optimizer_module
-from puna.train.optimizer import AdamW, Chance, Place, round_stochastically, seeds_of
+from puna.train.optimizer import AdamW
+from puna.train.rounding import Chance, Place, round_stochastically, seeds_of
 
 
 def _parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:

@@ -5,10 +5,11 @@ trained on. A layout is a sequence of token ids, never one string that is split 
 own terms and cannot become a control token.
 """
 
+from puna.prompts.chat.alpaca import alpaca_prompt
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
 from puna.prompts.healing import heal
 from puna.prompts.infilling import check_order, cut_around_gap, infill_document, infill_prompt, infill_stops
-from puna.prompts.templates import alpaca_prompt, chat_template, template_names
+from puna.prompts.templates import chat_template, template_names
 
 __all__ = [
     "ChatTemplate",

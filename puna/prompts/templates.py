@@ -8,14 +8,11 @@ from typing import Any
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.prompts import chat
-from puna.prompts.chat.alpaca import alpaca_prompt
 from puna.prompts.dialog import ChatTemplate
 from puna.tokenizer import Tokenizer
 
 #: What a model's folder ships.
 TEMPLATE_FILE = "chat_template.jinja"
-
-__all__ = ["alpaca_prompt", "chat_template", "template_names"]
 
 
 def template_names() -> list[str]:

@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from puna.cli import run
-from puna.data.mindrecord import (
-    MindRecord,
-    decode_all,
-    decode_integers,
-    encode_integers,
-    messagepack,
-    write_index,
-    write_mindrecord,
-    write_prepared,
-)
+from puna.data.mindrecord import MindRecord, messagepack, write_index, write_mindrecord, write_prepared
+from puna.data.mindrecord.integers import decode_all, decode_integers, encode_integers
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
 from puna.errors import PunaError, UsageError

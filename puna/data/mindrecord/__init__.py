@@ -9,20 +9,9 @@ prepared folder; `write_index` makes a lost `.db`.
 Source: mindspore 2.7 `mindspore/ccsrc/minddata/mindrecord`.
 """
 
-from puna.data.mindrecord.file import MindRecord, Page, decode_rows
+from puna.data.mindrecord.file import MindRecord
 from puna.data.mindrecord.from_prepared import write_prepared
 from puna.data.mindrecord.index import write_index
-from puna.data.mindrecord.integers import decode_all, decode_integers, encode_integers
 from puna.data.mindrecord.writer import write_mindrecord
 
-__all__ = [
-    "MindRecord",
-    "Page",
-    "decode_all",
-    "decode_integers",
-    "decode_rows",
-    "encode_integers",
-    "write_index",
-    "write_mindrecord",
-    "write_prepared",
-]
+__all__ = ["MindRecord", "write_index", "write_mindrecord", "write_prepared"]

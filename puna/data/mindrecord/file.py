@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from puna.data.mindrecord import messagepack
 from puna.data.mindrecord.integers import Buffer, decode_all
 from puna.errors import PunaError
 from puna.files import map_file
@@ -167,15 +168,13 @@ class MindRecord:
 
     def scalars(self, start: int, stop: int) -> dict[str, Any]:
         """The single values that lie between two offsets."""
-        from puna.data.mindrecord import messagepack
-
         try:
             values, _ = messagepack.decode(self._data[start + LENGTH_BYTES : stop])
         except (ValueError, IndexError, RecursionError) as error:
             raise PunaError(f"{self.path} is damaged: no single values at byte {start:,} ({error})") from None
-        return (
-            {name: value for name, value in values.items() if name in self.schema} if isinstance(values, dict) else {}
-        )
+        if not isinstance(values, dict):
+            return {}
+        return {name: value for name, value in values.items() if name in self.schema}
 
     def bytes(self, start: int, stop: int) -> bytes:
         """The bytes between two offsets."""

@@ -65,7 +65,7 @@ def write_mindrecord(
         header = {
             "header_size": header_bytes,
             "index_fields": listed or None,
-            "page": pages.finish(),
+            "page": pages.pages,
             "page_size": page_bytes,
             "compression_size": pages.saved_bytes,
             "schema": [{"blob_fields": pages.blob_fields, "desc": desc, "schema": _sorted(schema)}],
@@ -84,7 +84,14 @@ def write_mindrecord(
 
 
 class _Pages:
-    """The pages of a file that is being written, of which one blob page and one raw page are open."""
+    """The pages of a file that is being written, of which one blob page and one raw page are open.
+
+    Attributes:
+        pages: what the header says of each.
+        blob_fields: the columns that are arrays or bytes, by name.
+        rows: how many were written.
+        saved_bytes: what compressing integers has saved, which the header says too.
+    """
 
     def __init__(self, file: IO[bytes], path: Path, schema: Schema, header_bytes: int, page_bytes: int) -> None:
         self._file, self._path, self._schema = file, path, schema
@@ -94,7 +101,7 @@ class _Pages:
         )
         self._scalars = sorted(schema.keys() - set(self.blob_fields))
         self.rows = self.saved_bytes = 0
-        self._pages: list[dict[str, Any]] = []
+        self.pages: list[dict[str, Any]] = []
         self._groups = self._raws = 0
         self._blob: dict[str, Any] | None = None
         self._raw: dict[str, Any] | None = None
@@ -116,10 +123,6 @@ class _Pages:
         self.rows += 1
         self._blob["end_row_id"] = self.rows
 
-    def finish(self) -> list[dict[str, Any]]:
-        """What the header says of the pages."""
-        return self._pages
-
     def _make_room(self, blob_bytes: int, raw_bytes: int) -> None:
         """Begins new pages where the open ones have no room; a blob page's single values lie in one raw page."""
         raw_is_full = self._raw is not None and self._raw["page_size"] + raw_bytes > self._page_bytes
@@ -135,7 +138,7 @@ class _Pages:
         is_blob = type == "BLOB_DATA"
         page = {
             "end_row_id": 0,
-            "page_id": len(self._pages),
+            "page_id": len(self.pages),
             "page_size": 0,
             "page_type": type,
             "page_type_id": number,
@@ -143,7 +146,7 @@ class _Pages:
             "shard_id": 0,
             "start_row_id": self.rows if is_blob else 0,
         }
-        self._pages.append(page)
+        self.pages.append(page)
         return page
 
     def _put(self, page: dict[str, Any], data: bytes) -> None:

@@ -10,16 +10,33 @@ import importlib
 import os
 import pkgutil
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from puna import __version__
 from puna.errors import PunaError, UsageError
 from puna.progress import complain, say
 
+
+class Commands(TyperGroup):
+    """Commands in the order of the alphabet; a wrong one is answered with those that there are."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names."""
+        return sorted(super().list_commands(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named first, with the words behind it."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise UsageError(f"there is no command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="puna",
+    cls=Commands,
     help="Your team's own code model: prepare, train, export, generate, evaluate.",
     no_args_is_help=True,
     add_completion=False,

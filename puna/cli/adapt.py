@@ -27,7 +27,11 @@ def adapt(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prepare CODE, train MODEL on it, score it before and after on files kept out, export it, write one report."""
+    """Train MODEL further on CODE, and report whether it is better.
+
+    Code is prepared, the model scored on files kept out, trained on the others, exported and scored again. Stopped, the
+    same command goes on.
+    """
     from puna.adapt import adapt as tell
     from puna.config import parse_overrides
     from puna.files import read_json

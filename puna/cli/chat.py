@@ -28,7 +28,6 @@ from puna.cli.generate import (
     print_piece,
 )
 from puna.errors import PunaError
-from puna.files import read_json
 from puna.progress import say
 
 if TYPE_CHECKING:
@@ -58,7 +57,10 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Talk with a model; each line is a message, /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves."""
+    """Talk with a model.
+
+    Each line is a message; /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves.
+    """
     from puna.checkpoint import resolve
     from puna.devices import pick_device
     from puna.generate import Sampling
@@ -160,13 +162,10 @@ def _room_for(
 
 def _template(name: str | None, folder: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
     """The layout asked for, else the one that the model ships, else Code Llama's."""
-    from puna.prompts import chat_template
+    from puna.prompts import chat_template, ships_template
 
     if name is not None:
         return chat_template(name)
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-    if (folder / "chat_template.jinja").is_file() or settings.get("chat_template"):
+    if ships_template(folder):
         return chat_template(folder)
     return chat_template("codellama" if tokenizer.step_id is None else "codellama-70b")

@@ -37,7 +37,10 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Turn a checkpoint into another format, tensor by tensor; a name or shape that does not fit is an error."""
+    """Turn a checkpoint into another format.
+
+    It goes tensor by tensor, in little memory; a name or shape that does not fit is an error.
+    """
     from puna.checkpoint import convert
 
     options = {"config": config, "strategy": strategy, "pick": pick, "layout": layout}

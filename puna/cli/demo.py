@@ -14,7 +14,10 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make.")] = Path("demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Train, tune and score a small model on Python's standard library, and write a report; in minutes, on a CPU."""
+    """Train, tune and score a small model, in minutes, on a CPU.
+
+    It learns from Python's standard library; a page of HTML shows every stage.
+    """
     from puna.demo import demo as tell
     from puna.files import read_json
 

@@ -34,7 +34,7 @@ class Finding:
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """Say what this machine has, and what is missing, with the command that mends it."""
+    """Say what this machine has and lacks, and what mends it."""
     findings = [finding for check in _CHECKS for finding in check()]
     n_missing = sum(finding.state == "missing" for finding in findings)
     if as_json:

@@ -55,7 +55,10 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score models, or answers that were made before, on a benchmark; programs run in a sandbox."""
+    """Score models, or their answers, on a benchmark.
+
+    Programs that models write run in a sandbox. docs/evaluation.md says what each benchmark asks.
+    """
     from puna.evaluate import evaluate as score
     from puna.evaluate.comparing import why_not
 

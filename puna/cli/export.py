@@ -19,7 +19,10 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a run's weights as a Hugging Face folder, which transformers, vLLM and llama.cpp open as it is."""
+    """Write a run's weights as a Hugging Face folder.
+
+    transformers, vLLM and llama.cpp's converter open it as it is.
+    """
     from puna.checkpoint import export
 
     folder = export(run_dir, output, step=step, dtype=dtype)

@@ -68,7 +68,7 @@ def infill(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fill the gap between two texts, printing what is missing while it grows."""
+    """Fill the gap between two texts, printed while it grows."""
     leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     before, behind = _around(prefix, suffix, file) if is_first else ("", "")

@@ -43,7 +43,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the row as JSON.")] = False,
 ) -> None:
-    """Show a row of a prepared folder as the model sees it: tokens, targets, documents, positions."""
+    """Show a row of a prepared folder as the model sees it.
+
+    A line a token: its document, its position there, its id and text, and the target that it is to foretell.
+    """
     from puna.data.rows import open_rows
     from puna.data.shards import Dataset
     from puna.tokenizer import load_tokenizer

@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from puna.cli import app
+from puna.cli.train import Overrides, Recipe
 
 
 @app.command()
 def launch(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted fields, e.g. optimizer.peak_lr=1e-5.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus: Annotated[int, typer.Option(help="Devices of each machine.")] = ...,  # type: ignore[assignment]
     format: Annotated[str, typer.Option(help="shell, slurm or kubernetes.")] = "shell",
@@ -25,7 +26,7 @@ def launch(
         str | None, typer.Option(help="Kubernetes volume claim with data and runs; puna if not given.")
     ] = None,
 ) -> None:
-    """Print what starts RECIPE on many machines; nothing is started here."""
+    """Print what starts RECIPE on many machines; start nothing."""
     from puna.launch import launch
 
     text = launch(

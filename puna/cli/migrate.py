@@ -20,7 +20,10 @@ def migrate(
     rows: Annotated[int | None, typer.Option(help="Rows of the training data, to count steps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print recipe and keys as JSON.")] = False,
 ) -> None:
-    """Turn a YAML of MindFormers into a recipe; every key is translated or named with the reason why not."""
+    """Turn a YAML of MindFormers into a recipe.
+
+    Every key is translated, or named with the reason why not.
+    """
     from puna.migrate import migrate
     from puna.progress import say
 

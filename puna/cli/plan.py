@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli import app
+from puna.cli.train import Overrides, Recipe
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted fields, e.g. sequence_length=16384.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     devices: Annotated[int, typer.Option(help="How many devices there are.")] = 1,
     memory_gib: Annotated[float | None, typer.Option(help="Memory of each; else that of --device.")] = None,
     device: Annotated[str | None, typer.Option(help="For speed, e.g. h200; else the one of that memory.")] = None,
@@ -21,7 +22,10 @@ def plan(
     layout: Annotated[bool, typer.Option("--layout", help="Judge the recipe's own layout only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say whether RECIPE fits, how fast it is, and which layouts are best; exit 1 if none fits."""
+    """Say whether RECIPE fits, and which layouts are fastest.
+
+    Memory and time are computed, nothing is run. Exit code 1 if no layout fits.
+    """
     from puna.plan import plan as plan_recipe
 
     result = plan_recipe(

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli import app
+from puna.cli import Commands, app
 from puna.data import corpora
 from puna.errors import UsageError
 
-kinds = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+kinds = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kinds, name="prepare", help="Make token ids of code, text or dialogs, ready for training.")
 
 #: What all kinds take: name, type with its place on the command line, default.

@@ -30,7 +30,10 @@ def quantize(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with weights of few bits, which loads like any other; keep the original to train or convert it."""
+    """Write a model with weights of few bits.
+
+    It loads like any other; keep the original to train or convert it.
+    """
     from puna.checkpoint import quantize
 
     if data is not None:

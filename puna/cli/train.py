@@ -2,17 +2,29 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from puna.cli import app
 
+#: Not `puna.config.recipe_names`, whose imports take longer than the help.
+_RECIPES = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help=f"A YAML file with the fields of puna/config.py, or one of: {_RECIPES}.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FIELD=VALUE]…", help="Of the recipe, e.g. optimizer.peak_lr=1e-5."),
+]
+
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted fields, e.g. optimizer.peak_lr=1e-5.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option(help="Processes to start on this machine, one a device; alone without it.")
     ] = None,
@@ -20,8 +32,8 @@ def train(
 ) -> None:
     """Train as RECIPE says; on an existing run folder, continue.
 
-    On many machines, `puna launch` prints what starts them. A torchrun of your own that restarts processes needs
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    A new run begins with the weights of start=MODEL; without it, puna's own recipes begin with random ones. --nproc is
+    for one machine; for several, puna launch prints what starts them.
     """
     if nproc is not None:
         from puna.config import load_recipe

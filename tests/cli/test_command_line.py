@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, and errors of one or two lines without a traceback."""
 
 import errno
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import typer
 
 import puna
 from puna import cli
+from puna.config import recipe_names
 from puna.parallel import start
 
 
@@ -23,7 +25,8 @@ def _puna(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["frobnicate"], 2, "No such command"),
+        (["frobnicate"], 2, "there is no command 'frobnicate'; there are adapt, chat, compare, convert, demo, doctor,"),
+        (["prepare", "src"], 2, "there is no command 'src'; there are chat, code, jsonl, mindrecord, text, wikitext"),
         (["train"], 2, "Missing argument"),
         (["prepare", "code", ".", "-o", "x", "--tokenizer", "y", "--sequence-length", "1"], 2, "sequence-length"),
         (["train", "tiny-pretrain", "steps=9"], 2, "schedule.warmup_steps=30 is more than steps=9; use 9 or less"),
@@ -139,27 +142,20 @@ def test_what_the_system_says_is_explained(
     assert message in capsys.readouterr().err
 
 
-def test_every_command_has_help() -> None:
-    listed = _puna("--help").stdout
-    for command in [
-        "prepare",
-        "inspect",
-        "plan",
-        "train",
-        "launch",
-        "export",
-        "convert",
-        "quantize",
-        "generate",
-        "infill",
-        "chat",
-        "evaluate",
-        "doctor",
-    ]:
-        assert command in listed
-        done = _puna(command, "--help")
-        assert done.returncode == 0
-        assert "Usage: " in done.stdout
+def test_every_command_has_help_and_a_summary_that_fits_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert len(listed) > 10
+    for line in listed:
+        assert not line.endswith("..."), line
+        assert cli.run([line.split()[0], "--help"]) == 0
+        assert "Usage: " in capsys.readouterr().out
+
+
+def test_the_help_of_training_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "plan", "launch"):
+        assert cli.run([command, "--help"]) == 0
+        assert set(recipe_names()) <= set(re.findall(r"[\w-]+", capsys.readouterr().out))
 
 
 def test_a_command_is_called_like_its_file() -> None:

@@ -117,7 +117,7 @@ def choose(
     logits: Tensor,
     is_seen: Tensor,
     sampling: Sampling,
-    generator: torch.Generator,
+    share: float,
     counts: Tensor | None = None,
 ) -> int:
     """Picks the next token.
@@ -126,15 +126,14 @@ def choose(
         logits: (V,) of one sequence, on the CPU; -inf where a token is ruled out.
         is_seen: (V,) bool, tokens of the prompt and the completion so far.
         sampling: how to pick.
-        generator: the sequence's own, on the CPU; advanced by one number a token unless the temperature is 0.
+        share: a uniformly distributed number of [0, 1); of no account at temperature 0.
         counts: (V,) how often the completion holds each token; None: nothing asks for it.
 
     """
     if sampling.temperature == 0:
         return int(_scores(logits, is_seen, sampling, counts).argmax())
-    shares = distribution(logits, is_seen, sampling, counts).double().cumsum(0)
-    share = torch.rand((), generator=generator, dtype=torch.float64) * shares[-1]
-    return int(torch.searchsorted(shares, share, right=True))  # never a token of probability 0
+    together = distribution(logits, is_seen, sampling, counts).double().cumsum(0)
+    return int(torch.searchsorted(together, share * together[-1], right=True))  # never a token of probability 0
 
 
 def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Tensor | None = None) -> Tensor:

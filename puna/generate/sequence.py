@@ -96,7 +96,7 @@ class Sequence:
         self.finish: Literal["stop", "length"] | None = None
         #: Ids from here on only pad the vocabulary.
         self.spelled = config.vocab_size if tokenizer is None else tokenizer.vocab_size
-        self.sampling = sampling
+        self.sampling, self._vocab_size = sampling, config.vocab_size
         self._stop_ids = _stop_ids(sampling, config, tokenizer)
         self._choosing: _Choosing | None = None
         self._logprobs: list[Logprobs] = []
@@ -109,20 +109,22 @@ class Sequence:
         self._on_text = on_text
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is that of the greatest logit, whatever came before."""
+    def goes_by_logits(self) -> bool:
+        """Whether what came before has no say in the next token but through the logits, nor are these asked for."""
         s = self.sampling
         changes = s.repetition_penalty != 1 or s.logit_bias or _counts(s) or s.logprobs is not None
-        return s.temperature == 0 and not changes and not self._must_spell
+        return not changes and not self._must_spell
+
+    def shares(self, n: int) -> list[float]:
+        """The random numbers of the next n tokens that are chosen, of [0, 1); as they are chosen these are used up."""
+        return self._by.shares(n)
 
     def take(self, logits: Tensor) -> None:
         """Chooses the next token by its logits (V,), on the CPU, and finishes if that was the last."""
         check_numbers(logits)
         logits[self.spelled :] = -torch.inf
-        if self._choosing is None:
-            self._choosing = _Choosing.of(self.tokens, self.prompt_tokens, len(logits), self.sampling)
-        by = self._choosing
-        id = choose(self._compatible(logits), by.is_seen, self.sampling, by.generator, by.counts)
+        by = self._by
+        id = choose(self._compatible(logits), by.is_seen, self.sampling, by.shares(1)[0], by.counts)
         if self.sampling.logprobs is not None and id not in self._stop_ids:
             logprobs = logits.float().log_softmax(0)
             best = logprobs.topk(min(self.sampling.logprobs, self.spelled, len(logprobs)))
@@ -131,7 +133,7 @@ class Sequence:
         self.take_id(id)
 
     def take_id(self, id: int) -> None:
-        """Goes on with a token, and finishes if it was the last."""
+        """Goes on with a token that was chosen, and finishes if it was the last."""
         if id in self._stop_ids:
             self._end("stop")
             return
@@ -152,6 +154,12 @@ class Sequence:
         assert self.finish is not None
         tokens = self.tokens[self.prompt_tokens :]
         return Completion(tokens, self._text.text, self.finish, self.prompt_tokens, list(self._logprobs))
+
+    @property
+    def _by(self) -> "_Choosing":
+        if self._choosing is None:
+            self._choosing = _Choosing.of(self.tokens, self.prompt_tokens, self._vocab_size, self.sampling)
+        return self._choosing
 
     def _compatible(self, logits: Tensor) -> Tensor:
         """Logits (V,) of the tokens that go along what must be spelled; -inf for the others."""
@@ -179,7 +187,7 @@ class _Choosing:
     """What `choose` goes by; as large as the vocabulary, so there while a sequence chooses: many more wait, or ended.
 
     Attributes:
-        generator: the sequence's own.
+        generator: the sequence's own, of a number for each token.
         is_seen: (V,) bool, tokens of prompt and completion.
         counts: (V,) how often the completion holds each; None: no penalty asks.
     """
@@ -187,6 +195,7 @@ class _Choosing:
     generator: torch.Generator
     is_seen: Tensor
     counts: Tensor | None
+    _ahead: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, tokens: list[int], prompt_tokens: int, vocab_size: int, sampling: Sampling) -> "_Choosing":
@@ -197,8 +206,15 @@ class _Choosing:
         counts = chosen.bincount(minlength=vocab_size).float() if _counts(sampling) else None
         return cls(torch.Generator().manual_seed(sampling.seed), is_seen, counts)
 
+    def shares(self, n: int) -> list[float]:
+        """The generator's next n numbers."""
+        missing = range(n - len(self._ahead))
+        self._ahead += [torch.rand((), generator=self.generator, dtype=torch.float64).item() for _ in missing]
+        return self._ahead[:n]
+
     def note(self, id: int) -> None:
         """Of a token that was chosen."""
+        del self._ahead[:1]
         self.is_seen[id] = True
         if self.counts is not None:
             self.counts[id] += 1

@@ -65,6 +65,7 @@ SAMPLINGS = st.builds(
     step_tokens=st.integers(1, 40),
     max_rows=st.integers(1, 6),
     lookup=st.booleans(),
+    draws=st.booleans(),
 )
 def test_every_schedule_gives_the_tokens_of_the_plain_loop(
     precise_model: Llama,
@@ -76,11 +77,13 @@ def test_every_schedule_gives_the_tokens_of_the_plain_loop(
     step_tokens: int,
     max_rows: int,
     lookup: bool,
+    draws: bool,
 ) -> None:
     engine = Engine(
         precise_model, max_rows=max_rows, cache_tokens=n_tokens, step_tokens=step_tokens, block_tokens=block_tokens,
         lookup=lookup,
     )  # fmt: skip
+    engine._draws = draws  # as where logits lie on an accelerator
     entered = [
         (arrival, engine._new(engine._sequence(index, prompt, sampling, None)))
         for index, ((prompt, sampling), arrival) in enumerate(zip(requests, arrivals, strict=False))
@@ -324,11 +327,13 @@ def test_sampled_tokens_follow_the_distribution_with_guesses_as_without(model: L
     """
     prompt, beginning = [7, 8, 9, 7, 8, 9, 7, 8], [9, 140]
     samplings = [Sampling(max_tokens=4, temperature=0.3, seed=seed, ignore_eos=True) for seed in range(1000)]
-    found = [
-        Engine(model, max_rows=64, cache_tokens=4096, **guessing).generate([prompt] * 1000, samplings)
-        for guessing in ({}, {"lookup": True}, {"draft": model})
-    ]
-    assert found[0] == found[1] == found[2]
+    found = []
+    for guessing in ({}, {"lookup": True}, {"draft": model}):
+        for draws in (False, True):
+            engine = Engine(model, max_rows=64, cache_tokens=4096, **guessing)
+            engine._draws = draws
+            found.append(engine.generate([prompt] * 1000, samplings))
+    assert all(each == found[0] for each in found)
     third = torch.tensor([c.tokens[2] for c in found[0] if c.tokens[:2] == beginning])
     counts = torch.bincount(third, minlength=512).double()
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from transformers.generation import (
 )
 
 from puna.errors import PunaError, UsageError
+from puna.generate.engine.drawing import draw
 from puna.generate.sampling import Sampling, check_numbers, choose, distribution
 
 V = 50
@@ -29,6 +30,10 @@ def seen(ids: list[int]) -> torch.Tensor:
     is_seen = torch.zeros(V, dtype=torch.bool)
     is_seen[ids] = True
     return is_seen
+
+
+def share_of(generator: torch.Generator) -> float:
+    return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 def transformers_distribution(logits: torch.Tensor, ids: list[int], sampling: Sampling) -> torch.Tensor:
@@ -102,7 +107,7 @@ def test_tokens_come_as_often_as_the_distribution_says(settings_: dict) -> None:
     generator = torch.Generator().manual_seed(11)
     counts = torch.zeros(V, dtype=torch.float64)
     for _ in range(draws):
-        counts[choose(logits, is_seen, sampling, generator)] += 1
+        counts[choose(logits, is_seen, sampling, share_of(generator))] += 1
     possible = expected > 0
     assert counts[~possible].sum() == 0
     squares = ((counts - draws * expected) ** 2 / (draws * expected))[possible].sum().item()
@@ -112,37 +117,62 @@ def test_tokens_come_as_often_as_the_distribution_says(settings_: dict) -> None:
     assert uniform > 10 * freedom, "the draws would also pass for another distribution"
 
 
-def test_temperature_zero_takes_the_likeliest_after_the_penalty_and_draws_nothing() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.99])
+def test_temperature_zero_takes_the_likeliest_after_the_penalty_whatever_is_drawn(share: float) -> None:
     logits = torch.tensor([1.0, 4.0, 3.9, -5.0])
-    generator = torch.Generator().manual_seed(5)
-    state = generator.get_state()
     none, second = torch.zeros(4, dtype=torch.bool), torch.tensor([False, True, False, False])
-    assert choose(logits, none, Sampling(), generator) == 1
-    assert choose(logits, second, Sampling(repetition_penalty=1.2), generator) == 2
-    assert torch.equal(generator.get_state(), state)
+    assert choose(logits, none, Sampling(), share) == 1
+    assert choose(logits, second, Sampling(repetition_penalty=1.2), share) == 2
 
 
 def test_a_tiny_temperature_is_greedy_and_not_a_number_out_of_range() -> None:
     logits = logits_of(1, width=1e4)
     for temperature in (1e-6, 1e-30, 1e-44):
         sampling = Sampling(temperature=temperature)
-        assert choose(logits, seen([]), sampling, torch.Generator().manual_seed(0)) == int(logits.argmax())
+        assert choose(logits, seen([]), sampling, 0.7) == int(logits.argmax())
+        assert draw(logits[None], [sampling], [0.7]) == [int(logits.argmax())]
 
 
 def test_ruled_out_tokens_are_never_chosen() -> None:
     logits = torch.full((V,), -math.inf)
     logits[[0, 20, V - 2]] = 0.0
     generator = torch.Generator().manual_seed(0)
-    drawn = {choose(logits, seen([]), Sampling(temperature=5.0, top_p=0.999), generator) for _ in range(300)}
+    sampling = Sampling(temperature=5.0, top_p=0.999)
+    drawn = {choose(logits, seen([]), sampling, share_of(generator)) for _ in range(300)}
     assert drawn == {0, 20, V - 2}
 
 
 @pytest.mark.parametrize(("share", "token"), [(0.0, 20), (0.4999, 20), (0.5001, V - 2), (1 - 2**-53, V - 2)])
-def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(share: float, token: int, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor(share, dtype=torch.float64))
+def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(share: float, token: int) -> None:
     logits = torch.full((V,), -math.inf)
     logits[[20, V - 2]] = 0.0
-    assert choose(logits, seen([]), Sampling(temperature=1.0), torch.Generator()) == token
+    assert choose(logits, seen([]), Sampling(temperature=1.0), share) == token
+    assert draw(logits[None], [Sampling(temperature=1.0)], [share]) == [token]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)  # a share on the edge of a token may fall to the next
+@given(
+    seed=st.integers(0, 1000),
+    share=st.floats(0, 1, exclude_max=True),
+    samplings=st.lists(
+        st.builds(
+            Sampling,
+            temperature=st.floats(0.1, 3),
+            top_k=st.integers(0, 60),
+            top_p=st.one_of(st.just(1.0), st.floats(0.05, 1)),
+            min_p=st.one_of(st.just(0.0), st.floats(0, 0.9)),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_rows_are_drawn_together_as_one_by_one(seed: int, share: float, samplings: list[Sampling]) -> None:
+    rows = torch.stack([logits_of(seed + number) for number in range(len(samplings))])
+    shares = [(share + number / 8) % 1 for number in range(len(samplings))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("puna.generate.engine.drawing.MOST_ROWS", 3)
+        found = draw(rows, samplings, shares)
+    assert found == [choose(row, seen([]), *each) for row, *each in zip(rows, samplings, shares, strict=True)]
 
 
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
@@ -200,4 +230,4 @@ def test_penalties_count_what_the_completion_holds_and_a_bias_is_added() -> None
     expected[4] += -0.4 - 0.7
     torch.testing.assert_close(distribution(logits, seen([]), settings, counts), expected.softmax(0))
     greedy = Sampling(logit_bias={11: 100.0})
-    assert choose(logits, seen([]), greedy, torch.Generator()) == 11
+    assert choose(logits, seen([]), greedy, 0.5) == 11

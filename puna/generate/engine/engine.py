@@ -15,6 +15,7 @@ from puna.errors import PunaError, UsageError
 from puna.generate.engine.blocks import BlockPool
 from puna.generate.engine.draft_model import DraftModel
 from puna.generate.engine.drafts import Drafter, PromptLookup, check_one_source
+from puna.generate.engine.drawing import draw
 from puna.generate.engine.runner import Logits, Runner, activation_bytes, kept_bytes
 from puna.generate.engine.scheduler import Chunk, Running, Scheduler
 from puna.generate.sampling import Sampling
@@ -97,6 +98,7 @@ class Engine:
         if draft is not None:
             self._drafter = DraftModel(draft, self._spelled, n_blocks, block_tokens, cache_dtype=cache_dtype)
         self.scheduler = Scheduler(self.pool, step_tokens=tokens, max_rows=max_rows, drafter=self._drafter)
+        self._draws = self.device.type != "cpu"  # where sequences choose one by one as fast
         self._lock = threading.Lock()
         self._door = threading.Lock()
         self._incoming: deque[Running] = deque()
@@ -226,6 +228,8 @@ class Engine:
         if not chunks:
             return []
         asked = self._runner.compute(chunks)
+        if self._draws:
+            self._draw(chunks, asked)
         if self._drafter is not None:
             self._drafter.read(chunks)
         try:
@@ -241,13 +245,27 @@ class Engine:
                     running.on_end(None)
         return ended
 
+    def _draw(self, chunks: list[Chunk], asked: list[Logits | None]) -> None:
+        """Draws the tokens of all sequences that can do without their logits."""
+        pairs = [(chunk.running.sequence, logits) for chunk, logits in zip(chunks, asked, strict=True) if logits]
+        those = [(one, logits) for one, logits in pairs if one.goes_by_logits and one.sampling.temperature > 0]
+        if not those:
+            return
+        rows = torch.cat([logits.logits[:, : self._spelled] for _, logits in those])
+        samplings = [one.sampling for one, logits in those for _ in range(len(logits))]
+        ids = draw(rows, samplings, [share for one, logits in those for share in one.shares(len(logits))])
+        for _, logits in those:
+            logits.drawn, ids = ids[: len(logits)], ids[len(logits) :]
+
     def _take(self, chunk: Chunk, logits: Logits) -> None:
         """Lets a sequence choose, and go on with its guesses as long as they are what it chose."""
         running, sequence, drafts = chunk.running, chunk.running.sequence, chunk.running.drafts
         right = 0
         for row in range(len(logits)):
-            if sequence.takes_likeliest:
+            if sequence.goes_by_logits and sequence.sampling.temperature == 0:
                 sequence.take_id(logits.likeliest[row])
+            elif logits.drawn is not None:
+                sequence.take_id(logits.drawn[row])
             else:
                 sequence.take(logits.row(row))
             if sequence.finish is not None or row == len(drafts) or sequence.tokens[-1] != drafts[row]:

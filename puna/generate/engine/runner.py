@@ -136,10 +136,15 @@ def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGra
 
 @dataclass
 class Logits:
-    """Logits (n, V) on the device, and the likeliest id of each row, which is asked for once for all."""
+    """Logits (n, V) on the device, and the likeliest id of each row, which is asked for once for all.
+
+    Attributes:
+        drawn: the id of each row by the sampling of its sequence, where that was asked for on the device.
+    """
 
     logits: Tensor
     likeliest: list[int]
+    drawn: list[int] | None = None
 
     @classmethod
     def of(cls, logits: Tensor, choices: int) -> "Logits":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from puna.errors import PunaError
+from puna.tokenizer.base import TEMPLATE_FILE
 
 
 def resolve(name: Path | str) -> Path:
@@ -36,7 +37,7 @@ def _download(name: str) -> Path:
             f"there is no folder {name}; to fetch it from the Hugging Face hub, install huggingface_hub: "
             "pip install 'puna[hub]'"
         ) from None
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", TEMPLATE_FILE]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError:

@@ -36,8 +36,9 @@ from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
 from puna.prompts import ChatTemplate, Encoded, Message, chat_template, infill_document
-from puna.prompts.templates import TEMPLATE_FILE, with_specials_of
+from puna.prompts.templates import with_specials_of
 from puna.tokenizer import Tokenizer, load_tokenizer
+from puna.tokenizer.base import TEMPLATE_FILE
 
 #: So many units, of two megabytes each, this process has worked off in about the time in which fresh ones start.
 UNITS_WORTH_PROCESSES = 6

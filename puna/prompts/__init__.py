@@ -9,7 +9,7 @@ from puna.prompts.chat.alpaca import alpaca_prompt
 from puna.prompts.dialog import ChatTemplate, Encoded, Message, UnusableDialog
 from puna.prompts.healing import heal
 from puna.prompts.infilling import check_order, cut_around_gap, infill_document, infill_prompt, infill_stops
-from puna.prompts.templates import chat_template, template_names
+from puna.prompts.templates import chat_template, ships_template, template_names
 
 __all__ = [
     "ChatTemplate",
@@ -24,5 +24,6 @@ __all__ = [
     "infill_document",
     "infill_prompt",
     "infill_stops",
+    "ships_template",
     "template_names",
 ]

@@ -10,9 +10,7 @@ from puna.files import read_json
 from puna.prompts import chat
 from puna.prompts.dialog import ChatTemplate
 from puna.tokenizer import Tokenizer
-
-#: What a model's folder ships.
-TEMPLATE_FILE = "chat_template.jinja"
+from puna.tokenizer.base import TEMPLATE_FILE
 
 
 def template_names() -> list[str]:
@@ -44,6 +42,11 @@ def chat_template(name_or_folder: str | Path) -> ChatTemplate:
     from puna.prompts.jinja import JinjaTemplate
 
     return JinjaTemplate(source, name=str(folder), specials=_special_texts(settings))
+
+
+def ships_template(folder: Path) -> bool:
+    """Whether a model's folder ships a chat template."""
+    return _source(folder, _settings(folder)) is not None
 
 
 def with_specials_of(template: ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:

@@ -31,6 +31,9 @@ INFILLING_PIECES = tuple(
 #: What ends each message of Code Llama 70B Instruct.
 STEP_PIECE = "<step>"
 
+#: The layout of dialogs that a model ships, in Jinja.
+TEMPLATE_FILE = "chat_template.jinja"
+
 #: Files that belong to a tokenizer and travel with it.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -38,7 +41,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 
 

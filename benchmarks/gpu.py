@@ -55,6 +55,9 @@ GOALS = {
 #: Sequences that decode together.
 ROWS = (1, 2, 8, 64, 256)
 
+#: How some of them are sampled, as for pass@k.
+SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+
 #: Outputs and inputs of 34B's products, and bytes of weights of which none are in a cache when their turn comes again.
 SHAPES = ((8192, 8192), (1024, 8192), (22016, 8192), (8192, 22016))
 COLD_BYTES = 1 << 30
@@ -263,10 +266,10 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
     engine = Engine(model, max_rows=256, cache_tokens=1 << 16, step_tokens=4096, compile=is_compiled)
     random = np.random.default_rng(0)
 
-    def start(rows: int, prompt: int) -> None:
+    def start(rows: int, prompt: int, **how: float) -> None:
         for index in range(rows):
             ids = random.integers(3, config.vocab_size, prompt).tolist()
-            settings = Sampling(max_tokens=200, ignore_eos=True)
+            settings = Sampling(max_tokens=200, ignore_eos=True, seed=index, **how)
             engine.scheduler.add(engine._new(engine._sequence(index, ids, settings, None)))
 
     def stop() -> None:
@@ -281,15 +284,15 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         torch.accelerator.synchronize(device)
         return time.perf_counter() - started
 
-    for rows in ROWS:
-        start(rows, 100)
+    for rows, how in [*((rows, {}) for rows in ROWS), (64, SAMPLED)]:
+        start(rows, 100, **how)
         while any(running.computed < 100 for running in engine.scheduler.running) or engine.scheduler.waiting:
             engine._step()
         seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
         stop()
         step = statistics.median(seconds)
         assert engine._runner._graphs is not None
-        yield {**case, "work": f"{rows} rows decode", "tokens_per_second": rows / step,
+        yield {**case, "work": f"{rows} rows decode{', sampled' if how else ''}", "tokens_per_second": rows / step,
                "share_of_copy_rate": read / step / copied, "share_of_product_rate": None,
                "is_recorded": rows in {size for size, *_ in engine._runner._graphs._graphs}}  # fmt: skip
     for prompt in (1024, 4096):

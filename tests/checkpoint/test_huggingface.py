@@ -139,7 +139,7 @@ def test_codes_are_not_taken_for_weights(folder):
 
 
 def test_a_vocabulary_that_does_not_fit_the_tensors_is_named(folder):
-    edit_config(folder, vocab_size=500)
+    edit_json(folder / "config.json", vocab_size=500)
     with pytest.raises(PunaError, match=r"embed_tokens\.weight .*; its vocab_size is 500, the weights' is 512"):
         load_model(folder)
 
@@ -205,7 +205,7 @@ def test_a_run_folder_in_place_of_a_model_says_how_to_export_it(tmp_path):
 
 
 def test_quantised_weights_are_refused(folder):
-    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(PunaError, match=r"config\.json: the weights are quantised"):
         load_config(folder)
 
@@ -272,21 +272,17 @@ def test_a_model_without_an_end_is_saved_without_one(tmp_path):
     ],
 )
 def test_a_models_texts_end_where_its_generation_config_says_too(folder, in_config, in_generation_config, ends):
-    _change(folder / "config.json", eos_token_id=in_config)
-    _change(folder / "generation_config.json", eos_token_id=in_generation_config)
+    edit_json(folder / "config.json", eos_token_id=in_config)
+    edit_json(folder / "generation_config.json", eos_token_id=in_generation_config)
     assert load_config(folder).eos_token_ids == load_model(folder).config.eos_token_ids == ends
     convert(folder, folder.parent / "converted")
     assert load_config(folder.parent / "converted").eos_token_ids == ends
 
 
 def test_a_generation_config_whose_ends_are_no_ids_is_refused(folder):
-    _change(folder / "generation_config.json", eos_token_id="</s>")
+    edit_json(folder / "generation_config.json", eos_token_id="</s>")
     with pytest.raises(PunaError, match=r"generation_config\.json: eos_token_id is '</s>'; it must be an id"):
         load_config(folder)
-
-
-def _change(path: Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_a_folder_without_a_tokenizer_loads_without_one(folder):
@@ -352,8 +348,7 @@ def test_a_name_that_is_no_folder_says_so(tmp_path):
 
 
 def test_more_layers_than_there_are_tensors_are_refused_at_once(folder):
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 10**12}))
+    edit_json(folder / "config.json", num_hidden_layers=10**12)
     with pytest.raises(PunaError, match="too few for the 1000000000000 layers"):
         load_model(folder)
 
@@ -416,9 +411,8 @@ def change(folder: Path, edit: object) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def edit_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def saved_config(folder: Path) -> Path:

@@ -20,7 +20,6 @@ from puna.data.corpora import wikitext
 from puna.data.infilling import is_held_out
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
-from puna.data.workers import Workers
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.prompts import chat_template, infill_document
@@ -310,7 +309,7 @@ def test_any_number_of_processes_gives_the_same_bytes(library, make, tmp_path, u
     assert bytes_of(tmp_path / "out") == undisturbed
 
 
-def command(library: Path, output: Path, tokenizer: Path, workers: int, *, pause: float = 60) -> list[str]:
+def command(library: Path, output: Path, tokenizer: Path, workers: int) -> list[str]:
     """`puna prepare` with small units; that it is not done before a test stops it, a pause lies behind the third."""
     program = f"""
 import sys, time
@@ -321,7 +320,7 @@ real = prepare._unfinished
 def slowly(*arguments):
     for number, unit in enumerate(real(*arguments)):
         yield unit
-        time.sleep({pause} if number == 2 else 0.1)
+        time.sleep(60 if number == 2 else 0.1)
 prepare._unfinished = slowly
 sys.exit(run(sys.argv[1:]))
 """
@@ -425,14 +424,17 @@ def test_a_full_disk_is_told_in_one_line(library, small_tokenizer, tmp_path, mon
     assert last.endswith("run the same command again to continue")
 
 
-def test_two_do_not_prepare_the_same_folder_at_once(library, make, small_tokenizer, tmp_path, undisturbed):
-    output = tmp_path / "out"
-    process = start_and_wait_for_reports(command(library, output, small_tokenizer.path, 1, pause=2), output)
-    with pytest.raises(PunaError, match="out is being prepared by another process"):
-        make("code", library, output, **OPTIONS)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert bytes_of(output) == undisturbed
+def test_two_do_not_prepare_the_same_folder_at_once(library, make, tmp_path, undisturbed, monkeypatch):
+    finish = preparing._finish
+
+    def refusing_a_second(job):
+        with pytest.raises(PunaError, match="out is being prepared by another process"):
+            make("code", library, tmp_path / "out", **OPTIONS)
+        return finish(job)
+
+    monkeypatch.setattr(preparing, "_finish", refusing_a_second)
+    make("code", library, tmp_path / "out", **OPTIONS)
+    assert bytes_of(tmp_path / "out") == undisturbed
 
 
 # --- the folder that is there already
@@ -627,6 +629,13 @@ def test_an_empty_folder_says_so(make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_refused_at_the_first_look_can_be_given_right_into_the_same_folder(library, make, tmp_path):
+    with pytest.raises(UsageError, match="pyton not known"):
+        make("code", library / "json", tmp_path / "out", languages="pyton")
+    assert not (tmp_path / "out").exists()
+    assert make("code", library / "json", tmp_path / "out", languages="python")["documents"] > 0
+
+
 def test_a_folder_without_anything_usable_says_why(make, tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.py").write_bytes(b"\xff")
@@ -650,42 +659,12 @@ def test_what_is_missing_is_named_before_anything_is_made(library, small_tokeniz
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_a_worker_process_come_here():
-    with Workers(int, 2) as pool, pytest.raises(ValueError, match="invalid literal") as caught:
-        list(pool.map(["1", "2", "x"]))
-    assert "in a worker process" in caught.value.__notes__[0]
-
-
-def test_results_of_worker_processes_are_those_of_this_one():
-    with Workers(abs, 3) as pool:
-        assert sorted(pool.map(range(-20, 0))) == list(range(1, 21))
-    with Workers(abs, 3) as pool:
-        assert list(pool.map([])) == []
-
-
-def test_a_worker_process_that_dies_is_told():
-    with (
-        Workers(os._exit, 2) as pool,
-        pytest.raises(PunaError, match=r"ended unexpectedly \(exit code 3; .* continue, with fewer workers"),
-    ):
-        list(pool.map([3, 3]))
-
-
 # --- the ids of MindFormers' own tool
 
 
 @pytest.fixture(scope="module")
 def mindspore(shared) -> Path:
     return shared / "fixtures/mindspore"
-
-
-def test_wikitext_gives_the_ids_of_mindformers(mindspore, tmp_path):
-    prepare("wikitext", mindspore / "preprocess/wiki.train.tokens", tmp_path / "out", tokenizer=mindspore / "tokenizer")
-    rows = np.load(mindspore / "preprocess/wiki128_rows.npz")["input_ids"]
-    assert rows.shape == (33, 129)
-    dataset = Dataset.open(tmp_path / "out")
-    assert dataset.tokens(0, rows.size).tolist() == rows.ravel().tolist()
-    assert dataset.starts[-1] - rows.size < 129  # the tool drops what does not fill a row
 
 
 @pytest.mark.parametrize(

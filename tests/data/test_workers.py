@@ -38,8 +38,10 @@ def test_results_are_those_of_one_process(how: str) -> None:
         for count in (2, 3, 40):
             with Workers(abs, count) as pool:
                 print(sorted(pool.map(range(-20, 0))) == list(range(1, 21)), len(pool._processes))
+        with Workers(abs, 3) as pool:
+            print(list(pool.map([])))
     """
-    assert run(how, code).split() == ["True", "2", "True", "3", "True", "20"]
+    assert run(how, code).split() == ["True", "2", "True", "3", "True", "20", "[]"]
 
 
 @pytest.mark.parametrize("how", BEGIN)
@@ -50,9 +52,12 @@ def test_errors_and_deaths_come_to_who_started_them(how: str) -> None:
                 with Workers(work, 2) as pool:
                     list(pool.map(items))
             except Exception as error:
-                print(type(error).__name__, "exit code 3" in str(error), getattr(error, "__notes__", [""])[0][:20])
+                print(type(error).__name__, error, *getattr(error, "__notes__", []), sep=", ")
     """
-    assert run(how, code).splitlines() == ["ValueError False in a worker process:", "PunaError True "]
+    value, *_, puna = run(how, code).splitlines()
+    assert value == "ValueError, invalid literal for int() with base 10: 'x', in a worker process:"
+    assert puna.startswith("PunaError, a worker process ended unexpectedly (exit code 3; ")
+    assert puna.endswith("with fewer workers if it happens again")
 
 
 @pytest.mark.parametrize("how", BEGIN)

@@ -163,45 +163,17 @@ def test_a_vicuna_dialog_written_out(code_llama_tokenizer):
     assert own.tokens == [1, *encode(f"Answer in Python.  USER: {ADD['content']} ASSISTANT:")]
 
 
-def read_mindformers(shared, dialogs, rows):
-    folder = shared / "fixtures/mindspore/preprocess"
-    roles = {"human": "user", "gpt": "assistant"}
-    for conversation, ids, labels in zip(
-        json.loads((folder / dialogs).read_text()),
-        *map(np.load(folder / rows).get, ("input_ids", "labels")),
-        strict=True,
-    ):
-        messages = [{"role": roles[m["from"]], "content": m["value"]} for m in conversation["conversations"]]
-        yield messages, ids, labels
-
-
-@pytest.mark.parametrize(
-    ("dialogs", "rows", "n_useful"),
-    [
-        ("code_alpaca_tiny_conversation.json", "qa512_rows.npz", 8),
-        ("multi_turn_conversation.json", "multi_turn256_rows.npz", 2),
-    ],
-)
-def test_vicuna_dialogs_are_mindformers_rows_where_it_did_not_mask_them(shared, dialogs, rows, n_useful):
-    tokenizer = load_tokenizer(shared / "fixtures/mindspore/tokenizer")
-    compared = 0
-    for messages, ids, labels in read_mindformers(shared, dialogs, rows):
-        if (labels == -100).all():
-            continue
-        messages = messages if messages[0]["role"] == "user" else messages[1:]
-        encoded = chat_template("vicuna").encode(tokenizer, messages)
-        tokens = np.array([*encoded.tokens, *[0] * len(ids)])[: len(ids)]
-        is_target = np.array([*encoded.is_target, *[False] * len(ids)])[: len(ids)]
-        assert tokens.tolist() == ids.tolist()
-        assert np.where(is_target, tokens, -100).tolist() == labels.tolist()
-        compared += 1
-    assert compared == n_useful
-
-
 def test_what_mindformers_masked_in_silence_is_learned_or_refused_with_a_reason(shared):
-    tokenizer = load_tokenizer(shared / "fixtures/mindspore/tokenizer")
-    all_rows = read_mindformers(shared, "code_alpaca_tiny_conversation.json", "qa512_rows.npz")
-    masked = [messages for messages, _, labels in all_rows if (labels == -100).all()]
+    folder = shared / "fixtures/mindspore"
+    tokenizer, roles = load_tokenizer(folder / "tokenizer"), {"human": "user", "gpt": "assistant"}
+    conversations = json.loads((folder / "preprocess/code_alpaca_tiny_conversation.json").read_text())
+    masked = [
+        [{"role": roles[turn["from"]], "content": turn["value"]} for turn in conversation["conversations"]]
+        for conversation, labels in zip(
+            conversations, np.load(folder / "preprocess/qa512_rows.npz")["labels"], strict=True
+        )
+        if (labels == -100).all()
+    ]
     assert len(masked) == 4
     with pytest.raises(UnusableDialog) as caught:
         chat_template("vicuna").encode(tokenizer, masked[0])

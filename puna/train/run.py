@@ -48,6 +48,7 @@ from puna.train.inputs import check_data, open_data, open_loader, verified_data,
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
+from puna.train.out_of_memory import explained
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 from puna.train.stopping import Stopped, stop_signals
@@ -71,7 +72,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with only_run_in(run_dir) as claim:
             if before is not None:
                 check_recipe(before, recipe)
-            run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
+            with explained("while the model was made", recipe, device):
+                run_ = _Run(recipe, config, claim, Ranks.of(layout, device), device)
             try:
                 return run_.go()
             finally:
@@ -129,14 +131,16 @@ class _Run:
         ):
             progress.advance(self.step)
             while self.step < recipe.steps:
-                numbers = self._take_step()
+                with self._explained(f"in step {self.step + 1}"):
+                    numbers = self._take_step()
                 if numbers["targets"]:  # else nothing was tried
                     skipped_in_a_row = 0 if numbers["is_applied"] else skipped_in_a_row + 1
                 if skipped_in_a_row > MAX_SKIPPED:
                     self._give_up(skipped_in_a_row)
                 is_last = self.step == recipe.steps
                 if self.valid_rows is not None and (is_last or self.step % recipe.validation.every == 0):
-                    numbers["valid_loss"] = self.validate(self.valid_rows)
+                    with self._explained(f"while the loss on data.valid was measured, after step {self.step}"):
+                        numbers["valid_loss"] = self.validate(self.valid_rows)
                 if metrics is not None:
                     metrics.write(numbers)
                 note = _note(numbers) if is_last or self.step % recipe.log.every == 0 else None
@@ -208,6 +212,9 @@ class _Run:
             return None
         flops = flops_per_token(self.config, attended_length(Documents.of(batch.documents).lengths))
         return flops * self.recipe.batch_tokens / seconds / self.peak_flops / self.ranks.layout.devices
+
+    def _explained(self, moment: str) -> contextlib.AbstractContextManager[None]:
+        return explained(moment, self.recipe, self.device)
 
     def _metrics(self) -> contextlib.AbstractContextManager[Metrics | None]:
         """Where the first rank writes the numbers of each step; the others write none."""

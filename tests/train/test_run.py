@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import torch
 import yaml
 
 import puna
+import puna.cli
 from puna.checkpoint import Checkpoints, save_model, sharded
 from puna.checkpoint.runs import checkpoints
 from puna.config import load_recipe
@@ -43,6 +45,7 @@ from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics, read_metrics
+from puna.train.out_of_memory import _ways_out
 from puna.train.step import StepResult
 from tests.train.conftest import write_random_folder
 
@@ -352,6 +355,69 @@ def test_numbers_that_are_not_finite_are_written_as_json_and_read_from_files_tha
         {"step": 2, "loss": None, "valid_loss": None, "lr": 0.5},
     ]
     assert read_metrics(tmp_path) == [json.loads(line) for line in lines]
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …")
+
+
+def _no_memory_in_a_pipeline() -> None:
+    try:
+        _no_memory()
+    except RuntimeError as error:
+        raise RuntimeError("[Stage 0] failed to run forward") from error
+
+
+@pytest.mark.parametrize(
+    "runs_out",
+    [_no_memory, _no_memory_in_a_pipeline, lambda: torch.empty(1 << 50)],
+    ids=["accelerator", "pipeline", "CPU"],
+)
+def test_memory_that_runs_out_is_one_message_with_what_would_help(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs_out: Any
+) -> None:
+    real, content = run_module.train_step, recipe(micro_batch_rows=4, steps=4, checkpoint={"every": 2})
+
+    def starved(*arguments: Any, update: int, **options: Any) -> StepResult:
+        if update == 3:
+            runs_out()
+        return real(*arguments, update=update, **options)
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "train_step", starved)
+        assert puna.cli.run(["train", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    begin = r"puna: out of memory in step 3: .* has [\d,.]+ GiB, the peak was [\d,.]+ GiB\. "
+    message = re.search(f"{begin}(.*)\n(.*)", said)
+    assert message is not None, said
+    assert message[1] == (
+        "What takes less: micro_batch_rows=2, recompute=block, optimizer.state_bits=8 (in a new run), "
+        "optimizer.in_backward=true (in a new run), or more devices; what fits is said by"
+    )
+    assert puna.cli.run(shlex.split(message[2])[1:]) in (0, 1)
+    assert puna.cli.run(["train", str(path), "micro_batch_rows=2", "recompute=block"]) == 0
+
+
+def test_other_errors_of_torch_are_not_called_so(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "train_step", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        puna.train(recipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "recompute=block, optimizer.state_bits=8 (in a new run), optimizer.in_backward=true (in a new run)"),
+        ({"recompute": "block", "optimizer.state_bits": 8, "optimizer.in_backward": True}, "recompute=offload"),
+        ({"recompute": "block", "recompute_layers": 1, "optimizer.in_backward": True, "micro_batch_rows": 3,
+          "batch_tokens": 6 * 64}, "micro_batch_rows=2, recompute_layers=null, optimizer.state_bits=8 (in a new run)"),
+    ],
+)  # fmt: skip
+def test_what_takes_less_memory_is_what_is_not_done_yet(recipe: Make, changes: dict[str, Any], said: str) -> None:
+    assert _ways_out(load_recipe(recipe(), changes)) == said
 
 
 def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(

@@ -1,0 +1,79 @@
+"""A device that has no memory left ends a run with one message: in which moment, at what peak, and what would help.
+
+torch's own error names the last few bytes that were missing, which says little of what took the others.
+"""
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+
+import torch
+
+from puna.config import Recipe
+from puna.devices import device_name, free_memory_bytes, memory_gib
+from puna.errors import PunaError
+from puna.parallel.mesh import world_size
+from puna.train.continuing import MAY_CHANGE, RECIPE
+
+#: What errors say that torch raises without a type of their own, where a CPU or a library of CUDA's finds no memory.
+SAID = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+
+#: A recomputation -> the next one, which keeps less.
+MORE_RECOMPUTED = {"none": "block", "selective": "block", "block": "offload"}
+
+
+@contextlib.contextmanager
+def explained(moment: str, recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """While open, an error that says that memory has run out becomes one that says what to do.
+
+    Args:
+        moment: what is going on, e.g. "in step 3".
+        recipe: of the run.
+        device: of this rank.
+
+    Raises:
+        PunaError: memory has run out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_shortage(error):
+            raise
+        peak, total = memory_gib(device), _total_gib(device)
+        raise PunaError(
+            f"out of memory {moment}: {device_name(device)} has {total:,.1f} GiB, the peak was {peak:,.1f} GiB. "
+            f"What takes less: {_ways_out(recipe)}, or more devices; what fits is said by\n"
+            f"puna plan {shlex.quote(f'{recipe.run_dir}/{RECIPE}')} --devices {world_size()} --memory-gib {total:.1f}"
+        ) from error
+
+
+def _is_shortage(error: BaseException | None) -> bool:
+    """Whether memory is what was missing, also where a pipeline has put an error of its own around that."""
+    if error is None or isinstance(error, torch.OutOfMemoryError):
+        return error is not None
+    return any(said in str(error) for said in SAID) or _is_shortage(error.__cause__)
+
+
+def _ways_out(recipe: Recipe) -> str:
+    """The fields of a recipe that could be lower, each with its next value."""
+    fewer_rows = [n for n in range(1, recipe.micro_batch_rows) if recipe.batch_rows % n == 0]
+    recompute = MORE_RECOMPUTED.get(recipe.recompute)
+    changes = {
+        "micro_batch_rows": fewer_rows[-1] if fewer_rows else None,
+        "recompute_layers": None if recipe.recompute_layers is None else "null",
+        "recompute": recompute if recipe.recompute_layers is None else None,
+        "optimizer.state_bits": 8 if recipe.optimizer.state_bits == 32 else None,
+        "optimizer.in_backward": None if recipe.optimizer.in_backward else "true",
+    }
+    return ", ".join(
+        f"{name}={value}" + ("" if name in MAY_CHANGE else " (in a new run)")
+        for name, value in changes.items()
+        if value is not None
+    )
+
+
+def _total_gib(device: torch.device) -> float:
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if module is not None and hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[1] / 2**30
+    return memory_gib(device) + free_memory_bytes(device) / 2**30

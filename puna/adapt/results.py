@@ -36,7 +36,8 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
     return {
         "title": f"{Path(at.model).name}, adapted to {at.code.name or at.code}",
         "lead": f"On files of {at.code} that were kept from training, the adapted model is {verdict} at writing "
-        f"the next line or block, and needs {abs(gain):.3f} bits per byte {'less' if gain >= 0 else 'more'}.",
+        f"the next line or block, and needs {abs(gain):.3f} {'fewer' if gain >= 0 else 'more'} bits per byte (fewer is "
+        "better).",
         "facts": [
             {"value": f"{told['prepare']['documents']:,}", "label": "files learned from"},
             {"value": f"{told['prepare']['kept']:,}", "label": "files kept for scoring"},

@@ -8,6 +8,7 @@ import typer
 
 from puna.cli import app
 from puna.cli.generate import AsJson, Device
+from puna.progress import say
 
 
 @app.command()
@@ -47,4 +48,6 @@ def adapt(
         device=device,
         overrides=parse_overrides(overrides or []),
     )
-    print(json.dumps(read_json(report.with_name("results.json"))) if as_json else report)
+    results = read_json(report.with_name("results.json"))
+    say(results["lead"])
+    print(json.dumps(results) if as_json else report)

@@ -83,7 +83,7 @@ def chat(
     layout = _template(template, resolve(model), tokenizer)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
-    say(f"{model}, laid out as {layout.name}; {NEW} begins another dialog, Ctrl-D leaves")
+    say(f"chat template: {layout.name}; {NEW} begins another dialog, Ctrl-D leaves")
     for line in _lines():
         if line.strip() == NEW:
             messages = list(start)

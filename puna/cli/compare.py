@@ -12,6 +12,9 @@ from puna.cli.generate import AsJson
 #: Most tasks that are named on the screen.
 MOST_NAMED = 20
 
+#: Of which less is better; of the others, more.
+LESS_IS_BETTER = ("bits_per_byte", "perplexity")
+
 
 @app.command()
 def compare(
@@ -28,11 +31,13 @@ def compare(
         return
     print(f"{'':24} {'first':>10} {'second':>10} {'difference':>12}")
     for name, value in result["difference"].items():
-        print(f"{name:24} {result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}")
+        note = "  less is better" if name in LESS_IS_BETTER else ""
+        print(f"{name:24} {result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}{note}")
     if result["interval"]:
         low, high = result["interval"]
         says = "more than chance" if low > 0 or high < 0 else "it may be chance"
-        print(f"share that passes, 95 of 100: {low:+.4f} to {high:+.4f} over {result['tasks']} tasks: {says}")
+        tasks = f"{result['tasks']} tasks"
+        print(f"of {tasks}, the share answered right changed by {low:+.4f} to {high:+.4f} (95 % interval): {says}")
     for name, (one, other) in result["settings"].items():
         print(f"they differ in {name}: {one} and {other}")
     for what in ("gained", "lost"):

@@ -99,9 +99,10 @@ def evaluate(
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else {"benchmark": benchmark, "results": results}))
     elif len(results) == 1:
+        width = max(map(len, results[0]))
         for name, value in results[0].items():
             if name != "paper":
-                print(f"{name:<16} {_shown(value)}")
+                print(f"{name:<{width}} {_shown(value)}")
         _print_paper(results[0])
     else:
         _print_table(results)

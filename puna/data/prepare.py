@@ -117,7 +117,12 @@ def _tokenizer_of(path: Path) -> Tokenizer:
 def _work(job: "_Job", count: int, *, worth_starting: int) -> None:
     """Looks at the sources and makes the shards that are not there yet; little is done in this process alone."""
     with Workers(PrepareUnit(job.kind, job.options, job.tokenizer, job.output), count) as pool:
-        size_bytes, units = job.look(start_processes=pool.start, worth_starting=worth_starting)
+        try:
+            size_bytes, units = job.look(start_processes=pool.start, worth_starting=worth_starting)
+        except PunaError:  # of a source or an option, which whoever mends it gives anew
+            if not any(job.work.glob("unit-*")):
+                shutil.rmtree(job.output)
+            raise
         if units <= worth_starting:
             pool.count = 1
         if job.options.get("near_duplicates"):

@@ -57,7 +57,7 @@ def test_the_command_says_it_in_a_table_and_in_json(
     assert run(["compare", first, second]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"pass@1 +0.5000 +0.7500 +\+0.2500", printed)
-    assert "it may be chance" in printed
+    assert re.search(r"of 4 tasks, the share answered right changed by .* \(95 % interval\): it may be chance", printed)
     assert "gained 2: Tiny/1, Tiny/3\nlost 1: Tiny/2" in printed
     assert run(["compare", first, second, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == puna.compare(first, second)
@@ -79,7 +79,9 @@ def test_what_does_not_compare_is_refused(folders: tuple[Path, Path], tmp_path: 
         puna.compare(folders[0], other)
 
 
-def test_cases_of_completion_compare_too(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_cases_of_completion_compare_too(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/a.py").write_text("import os\n\n\ndef f():\n    return os.getcwd()\n")
     options: dict[str, Any] = {"corpus": tmp_path / "code", "max_tokens": 3, "device": "cpu"}
@@ -88,6 +90,8 @@ def test_cases_of_completion_compare_too(tmp_path: Path, tiny_model_folder: Path
     result = puna.compare(tmp_path / "one", tmp_path / "two")
     assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
     assert result["difference"]["bits_per_byte"] == 0
+    assert run(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert re.search(r"bits_per_byte .* less is better", capsys.readouterr().out)
     assert result["settings"] == {}
     evaluate("completion", str(tiny_model_folder), output=tmp_path / "int8", cache_dtype="int8", **options)
     assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"cache_dtype": [None, "int8"]}

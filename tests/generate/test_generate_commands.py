@@ -583,7 +583,7 @@ def test_chat_answers_line_by_line_and_remembers(tiny_model_folder: Path, capsys
     assert run(["chat", str(tiny_model_folder), "--system", "Be brief."]) == 0
     captured = capsys.readouterr()
     assert captured.out == "answer 1 \nanswer 2 \n"
-    assert "laid out as codellama" in captured.err
+    assert "chat template: codellama" in captured.err
     assert overheard[1] == (
         "codellama",
         [
@@ -626,7 +626,7 @@ def test_a_models_own_chat_template_is_believed(tiny_model_folder: Path, tmp_pat
     (tmp_path / "own" / "chat_template.jinja").write_text(template)
     typed("hello\n")
     assert run(["chat", str(tmp_path / "own"), "--max-tokens", "5"]) == 0
-    assert f"laid out as {tmp_path / 'own'}" in capsys.readouterr().err
+    assert f"chat template: {tmp_path / 'own'}" in capsys.readouterr().err
 
 
 def test_a_question_that_cannot_be_laid_out_ends_a_scripted_chat_with_its_reason(

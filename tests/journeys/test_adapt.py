@@ -67,7 +67,7 @@ def test_the_model_learns_the_code_and_files_kept_out_show_it(adapted: Path) -> 
     rows = {row["name"]: row["values"] for row in results["scores"]["rows"]}
     before, after = rows["Bits per byte"]
     assert after < 0.8 * before
-    assert "bits per byte less" in results["lead"]
+    assert "fewer bits per byte" in results["lead"]
     model, tokenizer = puna.load(adapted / "model")
     assert model.config.hidden_size == 64
     assert tokenizer is not None
@@ -111,6 +111,7 @@ def test_given_again_it_does_nothing_again(adapted: Path, code: Path, tiny_model
     captured = capfd.readouterr()
     assert (adapted / FILE).read_bytes() == before
     assert captured.err.count("done before") == 7
+    assert "bits per byte (fewer is better)" in captured.err.splitlines()[-1]
     assert captured.out.strip() == str(adapted / "report.html")
     assert run([*command, "--json"]) == 1
     assert "was made with other humaneval" in capfd.readouterr().err

@@ -359,6 +359,20 @@ def test_wikitext_2_is_cleaned_alike_in_pieces_and_whole(shared, monkeypatch, pi
     assert found == wikitext.paragraphs(wikitext.clean(path.read_text(encoding="utf-8")))
 
 
+def test_of_a_folder_of_wikitext_the_parts_for_measuring_are_left_out_by_name(tmp_path):
+    files = {f"wiki.{part}.tokens": f"\n = Heading = \n\n The {part} part . \n" for part in ("train", "valid", "test")}
+    folder = write(tmp_path, {f"wiki/{name}": content for name, content in files.items()})
+    found = documents_of("wikitext", folder / "wiki")
+    assert [text.strip() for text in found.values()] == ["The train part."]
+    assert reasons_of("wikitext", folder / "wiki") == {
+        "wiki.test.tokens": "the test part (name its file to take it)",
+        "wiki.valid.tokens": "the valid part (name its file to take it)",
+    }
+    assert len(documents_of("wikitext", folder / "wiki" / "wiki.test.tokens")) == 1
+    (folder / "wiki" / "wiki.train.tokens").unlink()
+    assert len(documents_of("wikitext", folder / "wiki")) == 2
+
+
 def test_wikitext_with_line_ends_of_windows_is_refused(tmp_path):
     path = tmp_path / "wiki.tokens"
     path.write_bytes(b" \r\n = Heading = \r\n \r\n A paragraph . \r\n")

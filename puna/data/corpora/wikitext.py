@@ -10,6 +10,9 @@ Headings (` = Heading = `) are left out. The rules look beyond the paragraph: qu
 whole file, and a bracket is closed by the next closing one, however far away it is. So a piece of a file is cleaned
 between stand-ins for what is open before it and closes behind it (`clean_piece`), which gives the same as cleaning the
 whole file (`clean`) and cutting then.
+
+Of a folder with `wiki.train.tokens`, what lies beside it as `wiki.valid.tokens` and `wiki.test.tokens` is left out: a
+model that has learned from them can no longer be measured with them.
 """
 
 import mmap
@@ -22,9 +25,12 @@ from puna.data.documents import Document, LeftOut, Span, checksum, cut_file
 from puna.data.folders import files_of
 from puna.errors import PunaError
 
-HELP = "Wikitext; a paragraph is a document."
+HELP = "Wikitext; a paragraph is a document. Of a folder with a train file, valid and test are left out."
 OPTIONS = ()
 DISTINCT = False
+
+#: Names of the parts that models are measured with.
+MEASURED = ("valid", "test")
 
 #: What is opened -> what closes it.
 _PAIRS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'"}
@@ -102,7 +108,13 @@ def paragraphs(text: str) -> list[str]:
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """Pieces that begin with a heading; their state says what is open before and what closes behind."""
-    for file in files_of(source):
+    files = list(files_of(source))
+    trained_on = {file.path.parent for file in files if "train" in file.path.name.split(".")}
+    for file in files:
+        part = next((part for part in MEASURED if part in file.path.name.split(".")), None)
+        if part is not None and file.path.parent in trained_on:
+            yield LeftOut(file.name, source.name, f"the {part} part (name its file to take it)")
+            continue
         if file.refused or (source.is_dir() and file.path.suffix not in (".tokens", ".txt", ".raw")):
             yield LeftOut(file.name, source.name, file.refused or "not a .tokens file")
             continue

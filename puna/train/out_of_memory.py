@@ -1,17 +1,21 @@
 """A device that has no memory left ends a run with one message: in which moment, at what peak, and what would help.
 
 torch's own error names the last few bytes that were missing, which says little of what took the others.
+On a CPU there often is none, for the system kills the process without a word: what cannot fit there is refused before.
 """
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterator
 
 import torch
 
 from puna.config import Recipe
-from puna.devices import device_name, free_memory_bytes, memory_gib
+from puna.devices import device_name, free_host_bytes, free_memory_bytes, memory_gib
 from puna.errors import PunaError
+from puna.model.config import ModelConfig
+from puna.parallel.layout import Layout
 from puna.parallel.mesh import world_size
 from puna.train.continuing import MAY_CHANGE, RECIPE
 
@@ -20,6 +24,29 @@ SAID = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 #: A recomputation -> the next one, which keeps less.
 MORE_RECOMPUTED = {"none": "block", "selective": "block", "block": "offload"}
+
+
+def check_host_memory(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
+    """Refuses a run on CPUs that cannot even hold its weights, gradients and optimizer state.
+
+    Args:
+        recipe: of the run.
+        config: shape of its model.
+        layout: of its processes.
+
+    Raises:
+        PunaError: this machine has too little free memory for its share.
+    """
+    weight, state = (2 if recipe.precision == "bf16-pure" else 4), recipe.optimizer.state_bits / 8
+    bytes_each = weight * (1 if recipe.optimizer.in_backward else 2) + 2 * min(weight, state)
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * layout.dp_replicate / layout.devices
+    needed, free = config.parameter_count * bytes_each * share, free_host_bytes()
+    if needed > free:
+        raise PunaError(
+            f"weights, gradients and optimizer state of {config.parameter_count / 1e9:,.1f} billion weights take "
+            f"{needed / 2**30:,.1f} GiB, and of this machine's memory {free / 2**30:,.1f} GiB are free; take a smaller "
+            "model, or devices that hold it (puna plan says which do)"
+        )
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ from puna.train.inputs import check_data, open_data, open_loader, verified_data,
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.optimizer import AdamW
-from puna.train.out_of_memory import explained
+from puna.train.out_of_memory import check_host_memory, explained
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 from puna.train.stopping import Stopped, stop_signals
@@ -69,6 +69,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         recipe = recipe.model_copy(update={"precision": _precision(asked, device)})
         config = config_of_run(recipe, run_dir)
         layout = Layout.of(recipe, config, world_size())
+        if device.type == "cpu":
+            check_host_memory(recipe, config, layout)
         with only_run_in(run_dir) as claim:
             if before is not None:
                 check_recipe(before, recipe)

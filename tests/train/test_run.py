@@ -401,6 +401,18 @@ def test_memory_that_runs_out_is_one_message_with_what_would_help(
     assert puna.cli.run(["train", str(path), "micro_batch_rows=2", "recompute=block"]) == 0
 
 
+def test_a_model_larger_than_the_machines_memory_is_refused_before_it_is_made(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.train.out_of_memory.free_host_bytes", lambda: 20 * 2**30)
+    with pytest.raises(
+        PunaError, match=r"6\.7 billion weights take 100\.4 GiB, and .* 20\.0 GiB are free; take a smaller"
+    ):
+        puna.train(recipe(model="codellama-7b", precision="bf16"))
+    with pytest.raises(PunaError, match=r"take 37\.7 GiB"):
+        puna.train(recipe(model="codellama-7b", precision="bf16-pure"), ["optimizer.state_bits=8"])
+
+
 def test_other_errors_of_torch_are_not_called_so(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "train_step", lambda *_, **__: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):

@@ -27,13 +27,12 @@ def peak_bytes(work: Callable[[], object], device: "torch.device") -> int:
         torch.accelerator.reset_peak_memory_stats(device)
         work()
         return torch.accelerator.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
+    from torch.autograd.profiler import profile
 
     gc.collect()  # what is garbage already would be freed while it runs
-    # acc_events: torch 2.11 warns of its absence, though nothing here has a second cycle.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda each: each.start_ns()):
         live += event.nbytes()

@@ -178,8 +178,7 @@ class PrepareUnit:
         try:
             return self.template.encode(cast(Tokenizer, self.draft_tokenizer), document.messages)
         except UnusableDialog as error:
-            detail = str(error).partition(f"{error.reason} (")[2].removesuffix(")")
-            return LeftOut(document.id, document.source, error.reason, detail)
+            return LeftOut(document.id, document.source, error.reason, error.detail)
 
     def _filled(
         self, document: Document, tokens: NDArray[np.int32], is_target: NDArray[np.bool_] | None
@@ -273,7 +272,7 @@ def _batches(documents: Iterator[Document | LeftOut]) -> Iterator[list[Document 
 
 
 def _length(document: Document) -> int:
-    """About as many as its bytes."""
+    """About its size in bytes, without encoding it."""
     return len(document.tokens) if document.tokens is not None else sum(map(len, _texts(document)))
 
 

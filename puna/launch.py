@@ -18,8 +18,9 @@ import yaml
 
 from puna.config import Recipe, load_recipe
 from puna.errors import UsageError
-from puna.model.config import config_at_hand
+from puna.model.config import PRESETS, config_at_hand
 from puna.parallel.layout import Layout
+from puna.progress import say
 from puna.twins import make_callable
 
 make_callable(__name__)
@@ -105,6 +106,8 @@ def launch(
     job = Job(checked, ["-m", "puna", "train", recipe, *(overrides or [])], nodes, gpus, nodes if min_nodes is None else
               min_nodes, port, max_restarts, master_addr, image, claim)  # fmt: skip
     _check(job, format)
+    if checked.start is None and checked.model in PRESETS:
+        say(f"without start=MODEL, {recipe} begins with random weights")
     return FORMATS[format](job)
 
 

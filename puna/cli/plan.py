@@ -60,6 +60,8 @@ def _lines(result: dict[str, Any], recipe: str, start: str, how_many: str) -> li
             for each in result["best"]
         ]
         lines += ["", f"the first of them ({result['best'][0]['layout']}) in full:", *_tables(result["best"][0])]
+    lines += ["", f"a checkpoint takes {result['checkpoint_gib']:,.1f} GiB of disk; the newest "
+              f"{result['checkpoints_kept']} are kept while the next is written (checkpoint.keep)"]  # fmt: skip
     lines += _misfits(result)
     return lines
 

@@ -52,13 +52,14 @@ def plan(
     Returns:
         {"fits", "own", "best", "nearest", "help", …}: layouts as {"overrides", "memory_gib", "memory", "moment",
         "host_memory", "seconds", "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "days",
-        …}; "own" is the recipe's, with "reason" where it is impossible. Memory is in GiB, of a device.
+        …}; "own" is the recipe's, with "reason" where it is impossible. Memory is in GiB, of a device; "checkpoint_gib"
+        is what one checkpoint takes on disk.
 
     Raises:
         UsageError: the recipe or an argument is wrong, or the model is not here.
         PunaError: the model's config.json cannot be read.
     """
-    from puna.plan.search import Found, Search
+    from puna.plan.search import Found, Search, weights_of
     from puna.plan.speed import Cluster
 
     recipe = load_recipe(recipe, overrides)
@@ -85,6 +86,8 @@ def plan(
         "devices": devices,
         "memory_gib": available,
         "precision": settled.precision,
+        "checkpoint_gib": weights_of(settled, config).checkpoint_bytes / 2**30,
+        "checkpoints_kept": settled.checkpoint.keep,
         "own": own,
         "best": shown,
         "fitting": found.fitting,

@@ -73,6 +73,13 @@ class Weights:
             self._all_parts[key] = {kind: self.part(kind, tp, shards) for kind in self._shapes}
         return self._all_parts[key]
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of all weights and of their state, which is what a checkpoint holds."""
+        times = {"layer": self.config.num_hidden_layers}
+        parts = self.parts(1, 1).items()
+        return sum(times.get(kind, 1) * (self.weight_bytes * part.own + part.state) for kind, part in parts)
+
 
 def _cut(name: str, shape: Shape, tp: int) -> Shape:
     """The shape of one tensor parallel rank's part."""

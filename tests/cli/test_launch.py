@@ -52,6 +52,13 @@ def test_a_shell_gets_a_line_a_node_that_torchrun_understands() -> None:
     assert [arguments.local_addr for arguments in nodes] == ["10.0.0.1", None]
 
 
+def test_a_run_that_would_begin_with_random_weights_says_so_beside_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for start, said in (([], f"without start=MODEL, {RECIPE} begins with random weights\n"), (["start=here"], "")):
+        launch(RECIPE, ["parallel={}", *start], gpus=8)
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err) == ("", said)
+
+
 def test_one_machine_needs_no_address() -> None:
     (words,) = lines_of(launch(RECIPE, ["parallel={}"], gpus=8))
     arguments = torchrun_arguments(words)

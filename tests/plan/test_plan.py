@@ -28,6 +28,16 @@ def test_the_weights_that_are_counted_are_those_of_the_model(name: str) -> None:
     assert counted == sum(map(math.prod, parameter_shapes(preset(name)).values()))
 
 
+@pytest.mark.parametrize(
+    ("changes", "bytes_each"),
+    [([], 4 + 8), (["precision=bf16-pure"], 2 + 4), (["optimizer.state_bits=8"], 4 + 2 * (1 + 4 / 64))],
+)
+def test_a_checkpoint_is_as_large_as_weights_and_state(changes: list[str], bytes_each: int) -> None:
+    result = puna.plan("codellama-7b-pretrain", changes, device="h100", layout=True)
+    expected = bytes_each * preset("codellama-7b").parameter_count / 2**30
+    assert result["checkpoint_gib"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_layouts_that_are_proposed_are_accepted_and_fit_and_their_rows_add_up() -> None:
     result = puna.plan("codellama-34b-pretrain", devices=16, device="ascend-910b")
     assert result["best"]

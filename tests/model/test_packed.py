@@ -85,9 +85,10 @@ def test_a_model_loaded_for_inference_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_fp32", ["lm_head", "layernorm", "norm", "embed_tokens", "bias", "proj"])
 def test_weights_stored_in_several_dtypes_are_computed_with_in_that_of_most(tmp_path: Path, is_fp32: str) -> None:
     model = tiny_model(head_dim=64, model_type="qwen2", attention_bias=True)
+    generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         is_bias = name.endswith("bias")
-        weight.data = (torch.randn_like(weight) / 10 if is_bias else weight.data).bfloat16()
+        weight.data = (torch.randn(weight.shape, generator=generator) / 10 if is_bias else weight.data).bfloat16()
         weight.data = weight.data.float() if is_fp32 in name else weight.data
     save_model(model, tmp_path / "model")
     loaded, _ = load(tmp_path / "model", for_inference=True)

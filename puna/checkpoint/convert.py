@@ -25,6 +25,7 @@ from puna.checkpoint.huggingface import fit
 from puna.checkpoint.tensors import counted, dtype_of, rounded
 from puna.errors import PunaError, UsageError
 from puna.garbage import seldom_collected
+from puna.progress import say
 
 
 @seldom_collected()
@@ -70,12 +71,14 @@ def convert(
     reader = next((name for name, module in known.items() if module.recognises(place)), None)
     if reader is None:
         raise PunaError(f"{place} is in no format that is known ({', '.join(known)}){_content(place)}")
-    for_read, for_write = _shared_out(options, reader, to)
+    for_read, for_write = _shared_out(options, known[reader], known[to])
     config, tensors, tokenizer = known[reader].read(place, rope_theta, **for_read)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
     with counted("converting", rounded(fit(config, tensors), dtype)) as tensors:
         known[to].write(output, config, tensors, tokenizer, **for_write)
+    if tokenizer is None:
+        say(f"{source} has no tokenizer; copy tokenizer.model or tokenizer.json to {output}")
     return output
 
 
@@ -85,17 +88,19 @@ def format_modules() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{formats.__name__}.{name}") for name in names}
 
 
-def _shared_out(options: dict[str, Any], reader: str, writer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shared_out(
+    options: dict[str, Any], reader: ModuleType, writer: ModuleType
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that were given, for the reader and for the writer.
 
     Raises:
         UsageError: neither takes one of them.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    known = format_modules()
-    takes = getattr(known[reader], "READ_OPTIONS", ()), getattr(known[writer], "WRITE_OPTIONS", ())
+    takes = getattr(reader, "READ_OPTIONS", ()), getattr(writer, "WRITE_OPTIONS", ())
     if unknown := [name for name in given if name not in (*takes[0], *takes[1])]:
-        raise UsageError(f"{unknown[0]} says nothing to reading {reader} and writing {writer}; leave it out")
+        names = [module.__name__.rpartition(".")[2] for module in (reader, writer)]
+        raise UsageError(f"{unknown[0]} says nothing to reading {names[0]} and writing {names[1]}; leave it out")
     for_read, for_write = ({name: given[name] for name in names if name in given} for names in takes)
     return for_read, for_write
 

@@ -252,12 +252,13 @@ def test_the_tokenizer_goes_along_also_from_the_folder_above(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
 
 
-def test_a_bin_folder_becomes_safetensors(tmp_path):
+def test_a_bin_folder_becomes_safetensors(tmp_path, capsys):
     model = tiny_model()
     save_model(model, tmp_path / "hf")
     torch.save(dict(model.named_parameters()), tmp_path / "hf" / "pytorch_model.bin")
     (tmp_path / "hf" / "model.safetensors").unlink()
     convert(tmp_path / "hf", tmp_path / "out", dtype="bf16")
+    assert "hf has no tokenizer; copy tokenizer.model or tokenizer.json to" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.bin"))
     converted = load_model(tmp_path / "out")
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(converted.parameters(), model.parameters(), strict=True))

@@ -85,6 +85,11 @@ def test_a_merged_strategy_file_does_as_well(fixtures, tmp_path):
     assert (by_file / "model.safetensors").read_bytes() == (by_folder / "model.safetensors").read_bytes()
 
 
+def test_one_slice_of_several_is_refused_with_what_to_name(fixtures, tmp_path):
+    with pytest.raises(PunaError, match=r"makes vocab_size 512, .* make it 256; of slices, name the folder that holds"):
+        convert(fixtures / "distributed/mp2pp2_fp16/rank_0", tmp_path / "out", config="tiny-64")
+
+
 @pytest.mark.parametrize(
     ("slices", "whole", "layout"),
     [

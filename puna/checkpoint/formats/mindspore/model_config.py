@@ -41,7 +41,9 @@ def config_of(
     config = _stated(stated, rope_theta)
     for name, size in sizes.items():
         if getattr(config, name) != size:
-            raise PunaError(f"{stated} makes {name} {getattr(config, name)}, but the weights of {where} make it {size}")
+            whole = getattr(config, name)
+            hint = "" if whole % size else "; of slices, name the folder that holds those of all ranks"
+            raise PunaError(f"{stated} makes {name} {whole}, but the weights of {where} make it {size}{hint}")
     return config
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from puna.checkpoint.attendance import Attendance
 from puna.checkpoint.pulse import Pulse
 from puna.errors import PunaError, UsageError
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 #: How long a rank may write or read while the others wait. One that dies is noticed at once, and one that gives no sign
-#: of life after some minutes (`puna.checkpoint.pulse`).
+#: of life after some minutes (`puna.checkpoint.pulse`); who is waited for is said (`puna.checkpoint.attendance`).
 PATIENCE = timedelta(hours=2)
 
 #: Seconds between two looks at whether all others are alive.
@@ -44,6 +45,7 @@ class Meetings:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._pulse = Pulse() if self.size > 1 else None
+        self._attendance = Attendance(group) if self.size > 1 else None
 
     @classmethod
     def of_run(cls) -> "Meetings":
@@ -100,6 +102,8 @@ class Meetings:
     def _wait_for(self, collective: Callable[[], Any]) -> None:
         """Takes part in a collective, in a thread that can be left behind in it."""
         assert self._pulse is not None
+        assert self._attendance is not None
+        self._attendance.come()
         done: Future[None] = Future()
 
         def take_part() -> None:
@@ -111,6 +115,7 @@ class Meetings:
         threading.Thread(target=take_part, daemon=True).start()
         while not wait([done], LOOK_SECONDS).done:
             self._pulse.check()
+            self._attendance.look()
         with _plain_errors():
             done.result()
 

@@ -1,6 +1,7 @@
 """A rank that stops calling: the others' error says what each did last, or that it gives no sign of life."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,12 +45,13 @@ def test_the_error_says_the_last_collective_of_the_rank_that_waits_and_of_the_on
 SAVING = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from puna.checkpoint import pulse
+from puna.checkpoint import attendance, pulse
 from puna.checkpoint.runs import Checkpoints
 from puna.errors import PunaError
 from puna.parallel.mesh import process_group
 
 pulse.PULSE_SECONDS, pulse.MOST_MISSING = 0.1, 20
+attendance.FIRST_SECONDS = 1.0
 
 class Hindered(Checkpoints):
     def _stage(self, state, **options):
@@ -80,11 +82,14 @@ def test_a_rank_that_is_stopped_at_a_checkpoint_is_given_up_and_one_that_is_slow
         port = free.getsockname()[1]
     command = [sys.executable, "-c", SAVING, tmp_path / "run", tmp_path / "said", hindered]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen(command, env={**os.environ, **meeting, "RANK": str(rank)}) for rank in range(2)]
+    environments = [{**os.environ, **meeting, "RANK": str(rank)} for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=each, stderr=subprocess.PIPE, text=True) for each in environments]
     try:
-        assert ranks[0].wait(60) == 0
+        _, err = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 0, err
     finally:
         ranks[1].kill()
-        ranks[1].wait()
+        ranks[1].communicate()
+    assert re.search("waiting for rank 1 at a checkpoint for [12] s; its disk may be slow, or hang", err), err
     said = (tmp_path / "said-0").read_text()
     assert said == "kept" if hindered == "slow" else said.startswith("rank 1 has given no sign of life for 2 s"), said

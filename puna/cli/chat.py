@@ -6,7 +6,7 @@ It runs in one process: Ctrl-C would reach several that share a model at differe
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from puna.cli.generate import (
     Temperature,
     TopK,
     TopP,
+    checked_settings,
     open_model,
     print_piece,
 )
@@ -40,6 +41,7 @@ NEW = "/new"
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: Model,
     template: Annotated[
         str | None, typer.Option(help="Layout of dialogs; default: the model's own, else by kind.")
@@ -62,23 +64,9 @@ def chat(
     Each line is a message; /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves.
     """
     from puna.checkpoint import resolve
-    from puna.devices import pick_device
-    from puna.generate import Sampling
     from puna.generate import chat as answer
-    from puna.generate.engine.storage import storage_dtype
 
-    settings: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
-    Sampling.of(settings)  # a wrong setting is said before a large model is loaded
-    storage_dtype(cache_dtype, pick_device(device))
+    settings = checked_settings(context)
     loaded, tokenizer = open_model(model, dtype, device)
     layout = _template(template, resolve(model), tokenizer)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]

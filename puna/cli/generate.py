@@ -42,6 +42,12 @@ Nproc = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+#: Options that are fields of `puna.generate.Sampling`; a command has some of them.
+SAMPLING = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "stop", "stop_ids", "ignore_eos", "seed",
+)  # fmt: skip
+
 
 @app.command()
 def generate(
@@ -64,7 +70,7 @@ def generate(
     stop: Stop = None,
     presence_penalty: Annotated[float, typer.Option(help="Taken from logits of what was written already.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for every time that it was written.")] = 0.0,
-    stop_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    stop_ids: Annotated[list[int] | None, typer.Option("--stop-id", help="End at this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind EOS and EOT.")] = False,
     seed: Seed = 0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Completions that run at a time.")] = 64,
@@ -91,29 +97,11 @@ def generate(
         check_file(output)
         if output.is_file() and output.stat().st_size:
             raise PunaError(f"{output} exists already; choose another place or remove it first")
-    from puna.devices import pick_device
-    from puna.generate import Sampling
     from puna.generate.engine.drafts import check_one_source
-    from puna.generate.engine.storage import storage_dtype
     from puna.parallel.collectives import of_first_rank
 
-    settings: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "stop": tuple(stop or ()),
-        "stop_ids": tuple(stop_id or ()),
-        "ignore_eos": ignore_eos,
-        "seed": seed,
-    }
-    Sampling.of(settings)  # what is wrong is said before a large model is loaded
+    settings = checked_settings(context)
     check_one_source(lookup=lookup, draft=draft)
-    storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
         loaded, tokenizer = open_model(model, dtype, device)
         longest = loaded.config.max_position_embeddings
@@ -179,6 +167,24 @@ def _complete(
             progress.advance()
 
         complete_texts(model, tokenizer, texts, on_completion=note, **options)
+
+
+def checked_settings(context: typer.Context) -> dict[str, Any]:
+    """The fields of `puna.generate.Sampling` among a command's options.
+
+    Raises:
+        UsageError: one of them is wrong, or `cache_dtype` is: said before a large model is loaded.
+    """
+    from puna.devices import pick_device
+    from puna.generate import Sampling
+    from puna.generate.engine.storage import storage_dtype
+
+    given = context.params
+    settings = {name: given[name] for name in SAMPLING if name in given}
+    settings |= {name: tuple(settings[name] or ()) for name in ("stop", "stop_ids") if name in settings}
+    Sampling.of(settings)
+    storage_dtype(given["cache_dtype"], pick_device(given["device"]))
+    return settings
 
 
 def leave_to_processes(context: typer.Context, nproc: int | None) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from puna.cli.generate import (
     TopK,
     TopP,
     as_record,
+    checked_settings,
     leave_to_processes,
     open_model,
     print_piece,
@@ -72,26 +73,13 @@ def infill(
     leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     before, behind = _around(prefix, suffix, file) if is_first else ("", "")
-    from puna.devices import pick_device
-    from puna.generate import Sampling, prompt_room
     from puna.generate import infill as fill
-    from puna.generate.engine.storage import storage_dtype
+    from puna.generate import prompt_room
     from puna.parallel.collectives import of_first_rank
     from puna.prompts import check_order, cut_around_gap
 
-    settings: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
-    Sampling.of(settings)  # a wrong setting is said before a large model is loaded
+    settings = checked_settings(context)
     check_order(order)
-    storage_dtype(cache_dtype, pick_device(device))
     with processes(device):
         before, behind = of_first_rank((before, behind))
         loaded, tokenizer = open_model(model, dtype, device)

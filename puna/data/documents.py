@@ -92,7 +92,7 @@ class Span:
     start: int
     stop: int
     checksum: str
-    state: Any = field(default=None)
+    state: Any = None
 
     def load(self) -> bytes:
         """The bytes.

@@ -10,9 +10,11 @@ Source: Code Llama (arXiv:2308.12950), section 2.3: 0.9 of the documents that a 
 half prefix-suffix-middle (PSM), half suffix-prefix-middle (SPM). `puna.prompts` spells both layouts.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import xxhash
+
+from puna.prompts.infilling import Order
 
 
 class Cut(NamedTuple):
@@ -21,7 +23,7 @@ class Cut(NamedTuple):
     prefix: str
     middle: str
     suffix: str
-    order: Literal["psm", "spm"]
+    order: Order
 
 
 def cut_for_infilling(text: str, *, seed: int, id: str, fim_rate: float, spm_rate: float) -> Cut | None:
@@ -38,7 +40,7 @@ def cut_for_infilling(text: str, *, seed: int, id: str, fim_rate: float, spm_rat
         return None
     places = (int(_draw(seed, id, which) * (len(text) + 1)) for which in ("one end", "other end"))
     start, stop = sorted(places)
-    order: Literal["psm", "spm"] = "spm" if _draw(seed, id, "order") < spm_rate else "psm"
+    order: Order = "spm" if _draw(seed, id, "order") < spm_rate else "psm"
     return Cut(text[:start], text[start:stop], text[stop:], order)
 
 

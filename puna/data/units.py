@@ -264,16 +264,11 @@ def _batches(documents: Iterator[Document | LeftOut]) -> Iterator[list[Document 
     held, size = list[Document | LeftOut](), 0
     for document in documents:
         held.append(document)
-        size += _length(document) if isinstance(document, Document) else 0
+        size += _size_bytes(document) if isinstance(document, Document) else 0
         if size >= BATCH_BYTES:
             yield held
             held, size = [], 0
     yield held
-
-
-def _length(document: Document) -> int:
-    """About its size in bytes, without encoding it."""
-    return len(document.tokens) if document.tokens is not None else sum(map(len, _texts(document)))
 
 
 def _size_bytes(document: Document) -> int:

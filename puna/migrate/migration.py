@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from puna.checkpoint.formats.mindspore.model_config import read_yaml
-from puna.config import Recipe
+from puna.config import Parallel, Recipe
 from puna.data.rows import IGNORE
 from puna.errors import PunaError
 from puna.files import file_aside
@@ -19,13 +19,13 @@ from puna.migrate.recipe import (
     VALID_DATA,
     WEIGHTS,
     Settings,
-    batch_rows,
     generation,
     recipe_of,
     recompute_differences,
     steps_of_epochs,
     value_differences,
 )
+from puna.parallel.start import words_to_start
 
 #: What became of a key -> the table that says it.
 FATES = {
@@ -90,7 +90,7 @@ class Migration:
             raise PunaError(f"a YAML for prediction has no recipe; run: {self.steps[-1]}")
         lines = [f"#   {step}" for step in self.steps]
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
-        return "\n".join(["# Before the first step:", *lines, yaml.safe_dump(fields, sort_keys=False)])
+        return "\n".join(["# To be run, in this order:", *lines, yaml.safe_dump(fields, sort_keys=False)])
 
 
 def migrate(
@@ -130,7 +130,8 @@ def migrate(
     counted = found if rows is None else rows
     recipe = recipe_of(settings, where=str(source), rows=counted, is_faithful=faithful)
     steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
-    steps.append(f"puna train {output or 'recipe.yaml'}")
+    start, how_many = words_to_start(_devices(recipe.parallel))
+    steps.append(f"{start} {output or 'recipe.yaml'}{how_many}")
     differences = [
         *([] if faithful else DIFFERENCES),
         *value_differences(settings, recipe),
@@ -233,7 +234,7 @@ def _step_differences(
             f"`puna inspect {TRAIN_DATA} --sequence-length {recipe.sequence_length}` counts them"
         )
     if is_stated and rows is not None:
-        of_epochs = steps_of_epochs(settings, rows, batch_rows(settings))
+        of_epochs = steps_of_epochs(settings, rows)
         if of_epochs != recipe.steps:
             yield (
                 f"steps: {recipe.steps:,} of lr_schedule.total_steps, in which the learning rate falls, were put; "
@@ -267,3 +268,8 @@ def _used(row: Mapping[str, Any]) -> int:
     """Ids of a dialog before the padding; none where all is masked."""
     places = row["input_ids"].reshape(-1).nonzero()[0]
     return int(places[-1]) + 1 if (row["labels"] != IGNORE).any() else 0
+
+
+def _devices(parallel: Parallel) -> int:
+    shards = 1 if parallel.dp_shard == "auto" else parallel.dp_shard
+    return parallel.pp * parallel.dp_replicate * shards * parallel.cp * parallel.tp

@@ -83,7 +83,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
     names = [name for name in known_as(config) if _is_same(PRESETS[name], config)]
     length = settings.whole("model.model_config.seq_length", 2048)
     global_rows = batch_rows(settings)
-    steps = step_count(settings, rows, global_rows)
+    steps = step_count(settings, rows)
     peak, end = peak_lr(settings), settings.number("lr_schedule.lr_end", 0)
     has_weights = bool(settings.get("load_checkpoint", "")) or not names
     layout = parallel(settings)
@@ -110,7 +110,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
             "final_fraction": end / peak if peak else 0.0,
         },
         "parallel": layout,
-        **recompute(settings, layers_of_a_stage(settings)),
+        **recompute(settings),
         "checkpoint": {
             "every": settings.whole("callbacks.CheckpointMonitor.save_checkpoint_steps", SOME_STEPS),
             "keep": settings.whole("callbacks.CheckpointMonitor.keep_checkpoint_max", 5),
@@ -163,17 +163,17 @@ def batch_rows(settings: Settings) -> int:
     return rows * accumulated * settings.whole("micro_batch_interleave_num", 1)
 
 
-def step_count(settings: Settings, rows: int | None, global_rows: int) -> int:
+def step_count(settings: Settings, rows: int | None) -> int:
     """Steps of the run: stated, or those of its epochs."""
     stated = settings.whole("lr_schedule.total_steps", -1)
     if stated > 0:
         return stated
-    return SOME_STEPS if rows is None else steps_of_epochs(settings, rows, global_rows)
+    return SOME_STEPS if rows is None else steps_of_epochs(settings, rows)
 
 
-def steps_of_epochs(settings: Settings, rows: int, global_rows: int) -> int:
+def steps_of_epochs(settings: Settings, rows: int) -> int:
     """Steps that MindFormers takes."""
-    return max(1, settings.whole("runner_config.epochs", 1) * (rows // max(1, global_rows)))
+    return max(1, settings.whole("runner_config.epochs", 1) * (rows // max(1, batch_rows(settings))))
 
 
 def warmup_steps(settings: Settings, steps: int) -> int:
@@ -228,15 +228,11 @@ def parallel(settings: Settings) -> dict[str, Any]:
     return {**axes, "stages_per_rank": stages, "schedule": "interleaved"} if stages > 1 else axes
 
 
-def recompute(settings: Settings, per_stage: int) -> dict[str, Any]:
-    """What is computed again in the backward pass, or waits in host memory, and in how many layers of a stage.
-
-    Args:
-        settings: the YAML's.
-        per_stage: layers of a stage.
-    """
+def recompute(settings: Settings) -> dict[str, Any]:
+    """What is computed again in the backward pass, or waits in host memory, and in how many layers of a stage."""
     if settings.get("swap_config.swap", False):
         return {"recompute": "offload"}
+    per_stage = layers_of_a_stage(settings)
     for mode, key in RECOMPUTE.items():
         if most := max(recomputed_layers(settings.get(key, False), per_stage)):
             return {"recompute": mode} | ({"recompute_layers": most} if most < per_stage else {})

@@ -208,9 +208,11 @@ def test_a_row_of_one_token_is_refused(fill):
 
 @pytest.mark.parametrize("documents", [[], [[], []]])
 @pytest.mark.parametrize("fill", FILLS)
-def test_an_empty_data_set_is_refused(fill, documents):
-    with pytest.raises(PunaError, match="holds no tokens"):
-        open_rows(FakeDataset(documents), 8, fill)
+def test_an_empty_data_set_is_refused_by_name(fill, documents, tmp_path):
+    dataset = FakeDataset(documents)
+    dataset.folder = tmp_path
+    with pytest.raises(PunaError, match=rf"the data set {re.escape(str(tmp_path))} holds no tokens"):
+        open_rows(dataset, 8, fill)
 
 
 def test_rows_are_filled_as_the_data_was_prepared_for_unless_asked_otherwise():
@@ -253,14 +255,6 @@ def test_packing_takes_a_fraction_of_a_second_for_many_documents_and_wastes_litt
     filled = np.bincount(row_of, weights=lengths)
     assert filled.max() <= 4096
     assert filled.mean() / 4096 > 0.999
-
-
-@pytest.mark.parametrize("fill", FILLS)
-def test_a_data_set_is_named_when_it_is_empty(fill, tmp_path):
-    dataset = FakeDataset([])
-    dataset.folder = tmp_path
-    with pytest.raises(PunaError, match=re.escape(str(tmp_path))):
-        open_rows(dataset, 8, fill)
 
 
 @pytest.mark.parametrize("fill", FILLS)

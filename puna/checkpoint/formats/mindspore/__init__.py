@@ -222,9 +222,9 @@ def _sizes(layout: str) -> dict[str, int]:
 
 def _write_slices(folder: Path, tensors: Mapping[str, StoredTensor], strategy: Strategy) -> None:
     for stage, layouts in sorted(strategy.items()):
-        own = {name: tensors[name] for name in layouts}
         devices = next(iter(layouts.values())).devices
         for i in range(devices):
             rank = stage * devices + i
-            write_ckpt(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", cut(own, layouts, i))
+            slices = {name: cut(name, tensors[name], layout, i) for name, layout in layouts.items()}
+            write_ckpt(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", slices)
             write_strategy(folder / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt", stage, layouts)

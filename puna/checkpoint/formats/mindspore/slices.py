@@ -96,18 +96,31 @@ def merge(ranks: Mapping[int, Mapping[str, StoredTensor]], strategy: Strategy, w
     return merged
 
 
-def cut(tensors: Mapping[str, StoredTensor], layouts: Mapping[str, Layout], rank: int) -> dict[str, StoredTensor]:
-    """What one rank of a stage has of some tensors.
-
-    Args:
-        tensors: whole, of the stage.
-        layouts: how they are cut.
-        rank: within the stage.
+def cut(name: str, tensor: StoredTensor, layout: Layout, rank: int) -> StoredTensor:
+    """What one rank, counted within its stage, has of a whole tensor.
 
     Raises:
-        PunaError: a tensor has no layout, or cannot be cut evenly.
+        PunaError: the tensor cannot be cut evenly, or has other dims than its layout.
     """
-    return {name: _cut(name, tensor, _layout_of(name, layouts), rank) for name, tensor in tensors.items()}
+    parts, places = layout.parts(), layout.place(rank)
+    if len(parts) != len(tensor.shape) or any(count > 1 for count in parts[2:]):
+        raise PunaError(f"{name} has shape {tensor.shape}, but its strategy has {len(parts)} dims")
+    for dim, (size, count) in enumerate(zip(tensor.shape, parts, strict=True)):
+        if size % count:
+            raise PunaError(
+                f"{name}: dim {dim} of {size} cannot be cut into {count} equal parts; choose another layout"
+            )
+    if all(count == 1 for count in parts):
+        return tensor
+    shape = tuple(size // count for size, count in zip(tensor.shape, parts, strict=True))
+    first_row = places[0] * shape[0]
+    column = places[1] * shape[1] if len(shape) > 1 else 0
+
+    def rows(start: int, stop: int) -> Tensor:
+        values = tensor.rows(first_row + start, first_row + stop)
+        return values[:, column : column + shape[1]] if len(shape) > 1 else values
+
+    return StoredTensor.by_rows(shape, tensor.dtype, tensor.where, rows)
 
 
 def llama_layouts(
@@ -149,12 +162,6 @@ def _step(file: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _layout_of(name: str, layouts: Mapping[str, Layout]) -> Layout:
-    if name not in layouts:
-        raise PunaError(f"the strategy does not say how {name} is cut")
-    return layouts[name]
-
-
 def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: str, *, first_rank: int) -> StoredTensor:
     """The whole of the slices that the ranks of a stage hold; of copies one must be there, and one is taken."""
     first, parts = next(iter(slices.values())), layout.parts()
@@ -186,27 +193,3 @@ def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: s
         return torch.cat(bands)
 
     return StoredTensor.by_rows(shape, first.dtype, first.where, rows)
-
-
-def _cut(name: str, tensor: StoredTensor, layout: Layout, rank: int) -> StoredTensor:
-    parts, places = layout.parts(), layout.place(rank)
-    if len(parts) != len(tensor.shape) or any(count > 1 for count in parts[2:]):
-        raise PunaError(f"{name} has shape {tensor.shape}, but its strategy has {len(parts)} dims")
-    for dim, (size, count) in enumerate(zip(tensor.shape, parts, strict=True)):
-        if size % count:
-            raise PunaError(
-                f"{name}: dim {dim} of {size} cannot be cut into {count} equal parts; choose another layout"
-            )
-    if all(count == 1 for count in parts):
-        return tensor
-    shape = tuple(size // count for size, count in zip(tensor.shape, parts, strict=True))
-    first_row = places[0] * shape[0]
-    column = places[1] * shape[1] if len(shape) > 1 else 0
-
-    def within(rows: Tensor) -> Tensor:
-        return rows[:, column : column + shape[1]] if len(shape) > 1 else rows
-
-    def rows(start: int, stop: int) -> Tensor:
-        return within(tensor.rows(first_row + start, first_row + stop))
-
-    return StoredTensor.by_rows(shape, tensor.dtype, tensor.where, rows)

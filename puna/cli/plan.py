@@ -26,6 +26,7 @@ def plan(
 
     Memory and time are computed, nothing is run. Exit code 1 if no layout fits.
     """
+    from puna.parallel.start import words_to_start
     from puna.plan import plan as plan_recipe
 
     result = plan_recipe(
@@ -35,18 +36,10 @@ def plan(
     if as_json:
         print(json.dumps(result))
     else:
-        start, how_many = _command(devices, devices_per_node)
+        start, how_many = words_to_start(devices, devices_per_node)
         for line in _lines(result, shlex.join([recipe, *(overrides or [])]), start, how_many):
             print(line)
     raise typer.Exit(0 if result["fits"] else 1)
-
-
-def _command(devices: int, devices_per_node: int) -> tuple[str, str]:
-    """What starts a recipe on so many devices: the words before it and its overrides, and those behind."""
-    if devices <= devices_per_node:
-        return "puna train", f" --nproc {devices}" if devices > 1 else ""
-    per_node = next(n for n in range(devices_per_node, 0, -1) if devices % n == 0)
-    return "puna launch", f" --nodes {devices // per_node} --gpus {per_node}"
 
 
 def _lines(result: dict[str, Any], recipe: str, start: str, how_many: str) -> list[str]:

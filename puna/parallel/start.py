@@ -27,6 +27,14 @@ PR_SET_PDEATHSIG = 1
 PUNA = ["-m", "puna"]
 
 
+def words_to_start(devices: int, devices_per_node: int = 8) -> tuple[str, str]:
+    """What starts a recipe on so many devices: the words before it and its overrides, and those behind."""
+    if devices <= devices_per_node:
+        return "puna train", f" --nproc {devices}" if devices > 1 else ""
+    per_node = next(n for n in range(devices_per_node, 0, -1) if devices % n == 0)
+    return "puna launch", f" --nodes {devices // per_node} --gpus {per_node}"
+
+
 def start_processes(command: list[str], n_processes: int) -> int:
     """Runs `puna COMMAND` in several processes that form one group, and waits for them.
 

@@ -78,7 +78,7 @@ def evaluate(
     elif name is not None and "server" not in options:
         model = Stored(name, dtype, pick_device(device))
     elif model is not None and name is None:
-        loaded(model, tokenizer)  # it is; has it a tokenizer?
+        loaded(model, tokenizer)  # refuses one in memory that has no tokenizer
     if "name" in inspect.signature(module.evaluate).parameters:
         if name is not None:
             options |= {"name": name, "weights": weights, "dtype": dtype}

@@ -1,7 +1,7 @@
 """Languages other than Python: how a program that holds its own tests is compiled and run, and ends with a word.
 
-A program passes when it has come to its end, so a word that nobody can guess is printed behind its tests. It stands
-there in two halves: a shell whose quoted text never ends prints the rest of the file, and that is not the word.
+A program passes when it has come to its end, so behind its tests it prints a word that nobody can guess. Its file holds
+the word in two halves: a shell program whose here-document never ends prints the rest of its file, but not the word.
 """
 
 import os

@@ -71,7 +71,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         super().__init__()
-        #: Where its tensors lie and nothing else may; and what the last one there holds, as long as it or a view lives.
+        #: Memory that its tensors lie in, each with a reference to the newest of them that ends with it and its views.
         self._rooms: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[np.uint8]]]] = []
         calls: list[Any] = []
         before = _CALLS.set(calls)
@@ -98,7 +98,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def _room_of(self, nbytes: int) -> Tensor:
-        """Room for so many bytes, where a tensor lay of which no later call can be told, or new."""
+        """Memory of so many bytes: that of a tensor that is gone, which no later call can be told of, or new."""
         place = next((i for i, (room, last) in enumerate(self._rooms) if len(room) == nbytes and last() is None), None)
         room = torch.empty(nbytes, dtype=torch.uint8).numpy() if place is None else self._rooms.pop(place)[0]
         lent = room[:]

@@ -1,4 +1,4 @@
-"""What tells a model's weights from others in the same place: of those before it was trained further, above all."""
+"""A mark of a model's weights in memory, which is another one once the model is trained further."""
 
 import hashlib
 

@@ -2,7 +2,7 @@
 
 They leave on a stream of their own while the next layer is computed, and come back when the backward pass asks for
 them. The bus carries them in a small part of the time that a layer takes: 34B's hidden states of 4,096 tokens are 64
-MiB a layer. On a CPU they are copied from its memory to its memory, which is of no use but the same way.
+MiB a layer. On a CPU they are copied within its memory, which is of no use but walks the same path.
 """
 
 from collections import deque

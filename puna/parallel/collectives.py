@@ -1,4 +1,4 @@
-"""Exchanges between ranks that gradients flow through."""
+"""Exchanges between ranks: two that gradients flow through, and a few of plain numbers."""
 
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ def all_max(*numbers: float) -> list[float]:
 
 
 def all_min(number: int, group: dist.ProcessGroup | None) -> int:
-    """The smallest of the numbers that the ranks of a group give; None: this process needs nobody."""
+    """The smallest number that a rank of a group passes; without a group, this process's own."""
     if group is None:
         return number
     value = torch.tensor(number)
@@ -56,7 +56,7 @@ def all_min(number: int, group: dist.ProcessGroup | None) -> int:
 
 
 def of_first_rank(value: T) -> T:
-    """What the first of all ranks there are gave; of the others, any value."""
+    """The value that the first rank passes, on all ranks; what the others pass does not matter."""
     if not dist.is_initialized():
         return value
     held = [value]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 class Copies:
     """Copies of the matrices of layers, which take their place in the layers.
 
-    The gradients go to the originals, whose hooks are called for each. A copy lives as long as the layer; where a layer
-    keeps its cast weights for the backward pass, no more memory is taken than was.
+    The gradients go to the originals, whose hooks are called for each. A copy lives as long as its layer: a layer that
+    keeps its cast weights for the backward pass takes no more memory with a copy than without.
 
     Args:
         layers: of a network, on their device.

@@ -28,8 +28,8 @@ WEIGHT_AXES = ("pp", "dp_replicate", "shard", "tp")
 #: How long a rank waits for the others before it gives up with an error.
 TIMEOUT = timedelta(minutes=10)
 
-#: How long gloo's threads have to let go of the tensors of the last collective. They need the interpreter for it, and
-#: one that asks when Python has begun to end aborts the process, whose work is done.
+#: Time for gloo's threads to free the tensors of the last collective. They need the interpreter for it, and a thread
+#: that asks for it while Python ends aborts the process.
 LET_GO_SECONDS = 0.2
 
 

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from puna.parallel.collectives import all_min
 
-#: Of one half: a barrier takes as long as half a megabyte, more where processors are short.
+#: Size of one half: far more than the half megabyte that could be copied in the time of a barrier.
 HALF_BYTES = 16 << 20
 
 #: Numbers summed at a time.

@@ -1,4 +1,4 @@
-"""A run's claim to its folder: no second process trains there, and a folder that is removed meanwhile is missed.
+"""A run's claim to its folder: no second process trains there, and the folder's removal is noticed.
 
 The first rank holds the lock of `run_dir/.lock`. Where that file is no longer what lies in the folder, someone removed
 it while training went on, by mistake or because a disk is swept: what the run has in memory is then all there is of it.

@@ -19,7 +19,7 @@ IGNORE = -100
 #: Logits computed at a time, in numbers: 2^25 bf16 values are 64 MiB.
 CHUNK_LOGITS = 1 << 25
 
-#: Rows of a chunk are a multiple of these, where it has as many: products are a fifth faster on a CPU.
+#: A chunk's rows are rounded down to a multiple of this: products on a CPU are a fifth faster.
 ROWS = 64
 
 #: Logits that go through softmax at a time: on a CPU they stay in its cache from the first pass to the last.

@@ -17,7 +17,7 @@ from puna.native import build
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 
-#: The vocabulary is a multiple of the first, the width of what the head multiplies of the second.
+#: The kernel takes a vocabulary that is a multiple of LANES, and a model width that is a multiple of COLUMNS.
 LANES, COLUMNS = 16, 64
 
 

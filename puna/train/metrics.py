@@ -37,7 +37,7 @@ class Metrics:
         self._board = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, numbers: dict[str, Any]) -> None:
-        """Writes one step's numbers; `numbers["step"]` says which. What finds no room waits in memory for the next."""
+        """Writes one step's numbers; `numbers["step"]` says which. What cannot be written waits for the next call."""
         is_first = not self._waiting
         self._waiting += f"{as_json(numbers)}\n".encode()
         try:

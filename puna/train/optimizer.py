@@ -30,7 +30,8 @@ from puna.train.rounding import Chance, Place, round_stochastically, seeds_of
 PIECE = {"cpu": 1 << 16}
 PIECE_ELSEWHERE = 1 << 24
 
-#: Numbers that torch's fused update takes at a time; what a row's end leaves over, it would round another way.
+#: Torch's fused update takes so many numbers at a time and rounds those left over another way, so rows must be a
+#: multiple of it: a weight then has the same bits wherever it is cut.
 LANES = 16
 
 #: Gives random bits, (rows, columns) of int32 from 0 to 2^16 - 1.
@@ -158,7 +159,16 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a step multiplies with."""
+    """What a step multiplies with.
+
+    Attributes:
+        beta1, beta2: decay of the running means of the gradient and of its square.
+        eps: is added to the root of the mean square.
+        grad_scale: of every gradient (clipping).
+        weight_kept: 1 - learning rate * weight decay.
+        minus_lr: -learning rate / bias correction of the mean gradient.
+        square_lacks: bias correction of the mean square, which divides it.
+    """
 
     beta1: float
     beta2: float

@@ -185,7 +185,7 @@ class _Run:
         result = train_step(
             self.model, self.gradients, batch, update=update, lr=lr,
             micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
-            is_mean_of_means=is_mindformers,
+            is_mean_of_means=is_mindformers, skips_empty=not is_mindformers,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         self.step, self.tokens = update, self.tokens + recipe.batch_tokens

@@ -41,6 +41,7 @@ def train_step(
     micro_batch_rows: int,
     max_grad_norm: float | None,
     is_mean_of_means: bool = False,
+    skips_empty: bool = True,
 ) -> StepResult:
     """One optimizer step over the global batch; every rank calls it with its rows.
 
@@ -57,12 +58,14 @@ def train_step(
         micro_batch_rows: rows that go through the model at once.
         max_grad_norm: gradients are scaled down to this norm; None: they are used as they are.
         is_mean_of_means: take the mean of each micro-batch and the mean of those, as MindFormers does, which weighs the
-            targets of a micro-batch that has few of them more, and takes a step without any too.
+            targets of a micro-batch that has few of them more.
+        skips_empty: leave all alone where no row asks for a token; False moves weights by momentum and decay then, as
+            MindFormers does.
     """
     layout = model.ranks.layout
     (counted,) = all_sum(float((batch.targets != IGNORE).sum()))
     n_targets = round(counted) // (layout.pp * layout.cp * layout.tp)  # ranks that hold the same rows count them too
-    if not n_targets and not is_mean_of_means:
+    if skips_empty and not n_targets:
         return StepResult(math.nan, 0.0, 0, is_applied=False)
     gradients.begin(update, lr)
     loss = partial(_loss, model, n_targets=max(1, n_targets))

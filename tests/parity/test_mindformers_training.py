@@ -75,7 +75,7 @@ def test_six_steps_of_mindformers(
         assert lr == pytest.approx(expected["lr"][step], rel=1e-6)
         result = train_step(
             model, Gradients(optimizer), _batch(data, step), update=step + 1, lr=lr,
-            micro_batch_rows=micro_batch_rows, max_grad_norm=1.0,
+            micro_batch_rows=micro_batch_rows, max_grad_norm=1.0, skips_empty=False,
         )  # fmt: skip
         assert result.loss == pytest.approx(expected["loss"][step], rel=2e-6, abs=1e-7)
         assert result.grad_norm == pytest.approx(expected["gnorm"][step], rel=2e-5, abs=1e-6)

@@ -6,8 +6,8 @@ rules; each rule then overwrites what it takes away with a byte that no text in 
     in the end ( of a two @-@ act play ) , he wrote
     in the end (~of a two~~-~~act play~)~, he wrote
 
-A rule sees what those before it have left. Where it would have to look farther than one byte for that, because blanks
-follow each other or two marks share one, the text is `_Unusual`.
+A rule sees what those before it have left. Where it would have to look farther than one byte for that, because several
+blanks follow each other or two marks share one, the text is `_Unusual` and left to the plain rules.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ _BEFORE_DEGREE = 0xC2
 #: Stands where something was taken away.
 _GONE = 0xFF
 
-#: Stands behind a text, so that one may look beyond its end; and before its first byte lies the last of these.
+#: Put after a text, so that one may look beyond its end; an index below 0 finds these bytes too.
 _PADDING = bytes(4)
 
 #: The signs that lose the space before them, in the order of the rules.
@@ -152,7 +152,7 @@ def _headings(codes: NDArray[np.uint8], marks: _Marks) -> None:
 
 
 def _degrees(codes: NDArray[np.uint8], marks: _Marks) -> None:
-    """No space around a degree sign, where there is one before and one behind."""
+    """No spaces around a degree sign that has one on each side."""
     at = marks[_BEFORE_DEGREE]
     at = at[(codes[at + 1] == _DEGREE) & (codes[at - 1] == _SPACE) & (codes[at + 2] == _SPACE)]
     if np.any(np.diff(at) == 3):
@@ -161,7 +161,7 @@ def _degrees(codes: NDArray[np.uint8], marks: _Marks) -> None:
 
 
 def _lines(codes: NDArray[np.uint8], marks: _Marks) -> None:
-    """No space before the end of a line, and none behind it."""
+    """No space before a newline, and none after it."""
     at = marks[_NEWLINE]
     at = at[codes[at] == _NEWLINE]
     for place in (at - 1, at + 1):

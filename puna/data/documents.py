@@ -1,8 +1,9 @@
 """Documents, and the places in files that they come from.
 
-A kind of corpus (`corpora/`) works in two strokes. `spans` looks at a source once, in a fixed order, and says which
+A kind of corpus (`corpora/`) works in two steps. `spans` looks at a source once, in a fixed order, and says which
 pieces of which files there are to read; it runs in the main process, so it does little more than read and compare.
-`read` turns the bytes of one piece into documents; it runs in many processes at once. Both may say "no, because …".
+`read` turns the bytes of one piece into documents; it runs in many processes at once. Both may leave things out, and
+say why.
 
     jsonl   wiki.jsonl (5 GB)  ─ spans ─▶  bytes 0–2 MB, 2–4 MB, … each ending at the end of a line
                                ─ read ──▶  Document(id="wiki.jsonl:1", text="…"), LeftOut("wiki.jsonl:2", "not JSON"), …
@@ -24,10 +25,10 @@ if TYPE_CHECKING:  # the command line reads what kinds there are, without NumPy
 
     from puna.prompts import Message
 
-#: Files that may be cut are cut into pieces of about this size: enough to be worth a process's while, small in memory.
+#: Files that may be cut are cut into pieces of about this size: large enough to be read fast, small in memory.
 PIECE_BYTES = 2_000_000
 
-#: No line or record is longer than this; a file with a longer one is not what it was said to be.
+#: The longest line or record; a file with a longer one is not of the kind that was named.
 RECORD_BYTES = 32_000_000
 
 
@@ -81,9 +82,9 @@ class Span:
         id: the file's name within its source.
         source: the name of the source.
         start: offset of the first byte.
-        stop: offset behind the last byte.
+        stop: offset after the last byte.
         checksum: XXH3-64 of the bytes, in hex.
-        state: what the kind must know of the bytes before, e.g. the number of the first line; JSON can spell it.
+        state: what `read` must know of the bytes before, e.g. the number of the first line; must be JSON.
     """
 
     path: str
@@ -144,7 +145,7 @@ def cut_file(path: Path, last_cut: Callable[[bytes], int]) -> Iterator[tuple[int
 
 
 def after_last_line(data: bytes) -> int:
-    """A cut for `cut_file`: behind the last end of a line."""
+    """A cut for `cut_file`: after the last newline; 0 where there is none."""
     return data.rfind(b"\n") + 1
 
 
@@ -164,7 +165,7 @@ def json_lines(data: bytes, first: int) -> Iterator[tuple[int, Any]]:
 
 
 def is_spellable(text: str) -> bool:
-    """Whether UTF-8 can spell a text; JSON can hold half of a surrogate pair, which no encoding can."""
+    """Whether UTF-8 can encode a text; not so half of a surrogate pair, which JSON can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

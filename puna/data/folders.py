@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from puna.errors import PunaError
 
-#: Folders that hold no work of the source's authors; passed over without a word.
+#: Folders that hold no work of the source's authors; skipped without listing them as left out.
 _HISTORIES = (".git", ".hg", ".svn", ".bzr")
 _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 _INSTALLED = ("node_modules", ".venv", ".tox")
@@ -35,7 +35,8 @@ def files_of(source: Path, *, respect_gitignore: bool = False) -> Iterator[Found
 
     Args:
         source: a file or a folder. Links inside it are not followed, so that nothing is read twice.
-        respect_gitignore: leave out what .gitignore files say, also those above the source, up to its repository's top.
+        respect_gitignore: leave out what .gitignore files name, those above the source included, up to its repository's
+            root.
 
     Raises:
         PunaError: the source does not exist.
@@ -49,11 +50,11 @@ def files_of(source: Path, *, respect_gitignore: bool = False) -> Iterator[Found
 
 
 class _Rules(NamedTuple):
-    """The patterns of one .gitignore, and what to do to a name within the source to get the name that they speak of."""
+    """The patterns of one .gitignore, and how a name within the source becomes one within that file's folder."""
 
     spec: Any
-    prefix: str  # put in front: the way from a .gitignore above down to the source
-    skipped: int  # characters left out: the way from the source down to a .gitignore in it
+    prefix: str  # put in front: the path from a .gitignore above down to the source
+    skipped: int  # characters left out: the path from the source down to a .gitignore in it
 
 
 def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found]:
@@ -106,7 +107,7 @@ def _rules_above(source: Path) -> list[_Rules]:
         for folder in reversed(above)
         for rules in _rules_in(folder, prefix=f"{source.relative_to(folder).as_posix()}/", skipped=0)
     ]
-    return [] if _is_ignored("", rules) else rules  # who names an ignored folder wants what is in it
+    return [] if _is_ignored("", rules) else rules  # a folder that is ignored itself was named on purpose
 
 
 def _rules_in(folder: Path, *, prefix: str, skipped: int) -> list[_Rules]:
@@ -115,7 +116,7 @@ def _rules_in(folder: Path, *, prefix: str, skipped: int) -> list[_Rules]:
     try:
         lines = (folder / ".gitignore").read_text(encoding="utf-8-sig", errors="replace").splitlines()
         return [_Rules(GitIgnoreSpec.from_lines(lines), prefix, skipped)]
-    except (OSError, ValueError):  # none there, unreadable, or with a pattern that git would not take either
+    except (OSError, ValueError):  # missing, unreadable, or with a pattern that git rejects too
         return []
 
 

@@ -1,4 +1,4 @@
-"""How much one process works on at a time, and what it need not work on because it was seen before."""
+"""How spans are grouped into units of work, and how those that were seen before are recognised."""
 
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ class Seen:
         self._older: list[np.ndarray] = []
 
     def is_new(self, value: int) -> bool:
-        """Adds the hash; whether it was not there."""
+        """Adds the hash; returns whether it is new."""
         key = np.uint64(value)
         if value in self._recent or any(_holds(array, key) for array in self._older):
             return False

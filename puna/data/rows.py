@@ -347,7 +347,7 @@ def _blank(sequence_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 
 
 def _assembled(tokens: NDArray[np.int32], targets: NDArray[np.int32], lengths: NDArray[np.integer]) -> Row:
-    """The row whose documents have `lengths` (empty ones do not count), and padding behind them."""
+    """The row of documents of these `lengths`, empty ones left out, and of padding after them."""
     lengths = np.append(lengths, len(tokens) - lengths.sum())
     lengths = lengths[lengths > 0]
     documents = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)

@@ -107,7 +107,7 @@ def _lists(type: Any, offsets: np.ndarray, values: np.ndarray) -> Any:
 
 @contextlib.contextmanager
 def write_shard(path: Path | str, *, dialogs: bool = False) -> Iterator[ShardWriter]:
-    """Opens a shard that is there, whole, once the block has ended without an error.
+    """Opens a shard for writing; the file appears, whole, when the block ends without an error.
 
     Args:
         path: the file.
@@ -156,7 +156,7 @@ class Dataset:
         """Opens a prepared folder.
 
         Raises:
-            PunaError: it is none, is unfinished, of another format, or a shard is missing or cut off.
+            PunaError: it is not one, is unfinished, of another format, or a shard is missing or cut off.
         """
         folder = Path(folder)
         if not (folder / DATASET_FILE).exists():
@@ -173,7 +173,7 @@ class Dataset:
         return int(self._first_document[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.folder,)  # a mapping cannot travel to another process; its folder can
+        return type(self).open, (self.folder,)  # a mapping cannot be pickled; its folder can
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -213,12 +213,12 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """The same for data sets whose rows are the same: a hash of the shards' checksums and of how they fill rows."""
-        told = [*(shard["checksum"] for shard in self.info["shards"]), str(self.info.get("fill"))]
-        return xxhash.xxh3_128_hexdigest("\n".join(told).encode())
+        """A hash of the shards' checksums and of how they fill rows; equal for data sets whose rows are the same."""
+        facts = [*(shard["checksum"] for shard in self.info["shards"]), str(self.info.get("fill"))]
+        return xxhash.xxh3_128_hexdigest("\n".join(facts).encode())
 
     def verify(self, *, rank: int = 0, size: int = 1) -> None:
-        """Reads every shard and holds it against its checksum; of `size` ranks that share the work, each its part.
+        """Reads the shards and compares them with their checksums; each of `size` ranks reads its part of them.
 
         Raises:
             PunaError: a shard is damaged; the message names it.

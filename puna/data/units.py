@@ -43,8 +43,8 @@ class Unit:
     Attributes:
         number: in the order of the sources.
         spans: what to read.
-        digest: of the spans and copies, to know them again.
-        copies: number of a document in the unit -> the document that it nearly is a copy of.
+        digest: of the spans and copies; another one means that the sources changed.
+        copies: number of a document in the unit -> id of the document that it is nearly a copy of.
     """
 
     number: int
@@ -58,7 +58,7 @@ class Unit:
         return sum(span.stop - span.start for span in self.spans)
 
     def without(self, copies: dict[int, str]) -> "Unit":
-        """The same unit, of which these documents are left out."""
+        """The same unit without these documents."""
         if not copies:
             return self
         told = f"{self.digest}\n{json.dumps(sorted(copies.items()))}"
@@ -235,16 +235,16 @@ class SketchUnit:
 
 
 def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Document | LeftOut]:
-    """Reads the documents of a unit."""
+    """The documents of a unit, read from its spans."""
     read = corpora.find(kind).read
     for span in unit.spans:
         yield from read(span, span.load(), options)
 
 
 def is_kept(kind: str, document: Document, share: float) -> bool:
-    """Whether a document is kept from training: by the hash of its id, so that a file that is edited stays where it is.
+    """Whether a document is held out: by the hash of its id, so that a file stays on its side when it is edited.
 
-    Kinds that may hold a document twice go by what it says, so that no copy of a held-out one is trained on.
+    Kinds that may hold a document twice take the hash of its content, so that no copy of a held-out one is trained on.
     """
     if share == 0:
         return False
@@ -252,7 +252,7 @@ def is_kept(kind: str, document: Document, share: float) -> bool:
 
 
 def _digest(document: Document) -> str:
-    """The same for documents that say the same."""
+    """A hash of what a document says."""
     if document.tokens is not None:
         return xxhash.xxh3_128_hexdigest(document.tokens.tobytes())
     said = json.dumps(document.messages) if document.text is None else document.text

@@ -1,9 +1,10 @@
 """Python processes that do work for this one.
 
-They are copies of it, made when there is an item for them, where it has but one thread: a copy is made in a millisecond
-and has loaded all that it needs. Elsewhere, a copy might wait for ever for a lock that another thread held, so these
-are fresh processes, and the work and what it needs travel to them. Neither hears Ctrl-C (who started them does, and
-ends them); both end by themselves when whoever started them is gone, and keep none of its files open.
+Where this process has one thread, they are copies of it (forks), made when there is an item for them: that takes a
+millisecond, and a copy has loaded all that it needs. Where it has more, a copy might wait for ever for a lock that
+another thread held; so they are fresh processes then, and the work is pickled and sent to them. Ctrl-C does not reach
+them: the process that started them gets it, and ends them. They end by themselves when that process is gone, and keep
+none of its files open.
 
 Not `multiprocessing`: that runs the caller's main script again in every fresh process, which fails in notebooks, under
 `python -` and in scripts without `if __name__ == "__main__"`. These import puna alone.
@@ -35,7 +36,7 @@ Result = TypeVar("Result")
 
 _PROGRAM = "from puna.data.workers import _serve; _serve()"
 
-#: The thread of Arrow's allocator, jemalloc, which readies its locks for a copy and begins the thread anew there.
+#: The thread of Arrow's allocator, jemalloc, which readies its locks for a fork and starts the thread again in the copy.
 _RENEWED = "jemalloc_bg_thd"
 
 
@@ -43,7 +44,7 @@ class Workers(Generic[Item, Result]):
     """Calls `work(item)` for many items, in `count` processes; with one, in this process.
 
     Args:
-        work: what to do; items and results travel by pickle, to fresh processes it does, too.
+        work: what to do; items and results are pickled, and so is `work` for fresh processes.
         count: how many processes.
     """
 
@@ -146,7 +147,7 @@ class Workers(Generic[Item, Result]):
 
 
 def can_be_copied() -> bool:
-    """Whether this process has no thread that a copy of it would lack; False where nobody can tell."""
+    """Whether this process has no thread that a copy of it would lack; False where that cannot be found out."""
     try:
         names = [Path(thread, "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
     except OSError:
@@ -180,9 +181,9 @@ class _Copy:
 
 
 def _become_worker(work: Callable[[Any], Any], items: int, results: int, mask: set[Any]) -> NoReturn:
-    """What a copy does, which must never return into what this process was doing."""
+    """What a copy does; it must never return to the code that forked it."""
     try:
-        gc.freeze()  # what is there stays as it is: nothing closes a file whose number is given to another
+        gc.freeze()  # or an old object, collected later, would close a file number that is in use anew
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
@@ -220,12 +221,12 @@ def _serve(work: Callable[[Any], Any] | None = None) -> None:
         while True:
             item = items.recv()
             results.send(_outcome(work, item))
-    except (EOFError, OSError):  # whoever started this process is done, or gone
+    except (EOFError, OSError):  # the process that started this one is done, or gone
         os._exit(0)
 
 
 def _end_when_left_alone() -> None:
-    """Ends this process when whoever started it is gone: nothing is written behind a later run's back."""
+    """Ends this process when the one that started it is gone, so that it does not write while a later run does."""
     poll = select.poll()
     poll.register(0, 0)  # only that the other end was closed
     poll.poll()

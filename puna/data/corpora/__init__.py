@@ -29,9 +29,9 @@ class Option:
     Attributes:
         name: in Python; the command line puts dashes for underscores.
         type: of its value.
-        default: where it is not given; None where something sensible is found out.
+        default: the value where none is given; None: the kind finds one.
         help: one line.
-        least: of a whole number; None: any.
+        least: smallest value of a whole number; None: any.
     """
 
     name: str
@@ -79,7 +79,7 @@ def find(kind: str) -> Corpus:
     """The kind of this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such kind.
     """
     if kind not in kinds():
         raise UsageError(f"there is no kind of corpus {kind!r}; there are {', '.join(kinds())}")

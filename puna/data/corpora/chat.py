@@ -4,8 +4,8 @@
     ShareGPT    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
     messages    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-Any of them may have a `system` message beside, and Alpaca a `history` of pairs, question and answer.
-A large JSON file is one array; it is read piece by piece all the same. As in MindFormers' tool, a ShareGPT dialog that
+Any of them may have a field `system`, and Alpaca a `history` of pairs, question and answer. A JSON file is one array,
+which is read piece by piece too. As in MindFormers' tool, a ShareGPT dialog that
 begins with an answer loses that answer, and with the template `vicuna` (and `alpaca`) the instruction and input of an
 Alpaca record are put into the words of Stanford Alpaca; elsewhere the input follows the instruction after a blank line.
 """
@@ -157,7 +157,7 @@ def _line_pieces(path: Path) -> Iterator[tuple[int, bytes, int]]:
         yield start, data, data.count(b"\n")
 
 
-#: What stands before an element of an array that was cut between elements.
+#: What may come before an element, in a piece of an array that was cut between elements.
 _BEFORE = re.compile(r"[\s,]*")
 
 
@@ -170,7 +170,7 @@ def _elements(text: str) -> Iterator[Any]:
 
 
 def _array_pieces(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Offset, bytes and number of elements of each piece of a JSON array; the first begins behind its bracket."""
+    """Offset, bytes and number of elements of each piece of a JSON array; the first begins after its bracket."""
     with open(path, "rb") as file:
         start = file.read(RECORD_BYTES).index(b"[") + 1
         file.seek(start)
@@ -207,7 +207,7 @@ def _whole_elements(text: str, is_last: bool) -> tuple[int, int, str]:
         except (ValueError, RecursionError) as error:
             return stop, count, str(error)
         if end == len(text) and not is_last:
-            return stop, count, "the array does not end"  # a number, say, may go on in the next block
+            return stop, count, "the array does not end"  # e.g. a number, which may go on in the next block
         stop, count = end, count + 1
 
 

@@ -1,9 +1,8 @@
 """Folders of code: each file of a known language is one document.
 
 What nobody wrote by hand, or nobody reads, is left out and counted: what .gitignore names, generated, minified, binary
-and very large files, and every further copy of a file. A file is taken for minified, or for data in disguise, where
-StarCoder's corpus drew the line (arXiv:2305.06161, section 3.1): a line of more than 1,000 characters, or 100 on
-average.
+and very large files, and every further copy of a file. A file counts as minified, or as data in disguise, by the limits
+of StarCoder's corpus (arXiv:2305.06161, section 3.1): a line of more than 1,000 characters, or 100 on average.
 """
 
 import re
@@ -109,7 +108,7 @@ _LANGUAGE_OF = {end: language for language, ends in LANGUAGES.items() for end in
 _GENERATED_NAMES = ("_pb2.py", "_pb2_grpc.py", ".pb.go", ".pb.cc", ".pb.h", ".g.dart", ".designer.cs", "-lock.yaml")
 _MINIFIED_NAMES = (".min.js", ".min.css", "-min.js", ".bundle.js")
 
-#: A comment near the top of the file by which a tool says that it wrote it.
+#: A comment near the top of a file that says that a tool wrote it.
 _GENERATED = re.compile(
     rb"^[ \t]*(?:#|//|/\*|\*|--|;|<!--|%|\"|')[^\n]*"
     rb"(?:@generated|\bdo not (?:edit|modify)\b|\bcode generated (?:by|from)\b|\bauto(?:matically |-)?generated\b"
@@ -139,7 +138,7 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
 
 
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
-    """The file as it is, without a byte order mark, unless something speaks against it."""
+    """The file as it is, without a byte order mark; or why it is left out."""
     if reason := _refused(data):
         yield LeftOut(span.id, span.source, reason)
         return

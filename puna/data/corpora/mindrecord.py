@@ -3,9 +3,9 @@
     wiki   input_ids            BOS a b c EOS BOS d e | f EOS BOS …    cut before each BOS: a row holds several texts
     qa     input_ids, labels    BOS question answer EOS 0 0 0 …        padding goes; targets are where labels are ids
 
-The old tool gave up on some dialogs and masked all their labels without a word; these are left out with one. Ids stay
-as they are, so the tokenizer must be the one that made them. `faithful` keeps rows as they are, padding and all, and
-masks what MindFormers' loss masks: what follows an id that is the padding's, which is `<unk>`.
+The old tool gave up on some dialogs and silently masked all their labels; these are left out, and listed. Ids stay as
+they are, so the tokenizer must be the one that made them. `faithful` keeps rows as they are, padding included, and
+masks what MindFormers' loss masks: what follows the id of padding, which is that of `<unk>`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ _PADDING = 0
 
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
-    """Pieces of whole rows, with the number of the first and the columns as state; all shards of each file."""
+    """Pieces of whole rows of all shards of each file; their state is the number of the first row, and the columns."""
     from puna.data.mindrecord import MindRecord, write_index
 
     seen: set[Path] = set()

@@ -89,7 +89,7 @@ def clean_piece(data: bytes, opened: str, closing: str) -> bytes:
     Args:
         data: the piece in UTF-8, cut where `spans` cuts.
         opened: the marks of `_PAIRS` that are open before it.
-        closing: the marks that close, behind it, what is open at its end.
+        closing: the marks that close what is open at its end, after it.
     """
     from puna.data.cleaning import clean_quickly
 

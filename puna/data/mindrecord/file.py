@@ -3,8 +3,8 @@
     0            u64 LE, bytes of the header; the header, JSON; zeros up to `header_size`
     header_size  page 0, page 1, … of `page_size` each, the last one as long as it is used
 
-A row in a blob page: u64 LE, its bytes; then its arrays, in the order of their names, each behind a u64 BE of its bytes
-(a lone one is not). A row in a raw page: u64 LE, its bytes; then its single values, a MessagePack map.
+A row in a blob page: its size, u64 LE; then its arrays in the order of their names, each after its size, u64 BE (a
+single array has none). A row in a raw page: its size, u64 LE; then its single values, a MessagePack map.
 """
 
 import json
@@ -30,7 +30,7 @@ ARRAY_TYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
 }
 
-#: What a row and a value among several begin with.
+#: The size that a row begins with, and an array among several.
 LENGTH_BYTES = 8
 
 #: Bytes of rows that are decoded at once: enough to be fast, few enough to stay near the processor.

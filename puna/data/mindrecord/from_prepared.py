@@ -1,9 +1,9 @@
-"""Rows of a prepared folder as MindFormers' `llama_preprocess.py` makes them, for who goes on training there.
+"""Rows of a prepared folder as MindFormers' `llama_preprocess.py` makes them, for training there.
 
     end to end   `wiki`: all documents end to end, cut every T + 1 tokens, the rest dropped
     dialogs      `qa`: one a row, cut to or filled up to T + 1; labels are the ids of targets, -100 elsewhere
 
-Documents that are learnt as a whole are of the first kind, even if infilling has cut them.
+Documents of which every token is a target are of the first kind, those cut for infilling included.
 """
 
 from collections.abc import Iterator

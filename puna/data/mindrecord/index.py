@@ -33,7 +33,7 @@ def write_index(path: Path) -> Path:
     """Writes the index of a MindRecord file beside it, aside and renamed; an old one is replaced.
 
     Raises:
-        PunaError: the file is damaged, or its index lists what puna cannot.
+        PunaError: the file is damaged, or its index lists a column of a type that puna cannot list.
 
     Returns:
         The index's file.
@@ -59,7 +59,7 @@ def write_index(path: Path) -> Path:
 
 
 def _tables(record: MindRecord) -> list[str]:
-    """Made in words that MindSpore's own begin with; it does not look at the blanks."""
+    """The statements that make the tables, as MindSpore words them, blanks apart."""
     columns = [f"{place} INT NOT NULL" for place in _PLACES]
     keys = ["ROW_ID"]
     for i, name in enumerate(record.index_fields):

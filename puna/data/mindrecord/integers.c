@@ -31,7 +31,7 @@ static inline int64_t value(const uint8_t *at, int code) {
     }
 }
 
-/* Writes the values of a field as TYPE; returns where they end, NULL if that is behind `stop`. */
+/* Writes the values of a field as TYPE; returns where they end, NULL if that is after `stop`. */
 #define DECODE(name, TYPE)                                                                                             \
     static const uint8_t *name(const uint8_t *codes, int64_t count, const uint8_t *at, const uint8_t *stop, TYPE *out) {\
         for (int64_t i = 0; i < count; i += 4, codes++) {                                                              \
@@ -55,7 +55,7 @@ static inline int64_t value(const uint8_t *at, int code) {
 DECODE(decode_4, int32_t)
 DECODE(decode_8, int64_t)
 
-/* Writes the values of fields that `count_values` found long enough, one behind the other, each of `size` bytes: 4 or 8.
+/* Writes the values of fields that `count_values` found long enough, one after the other, each of `size` bytes: 4 or 8.
    Returns the number of the first whose values do not end where it ends; n: none. */
 long decode(const uint8_t *data, const int64_t *places, long n, const int64_t *counts, uint8_t *out, long size) {
     for (long i = 0; i < n; out += counts[i] * size, i++) {

@@ -7,7 +7,7 @@ import contextlib
 import struct
 from typing import Any
 
-#: First byte -> how the number behind it is packed.
+#: First byte -> how the number after it is packed.
 _NUMBERS = {
     0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
     0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
@@ -24,10 +24,10 @@ _SIZED = {
 
 
 def decode(data: bytes, place: int = 0) -> tuple[Any, int]:
-    """The value at a place, and the place behind it.
+    """The value at a place, and the place after it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the bytes are not a value.
         IndexError: it is cut off.
     """
     first = data[place]

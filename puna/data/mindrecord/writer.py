@@ -1,7 +1,7 @@
 """Writes MindRecord files that MindSpore reads, rows in the order in which they come.
 
-Blob pages fill one by one; single values (or, where there are none, the schema's number) go to a raw page at the same
-time. Rows are numbered through, pages as they are begun: 0 blob, 1 raw, 2 blob, …
+One blob page and one raw page are filled at a time: arrays go to the first, single values (or the schema's number,
+where there are none) to the second. Pages are numbered in the order in which they are begun: 0 blob, 1 raw, 2 blob, …
 """
 
 import json

@@ -150,47 +150,36 @@ def _as_dict(judged: "Judged", search: "Search") -> dict[str, Any]:
     }
 
 
-#: What helps where nothing fits: words -> fields of the recipe that are changed.
-_REMEDIES: dict[str, dict[str, Any]] = {
-    "recompute=block": {"recompute": "block"},
-    "recompute=offload": {"recompute": "offload"},
-    "recompute_layers=null": {"recompute_layers": None},
-    "micro_batch_rows=1": {"micro_batch_rows": 1},
-    "optimizer.state_bits=8": {"state_bits": 8},
-    "optimizer.in_backward=true": {"in_backward": True},
-    "precision=bf16-pure": {"precision": "bf16-pure"},
-    "optimizer.state_bits=8 optimizer.in_backward=true": {"state_bits": 8, "in_backward": True},
-    "precision=bf16-pure optimizer.state_bits=8 optimizer.in_backward=true": {
-        "precision": "bf16-pure", "state_bits": 8, "in_backward": True,
-    },
-    "precision=bf16-pure optimizer.state_bits=4 optimizer.in_backward=true": {
-        "precision": "bf16-pure", "state_bits": 4, "in_backward": True,
-    },
-}  # fmt: skip
+#: Overrides that may help where nothing fits.
+REMEDIES = (
+    "recompute=block",
+    "recompute=offload",
+    "recompute_layers=null",
+    "micro_batch_rows=1",
+    "optimizer.state_bits=8",
+    "optimizer.in_backward=true",
+    "precision=bf16-pure",
+    "optimizer.state_bits=8 optimizer.in_backward=true",
+    "precision=bf16-pure optimizer.state_bits=8 optimizer.in_backward=true",
+    "precision=bf16-pure optimizer.state_bits=4 optimizer.in_backward=true",
+)
 
 
 def _help(closest: "Judged", search: "Search") -> list[dict[str, Any]]:
-    """What each remedy would make of the layout that comes nearest, where it makes it smaller."""
+    """What each remedy, or twice as many devices, would make of the layout that comes nearest, if that is smaller."""
     from puna.plan.search import Search
 
-    helped = []
-    for words, change in _REMEDIES.items():
-        optimizer = {name: value for name, value in change.items() if name in ("state_bits", "in_backward")}
-        fields = {name: value for name, value in change.items() if name not in optimizer}
-        recipe = closest.recipe.model_copy(
-            update={**fields, "optimizer": closest.recipe.optimizer.model_copy(update=optimizer)}
-        )
-        helped.append((words, search.devices, recipe))
-    doubled = closest.recipe.parallel.model_copy(update={"dp_shard": 2 * closest.layout.dp_shard})
-    helped.append((f"{2 * search.devices} devices", 2 * search.devices,
-                   closest.recipe.model_copy(update={"parallel": doubled})))  # fmt: skip
+    n = search.devices
+    tried = [(words, n, words) for words in REMEDIES]
+    tried.append((f"{2 * n} devices", 2 * n, f"parallel.dp_shard={2 * closest.layout.dp_shard}"))
     result = []
-    for words, devices, recipe in helped:
+    for change, devices, overrides in tried:
         try:
+            recipe = load_recipe(closest.recipe, overrides.split())
             there = Search(recipe, search.config, search.cluster, devices, search.memory_gib)
             judged = there.judge(recipe)
         except UsageError:
             continue
         if judged.memory.total < 0.99 * closest.memory.total:
-            result.append({"change": words, "memory_gib": judged.memory.gib, "fits": there.fits(judged)})
+            result.append({"change": change, "memory_gib": judged.memory.gib, "fits": there.fits(judged)})
     return result

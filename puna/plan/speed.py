@@ -117,11 +117,6 @@ class Speed:
         }
 
 
-def speed(case: Case, cluster: Cluster) -> Speed:
-    """The time of a step, row by row."""
-    return Pace(case, cluster).speed(case.recompute)
-
-
 class Pace:
     """The speed of a layout under one recomputation or another: what all of them share is formed once.
 
@@ -135,7 +130,7 @@ class Pace:
         self._layers: dict[str, dict[str, float]] = {}
 
     def speed(self, recompute: Recompute) -> Speed:
-        """As the function of that name."""
+        """The time of a step, row by row."""
         case, layout = self.case, self.case.layout
         again = sum(map(recompute.layers_of, case.first_stages))
         keeping = case.most_layers - again

@@ -16,6 +16,7 @@ from puna.errors import UsageError
 from puna.model.config import PRESETS, preset
 from puna.model.shapes import weight_shapes
 from puna.parallel.layout import Layout
+from puna.plan import REMEDIES
 
 
 @pytest.mark.parametrize("name", ["tiny-64", "codellama-7b", "codellama-34b", "codellama-70b"])
@@ -99,6 +100,20 @@ def test_34b_is_fine_tuned_on_one_device_of_139_gib_only_with_a_small_state() ->
     full = puna.plan("codellama-34b-finetune-1gpu", {"optimizer.state_bits": 32}, memory_gib=139, layout=True)
     assert not full["own"]["fits"]
     assert full["own"]["memory_gib"] > 139
+
+
+def test_what_would_help_is_said_where_nothing_fits() -> None:
+    result = puna.plan("codellama-7b-pretrain", devices=2, memory_gib=40)
+    assert result["best"] == []
+    helped = {each["change"]: each for each in result["help"]}
+    assert {"optimizer.state_bits=8", "4 devices", REMEDIES[-1]} <= helped.keys()
+    assert helped[REMEDIES[-1]]["fits"]
+    assert all(each["memory_gib"] < result["nearest"]["memory_gib"] for each in result["help"])
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_every_remedy_is_of_a_recipes_fields(remedy: str) -> None:
+    load_recipe("codellama-7b-pretrain", remedy.split())
 
 
 def test_offload_frees_the_inputs_of_all_layers_but_two() -> None:

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 _PROGRAM = "from puna.data.workers import _serve; _serve()"
 
-#: The thread of Arrow's allocator, jemalloc, which readies its locks for a fork and starts the thread again in the copy.
+#: The thread of Arrow's allocator, jemalloc, which readies its locks for a fork and starts again in the copy.
 _RENEWED = "jemalloc_bg_thd"
 
 

@@ -1,8 +1,8 @@
 """How text is laid out for a model: infilling and chat, each layout spelled once.
 
 Training, generation, evaluation and serving all call this, so a model is asked in exactly the tokens that it was
-trained on. A layout is a sequence of token ids, never one string that is split afterwards: user text is encoded on its
-own terms and cannot become a control token.
+trained on. A layout is a sequence of token ids, never one string that is encoded as a whole: text from users is encoded
+by itself and cannot become a control token.
 """
 
 from puna.prompts.chat.alpaca import alpaca_prompt

@@ -1,4 +1,4 @@
-"""What all chat templates share: messages in, ids and targets out, and one way to say that a dialog is unusable."""
+"""What all chat templates share: messages in, ids and targets out, and one error for dialogs that do not fit."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ class UnusableDialog(PunaError):
 
     Attributes:
         reason: one of a few fixed short strings, so that reasons can be counted.
-        detail: what it is in this dialog, or empty.
+        detail: what is wrong in this dialog, or empty.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -29,7 +29,7 @@ class UnusableDialog(PunaError):
         self.reason, self.detail = reason, detail
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Survives the way back from a worker process."""
+        """Pickles both parts, for the way back from a worker process."""
         return type(self), (self.reason, self.detail)
 
 
@@ -64,8 +64,8 @@ class ChatTemplate(ABC):
 
     Attributes:
         name: as `chat_template` knows it.
-        jinja: the layout in the language in which models ship theirs, or None; what is tuned on it is exported with it.
-        digest: of a layout that comes from files, which may be edited; None for those that come with puna.
+        jinja: the layout in Jinja, as models ship theirs, or None; models tuned on the layout are exported with it.
+        digest: a hash of a layout that comes from files, which may be edited; None for those that come with puna.
         stop_strings: texts that end an answer, beside the ids of `stops`.
     """
 
@@ -128,7 +128,7 @@ def read_messages(messages: Sequence[Message]) -> None:
     """Checks what holds for every template: known roles, texts, and no empty answer.
 
     Raises:
-        UnusableDialog: a message is not so, or there is none.
+        UnusableDialog: there are no messages, or one is not like that.
     """
     if not messages:
         raise UnusableDialog("no messages")

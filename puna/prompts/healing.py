@@ -4,20 +4,20 @@ r"""Token healing: a prompt that stops inside a word is cut back, so that the mo
     split by itself         … \n imp          the model has seen `import` as one token, hardly ever `imp` before `ort`
     healed                  … \n              and the completion must begin with "imp": import | os
 
-Source: "token healing" in guidance (Lundberg, 2023); Code Llama's paper names its want as the reason why infilling in
-spm order loses where the prefix ends inside a token (arXiv:2308.12950, table 14).
+Source: "token healing" in guidance (Lundberg, 2023); Code Llama's paper names its lack as the reason why infilling in
+spm order does worse where the prefix ends inside a token (arXiv:2308.12950, table 14).
 """
 
 from collections.abc import Sequence
 
 from puna.tokenizer import Tokenizer
 
-#: Tokens that are looked at; the beginning of a piece of Llama's vocabulary is split into fewer.
+#: The most tokens that are cut off; no beginning of a piece of Llama's vocabulary is split into more.
 MOST_TOKENS = 8
 
 
 def heal(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], bytes]:
-    """Cuts a prompt back to the first of its last tokens from where one token could spell all that follows, and more.
+    """Cuts off the longest end of a prompt that one token could spell, and more after it.
 
     Args:
         tokenizer: knows what tokens spell.

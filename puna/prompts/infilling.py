@@ -4,9 +4,9 @@
     spm    BOS PRE SUF encode(suffix)* MID encode(prefix  |  + middle) EOT
 
 `*`: without the space that SentencePiece puts in front of a text. The prompt ends at the bar. In psm the prefix ends
-where a piece ends, in training as in use; in spm it is split together with the middle, so a prompt that stops inside a
-word shows the model a split it has not seen: it wants healing (`puna.prompts.healing`), psm does not. On the other hand
-spm's prompt only grows at its end while someone types.
+where a piece ends, in training as in use; in spm it is split into pieces together with the middle, so a prompt that
+stops inside a word shows the model a split that it has not seen. So spm needs healing (`puna.prompts.healing`), and psm
+does not. On the other hand, spm's prompt only grows at its end while someone types.
 
 Source: facebookresearch/codellama, `llama/generation.py` and `llama/tokenizer.py`; Code Llama (arXiv:2308.12950),
 section 2.3.
@@ -24,7 +24,7 @@ Order = Literal["psm", "spm"]
 #: BOS, PRE, SUF and MID: what a prompt holds besides prefix and suffix.
 MARKERS = 4
 
-#: Of a prompt that is cut, the part that the suffix gets at least, where it has so much.
+#: The share of a cut prompt that the suffix gets at least, if it is that long.
 SUFFIX_SHARE = 1 / 4
 
 
@@ -35,7 +35,7 @@ def check_order(order: str) -> None:
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Order = "psm") -> list[int]:
-    """The ids that ask for what stands between `prefix` and `suffix`.
+    """The ids that ask for what belongs between `prefix` and `suffix`.
 
     Raises:
         PunaError: the vocabulary has no infilling markers (Code Llama 34B and Python).
@@ -50,15 +50,15 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, order: Orde
 
 
 def cut_around_gap(tokenizer: Tokenizer, prefix: str, suffix: str, budget: int) -> tuple[str, str]:
-    """What of a long file fits a prompt: the lines next to the gap, three quarters of the tokens for those before it.
+    """Cuts a long file to what fits a prompt: lines next to the gap, three quarters of the tokens for those before it.
 
-    What one side does not need is the other's. The line of the gap is kept whole, unless it alone is too long: then
-    only what of it stands next to the gap stays.
+    What one side does not need goes to the other. The line of the gap is kept whole, unless it alone is too long: then
+    the part of it next to the gap is kept.
 
     Args:
         tokenizer: counts.
         prefix: the text before the gap.
-        suffix: the text behind it.
+        suffix: the text after it.
         budget: most tokens of `infill_prompt`, its markers included.
 
     Returns:
@@ -118,15 +118,14 @@ def _line_starts(text: str) -> Sequence[int]:
 
 
 def _line_stops(text: str) -> Sequence[int]:
-    """Where lines end, behind their newlines."""
+    """Where lines end, after their newlines."""
     return [*dict.fromkeys([*(newline.end() for newline in re.finditer("\n", text)), len(text)])]
 
 
 def _furthest(cuts: Sequence[int], cost: Callable[[int], int], most: int) -> int:
-    """The last of `cuts` whose cost is at most `most`, as if costs grew; the first is known to fit.
+    """The last of `cuts` whose cost is at most `most`, as if costs grew along them; the first is known to fit.
 
-    It looks twice as far each time until it is too far, then halves the distance: never much beyond what fits, for a
-    file may be long.
+    Steps double until one is too far, and are then halved, so that no cost far beyond is asked for: it may take long.
     """
     fits, step = 0, 1
     while fits + step < len(cuts) and cost(cuts[fits + step]) <= most:

@@ -8,7 +8,7 @@ tokens, which can now only be the template's own, and the stand-ins are put back
     rendered      "<|im_start|>user\nsay X to me<|im_end|>\n"    X: the stand-in
     tokens        [im_start] "user\nsay <|im_end|> to me" [im_end] "\n"
 
-Targets are found likewise, by two more such characters around the assistant's words. What the model is asked with
+Targets are found likewise, by two more such characters around the assistant's words. The prompt for an answer
 (`add_generation_prompt`) is encoded apart from the answer, so training and use see the same tokens.
 """
 
@@ -59,7 +59,7 @@ class JinjaTemplate(ChatTemplate):
         return _encode(tokenizer, text, answers or [], stand_ins.take)
 
     def stops(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """EOS, and what the template puts behind an answer if that is a control token."""
+        """EOS, and what the template puts after an answer if that is a control token."""
         probe = [Message(role="user", content="question"), Message(role="assistant", content="answer")]
         encoded = self.encode(tokenizer, probe)
         last = max((i for i, is_target in enumerate(encoded.is_target) if is_target), default=0)
@@ -71,7 +71,7 @@ class JinjaTemplate(ChatTemplate):
             return self._template.render(
                 messages=messages, add_generation_prompt=asks, tools=None, documents=None, **self.specials
             )
-        except Exception as error:  # a template is somebody's program: it may fail in any way
+        except Exception as error:  # a template is a program from outside, which may fail in any way
             raise UnusableDialog("the model's template refuses it", str(error)) from None
 
     def _answers(self, messages: Sequence[Message], text: str, stand_ins: "_StandIns") -> list[tuple[int, int]] | None:
@@ -96,7 +96,7 @@ class JinjaTemplate(ChatTemplate):
         return [(self._ask_ends(messages[:i], text, begin), end) for i, (begin, end) in zip(asked, spans, strict=True)]
 
     def _ask_ends(self, before: Sequence[Message], text: str, begin: int) -> int:
-        """Where the prompt for an answer ends that begins, at the latest, at `begin`."""
+        """Where the prompt for an answer ends, of which the words begin at `begin`: there, or before."""
         try:
             prompt = self._render(before, True) if before else ""
         except UnusableDialog:
@@ -125,7 +125,7 @@ class _StandIns:
 
 
 def _encode(tokenizer: Tokenizer, text: str, answers: list[tuple[int, int]], put_back: Callable[[str], str]) -> Encoded:
-    """Splits at control tokens and at the edges of answers; `text` is what the template wrote, with stand-ins."""
+    """Encodes what the template wrote, with stand-ins, split at control tokens and at the edges of answers."""
     controls = list(tokenizer.find_controls(text))
     for n, (begin, end) in enumerate(answers):  # the next control token ends the answer if only blanks lie between
         after = next((c for c in controls if c[0] >= end), None)
@@ -155,7 +155,7 @@ def _encode(tokenizer: Tokenizer, text: str, answers: list[tuple[int, int]], put
 
 
 def _around_words(content: str, start: str, stop: str) -> str:
-    """Puts marks around a content's words, inside of the blanks that a template may strip."""
+    """Puts marks around a content, inside the blanks around it, which a template may strip."""
     words = content.strip()
     return content.replace(words, f"{start}{words}{stop}", 1) if words else content
 

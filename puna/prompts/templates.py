@@ -50,7 +50,7 @@ def ships_template(folder: Path) -> bool:
 
 
 def with_specials_of(template: ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:
-    """A model's own template as it is with another tokenizer, whose files say how BOS and EOS are written."""
+    """A model's own template with BOS and EOS written as the files of another tokenizer say."""
     from puna.prompts.jinja import JinjaTemplate
 
     assert template.jinja is not None

@@ -70,8 +70,8 @@ class Tokenizer(ABC):
         byte_ids: byte -> the id that spells it alone, where the vocabulary spells unknown characters so; else empty.
         merges_plain_text: whether a text is split by merging neighbours into pieces of the vocabulary, and nothing else
             is done to it, so that it may be split part by part (see `BulkEncoder`).
-        adds_space_after_control: whether Hugging Face's twin of this tokenizer, given one string with control tokens
-            written out, puts the leading space also behind each of them (see `prompts.jinja`).
+        adds_space_after_control: whether transformers' version of this tokenizer, given one string with control tokens
+            written out, puts the leading space after each of them too (see `prompts.jinja`).
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class Tokenizer(ABC):
 
         Args:
             text: any text that UTF-8 can spell.
-            bos: put the begin of a document in front.
-            eos: put the end of a document behind.
+            bos: put BOS in front.
+            eos: put EOS at the end.
             leading_space: whether a tokenizer that puts a space in front of a text does so. False is for text in the
                 middle of a line: the suffix and the middle of infilling, an answer after its prompt.
 
@@ -154,8 +154,8 @@ class Tokenizer(ABC):
 
         Args:
             ids: any ids of the vocabulary.
-            leading_space: whether the ids were encoded so, and the space that was put in front is taken out again.
-                False keeps a first space: the ids continue a text.
+            leading_space: whether the ids were encoded so; the space that was put in front is then removed. False
+                keeps a first space: the ids continue a text.
 
         Raises:
             PunaError: an id is outside the vocabulary.
@@ -171,14 +171,14 @@ class Tokenizer(ABC):
         """A decoder that takes one id at a time, of ids that continue a prompt: a first space is kept.
 
         Args:
-            skip_bytes: so many of the ids' first bytes stay out of the text.
+            skip_bytes: how many of the ids' first bytes are left out of the text.
         """
         return StreamDecoder(self, skip_bytes)
 
     def ids_along(self, text: bytes) -> list[int]:
-        """Ids that a text which begins with `text` can begin with: each spells a part of it, or all of it and more.
+        """Ids with which a text that begins with `text` can begin: each spells a start of it, or all of it and more.
 
-        Of `b"imp"`: i, im, imp, import and so on, where the vocabulary has them; no control id.
+        For `b"imp"`: i, im, imp, import and so on, where the vocabulary has them; no control id.
         """
         table, found = self._sorted_spellings, []
         for end in range(1, len(text) + 1):
@@ -205,9 +205,10 @@ class Tokenizer(ABC):
         return self._ids.get(piece)
 
     def find_controls(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Start, stop and id of each control piece that is written out in a text which we laid out ourselves.
+        """Start, stop and id of each control piece that is written out in a text.
 
-        Never for text from users. A vocabulary may say that a control piece takes the blanks beside it along.
+        Only for text that puna or a template wrote, never for text from users. Start and stop include the blanks beside
+        a piece where the vocabulary says that it takes them along.
         """
         for match in self._control_pattern.finditer(text):
             yield *match.span(), self._ids[match[match.lastindex or 0]]
@@ -255,7 +256,7 @@ class Tokenizer(ABC):
     def _split_around_marks(self, text: str, leading_space: bool) -> list[int]:
         """Splits a text that holds U+2581, which the backend would read as a space.
 
-        A character that no piece holds takes its place; it comes out as three byte pieces, which are put right after.
+        A character that is in no piece takes its place; its three byte pieces are then replaced by those of U+2581.
         """
         characters = frozenset(text).union(*self._pieces)
         stand_in = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in characters)
@@ -277,7 +278,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def _sorted_spellings(self) -> list[tuple[bytes, int]]:
-        """What ids of text spell, in order."""
+        """The bytes that each id of text spells, and the id, sorted."""
         silent = {*self.control, self.unk_id}
         return sorted((spelling, i) for i, spelling in enumerate(self._spellings) if spelling and i not in silent)
 
@@ -306,7 +307,7 @@ def _refuse_surrogates(text: str) -> None:
 
 
 class StreamDecoder:
-    """Text of ids that come one by one: always whole characters, in total what `decode(leading_space=False)` gives."""
+    """Decodes ids that come one by one: always whole characters, in total what `decode(leading_space=False)` gives."""
 
     def __init__(self, tokenizer: Tokenizer, skip_bytes: int) -> None:
         self._spelling = tokenizer._spelling
@@ -322,5 +323,5 @@ class StreamDecoder:
         return self._utf8.decode(spelled)
 
     def finish(self) -> str:
-        """What is left: nothing, or U+FFFD for a character that never came to its end."""
+        """What is left: nothing, or U+FFFD for a character that is incomplete."""
         return self._utf8.decode(b"", final=True)

@@ -7,7 +7,7 @@ or digit; so a text may be cut at those places, and the ids of the parts laid en
     "    return x + f(1)\n"   ->   "    return" | " x" | " +" | " f" | "(1)\n"
 
 Text repeats itself, so nearly all parts have been seen before. Many texts are encoded at once: their bytes are cut all
-together by NumPy, Arrow finds the distinct parts and lays their ids out again, and only these parts are Python's.
+together by NumPy, Arrow finds the distinct parts and lays their ids out again, and Python sees only these parts.
 Which cuts a vocabulary allows is checked, never assumed; where it allows none, `BulkEncoder` is `Tokenizer.encode`.
 """
 
@@ -23,10 +23,10 @@ from puna.tokenizer.base import SPACE_MARK, Tokenizer
 if TYPE_CHECKING:  # most who load a tokenizer do without Arrow
     import pyarrow as pa
 
-#: Everything is forgotten once about this much is remembered.
+#: The memory is emptied when it is about this large.
 MEMORY_BYTES = 60_000_000
 
-#: What Python needs for one remembered part beside its text and ids.
+#: What one entry takes besides its text and ids.
 _ENTRY_BYTES = 130
 
 _SPACE, _NEWLINE = b" \n"
@@ -36,7 +36,7 @@ class BulkEncoder:
     """`tokenizer.encode`, many times faster on text that repeats itself; remembers at most about 60 MB.
 
     Attributes:
-        remembers: whether the vocabulary allows to cut texts.
+        remembers: whether texts may be cut; else each is encoded as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -61,7 +61,7 @@ class BulkEncoder:
             spelled = [
                 b"" if odd or not text else (before + text).encode() for text, odd in zip(texts, is_odd, strict=True)
             ]
-        except UnicodeEncodeError:  # the tokenizer has the words for it
+        except UnicodeEncodeError:  # the tokenizer raises the error that says what is wrong
             return [self._encode_plainly(text, leading_space) for text in texts]
         return [
             self._encode_plainly(text, leading_space) if odd else ids
@@ -98,7 +98,7 @@ def _arrow(values: NDArray[np.int32]) -> "pa.Int32Array":
 
 
 def _cuts_no_piece(tokenizer: Tokenizer, *, letters: bool) -> bool:
-    """Whether the pieces of a vocabulary, laid end to end, are cut only where one begins."""
+    """Whether no piece of a vocabulary spans a cut: laid end to end, they are cut only where one begins."""
     unmerged = {*tokenizer.control, *tokenizer.byte_ids.values(), tokenizer.unk_id}
     spelled = [spelling for i, spelling in enumerate(tokenizer.spellings) if spelling and i not in unmerged]
     starts = np.array([0, *accumulate(map(len, spelled))])[:-1]
@@ -106,7 +106,7 @@ def _cuts_no_piece(tokenizer: Tokenizer, *, letters: bool) -> bool:
 
 
 def _cuts(data: NDArray[np.uint8], starts: NDArray[np.int64], letters: bool) -> NDArray[np.int64]:
-    """Where parts begin: texts, runs of spaces, what follows a newline, and, if asked, letters and what is none."""
+    """Where parts begin: at texts, runs of spaces, after newlines and, if `letters`, between ASCII letters and others."""
     is_start = np.zeros(len(data) + 1, np.bool_)
     is_start[starts] = True
     is_space, is_newline = data == _SPACE, data == _NEWLINE
@@ -120,7 +120,7 @@ def _cuts(data: NDArray[np.uint8], starts: NDArray[np.int64], letters: bool) -> 
 
 
 class _Memory:
-    """Part of a text -> its ids, filled when asked."""
+    """Part of a text -> its ids, encoded when it is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode_batch = tokenizer.encode_batch

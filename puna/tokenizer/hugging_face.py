@@ -1,8 +1,8 @@
 """Hugging Face vocabularies (`tokenizer.json`), through the `tokenizers` library.
 
 Like `sentence_piece`, this edits the file's content before the library sees it, so that the promises of `Tokenizer`
-hold: the space in front of a text is put there by us (or not), special tokens are matched by nobody, and merges that
-would spell a control piece letter by letter are gone.
+hold: puna itself puts the space in front of a text (or not), special tokens are not looked for in a text, and merges
+that would spell a control piece letter by letter are removed.
 
 Two families are known by their decoder: byte-level vocabularies (GPT-2, Llama 3, Qwen, DeepSeek) write each byte as a
 character of its own; Llama-like ones write a space as U+2581 and unknown characters as `<0xE2>` pieces.
@@ -20,7 +20,7 @@ from puna.errors import PunaError
 from puna.files import read_json
 from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
 
-#: Names of BOS and EOS that are tried, in this order, where no file beside tokenizer.json tells them.
+#: Names of BOS and EOS that are tried, in this order, where no file beside tokenizer.json names them.
 COMMON_NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
@@ -87,7 +87,11 @@ def _backend(content: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
 
 
 def _take_leading_space_out(content: dict[str, Any]) -> tuple[bool, bool]:
-    """Removes the steps that put a space in front; whether they did so for a text, and behind each control token."""
+    """Removes the steps that put a space in front.
+
+    Returns:
+        Whether they put one in front of a text, and whether also after each control token.
+    """
     found = everywhere = False
     for step in _steps(content, "normalizer", "pre_tokenizer"):
         if step["type"] == "Prepend":
@@ -113,7 +117,7 @@ def _take_control_pieces_out(content: dict[str, Any]) -> set[str]:
 
 
 def _steps(content: dict[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
-    """Every step of these parts of a tokenizer.json, sequences unfolded."""
+    """Every step of these parts of a tokenizer.json, those inside sequences too."""
     for part in parts:
         step = content.get(part)
         if step is None:
@@ -150,7 +154,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _special_id(name: str, path: Path, ids: dict[str, int], fallback: str | None = None) -> int:
-    """The id of BOS or EOS, as the files beside tokenizer.json tell it."""
+    """The id of BOS or EOS, by the files beside tokenizer.json, else by its usual names."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if path.with_name(file).is_file():
             token = read_json(path.with_name(file)).get(f"{name}_token")

@@ -5,9 +5,8 @@ SentencePiece's Python offers no switch for what Code Llama needs, but its file 
 - the infilling markers and `<step>` are ordinary pieces there, so that a source file which contains ` <EOT>` would end
   an infilling by itself: they and their fragments (` <E`, ` <M`) are retyped as control pieces, which text cannot
   produce. The text is then spelled by Llama's own pieces;
-- what files beside it call special is, too, whatever the model makes of it (`<|im_end|>` that text may produce);
-- what Hugging Face added behind the model's last id (`<|im_end|>` and the like) is told in files beside it, and
-  becomes control pieces;
+- so are pieces that files beside it call special (e.g. `<|im_end|>`), whatever type they have in the model;
+- pieces that Hugging Face added after the model's last id are listed in files beside it, and become control pieces;
 - text in the middle of a line takes no implicit space: a second processor has `add_dummy_prefix` off. Meta's
   `encode_infilling` drops the first two ids of "☺" + text to the same end.
 
@@ -43,8 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         model = read_model(path)
         pieces = [piece.piece for piece in model.pieces]
         types = [piece.type for piece in model.pieces]
-        # The steps towards a marker too: text such as ` <E>` is spelled by Llama's own pieces then, and not, as the
-        # file by itself would have it, by half a marker.
+        # The fragments of markers too: text such as ` <E>` is then spelled by Llama's own pieces, not by half a marker.
         markers, settings = {i for i, piece in enumerate(pieces) if piece in _MARKERS}, _settings(path)
         for i in markers | {i for i in _told_special(settings, pieces) if types[i] in (NORMAL, USER_DEFINED)}:
             model.pieces[i].type = types[i] = CONTROL
@@ -116,7 +114,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _added_pieces(settings: dict[str, Any], path: Path, size: int) -> list[str]:
-    """The pieces behind the model's own, from its `size` on, that files beside it list: control pieces."""
+    """The pieces after the model's own `size` ones that files beside it list; all are control pieces."""
     ids = {int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
     file = path.with_name("added_tokens.json")
     if file.is_file():

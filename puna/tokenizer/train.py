@@ -8,7 +8,7 @@ from puna.errors import PunaError
 from puna.files import file_aside
 from puna.tokenizer.base import INFILLING_PIECES, Tokenizer
 
-#: Reading stops after this many characters: a few thousand pieces do not get better beyond.
+#: Reading stops after this many characters: more do not make a few thousand pieces better.
 MAX_CHARACTERS = 8_000_000
 
 
@@ -25,7 +25,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path | str, *, vocab_size: int
         infilling: whether the last sixteen ids are Code Llama's infilling pieces (as control pieces).
 
     Raises:
-        PunaError: the texts are too few or too many-lettered for this vocabulary size.
+        PunaError: there is too little text, or it has too many different characters, for this vocabulary size.
     """
     import sentencepiece
 
@@ -74,7 +74,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text[:left].split("\n"):
             if line:
-                line.encode()  # a lone surrogate would stop the trainer without a word about it
+                line.encode()  # an error here: the trainer would stop silently at a lone surrogate
                 yield line
         left -= len(text)
         if left <= 0:

@@ -3,7 +3,7 @@ r"""Stanford Alpaca: one instruction, one answer.
     BOS "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n
          ### Instruction:\n{question}\n\n### Response:" "{answer}" EOS
 
-The layout has no system message and no second turn. A question that `alpaca_prompt` has made already is taken as is.
+The layout has no system message and no second turn. A question that is the result of `alpaca_prompt` is taken as it is.
 
 Source: tatsu-lab/stanford_alpaca, `train.py`, `PROMPT_DICT`.
 """

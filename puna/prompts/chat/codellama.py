@@ -3,8 +3,8 @@ r"""Code Llama 7B, 13B and 34B Instruct (and Llama 2 chat).
     BOS "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]" " {answer} " EOS
     BOS "[INST] {question} [/INST]" " {answer} " EOS …
 
-Contents are stripped; each turn has a BOS of its own. The blank between answer and EOS is learned with the answer:
-without it the model would never come to the EOS that it was taught behind it.
+Contents are stripped; each turn has a BOS of its own. The blank between answer and EOS is a target too: the model
+learns EOS after it, and would not come to it otherwise.
 
 Source: facebookresearch/codellama, `llama/generation.py`, `chat_completion`.
 """

@@ -6,8 +6,8 @@ r"""Code Llama 70B Instruct, which ends its messages with `<step>`, not EOS.
     " Source: assistant" "\n\n {answer}"   <step> …
     " Source: assistant\nDestination: user" "\n\n "        asks for an answer; "{answer}" <step> follow
 
-Contents are stripped. An answer that ends the dialog is laid out as the model gives it, behind the line that asks for
-it; earlier ones are history, which the reference writes without `Destination`.
+Contents are stripped. An answer that ends the dialog follows the line that asks for it, as when the model gives it;
+earlier ones are history, which the reference writes without `Destination`.
 
 Source: facebookresearch/codellama, `llama/generation.py`, `dialog_prompt_tokens`.
 """

@@ -22,6 +22,7 @@ from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
 from puna.generate.engine.cache import Step
 from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
+from puna.generate.engine.network import ByModules
 from puna.generate.engine.paged_attention import MOST_TOKENS
 from puna.generate.engine.scheduler import Running
 from puna.generate.sequence import Sequence
@@ -366,7 +367,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraph]:
         recorded.append(EagerGraph(step))
         return recorded[-1], recorded[-1].logits
 
-    monkeypatch.setattr("puna.generate.engine.runner.takes_cuda_kernels", lambda kind: True)
+    for module in ("runner", "network"):
+        monkeypatch.setattr(f"puna.generate.engine.{module}.takes_cuda_kernels", lambda kind: True)
     for module in ("cache", "graphs"):
         monkeypatch.setattr(f"puna.generate.engine.{module}.most_tokens", lambda keys: MOST_TOKENS)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
@@ -407,7 +409,7 @@ def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, monkeypatch
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, **options: contextlib.nullcontext())
     seen: list[bool] = []
-    graphs = DecodeGraphs(model, Engine(model, cache_tokens=64)._runner.cache, is_compiled=False)
+    graphs = DecodeGraphs(ByModules(model), Engine(model, cache_tokens=64)._runner.cache)
     graphs._capture(lambda: seen.append(gc.isenabled()))  # type: ignore[arg-type, return-value]
     assert seen == [True, True, False]
     assert gc.isenabled()
@@ -575,7 +577,7 @@ def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
     prompts, sampling = [[1, 5, 6, 5, 6], [1, 7]], Sampling(max_tokens=40, ignore_eos=True)
     expected = complete(model, tokenizer, prompts, sampling)
     guesses = {"draft": model} if has_draft else {"lookup": True}
-    engine = Engine(model, tokenizer, cache_tokens=512, block_tokens=1, **guesses)
+    engine = Engine(model, tokenizer, cache_tokens=1024, block_tokens=1, **guesses)
     told: list[BaseException | None] = []
     others = [engine._new(engine._sequence(0, prompt, sampling, None), told.append) for prompt in prompts]
 
@@ -586,7 +588,7 @@ def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(["import"], Sampling(max_tokens=300, ignore_eos=True), on_text=on_text)
+        engine.generate([[1, id] for id in range(9, 15)], Sampling(max_tokens=99, ignore_eos=True), on_text=on_text)
     while not engine.scheduler.is_idle:
         engine._step()
     assert [other.sequence.completion() for other in others] == expected

@@ -156,20 +156,24 @@ class PagedLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """As `LayerCache`, for (1, T, …) tokens end to end."""
+        self.keys.flatten().write(self.step.slots, k[0])
+        self.values.flatten().write(self.step.slots, v[0])
+        return self.see(q[0])[None]
+
+    def see(self, q: Tensor) -> Tensor:
+        """(T, N, H) to (T, N, H): queries of the step's tokens, whose keys and values are kept, see their sequences."""
         keys, values, step = self.keys.flatten(), self.values.flatten(), self.step
-        keys.write(step.slots, k[0])
-        values.write(step.slots, v[0])
         n = step.n_rows
         out = []
         if step.tables is not None:
             scales = self.keys.scales, self.values.scales
             pools = self.keys.numbers, self.values.numbers
-            out.append(attend_paged(q[0, :n], *pools, *step.tables, *scales, step.firsts))
+            out.append(attend_paged(q[:n], *pools, *step.tables, *scales, step.firsts))
         for seen in step.others:
             of_sequence = (storage[seen.slots].read(q.dtype) for storage in (keys, values))
-            out.append(_attend(q[0, n : n + seen.n_queries], *of_sequence))
+            out.append(_attend(q[n : n + seen.n_queries], *of_sequence))
             n += seen.n_queries
-        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+        return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

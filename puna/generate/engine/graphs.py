@@ -3,43 +3,31 @@
 At batch 1 a step of 7B reads its weights in 3 ms, in which a host could not launch its kernels one by one. A row is a
 token. A graph is recorded once for every number of rows, and of blocks that the longest sequence has, each rounded up,
 and once more for steps in which a sequence has several rows, guesses above all. Rows that stand empty have length 0 and
-write to a block that nobody reads. Few rows go through fewer kernels than the model's modules launch
-(`puna.generate.engine.decode_step`). Layers may be compiled instead: then what lies between their products is one
-kernel for any number of rows, which costs a minute at the start.
+write to a block that nobody reads.
 
 On a CPU a graph is a `Recording` of our kernels' calls. A model that needs more than these is refused as the first is
 made, and each step is computed by itself.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from puna.devices import takes_cuda_kernels
 from puna.garbage import uncollected
-from puna.generate.engine.cache import PagedCache, PagedLayer, Step, first_rows
+from puna.generate.engine.cache import PagedCache, Step, first_rows
+from puna.generate.engine.network import Network
 from puna.generate.engine.paged_attention import most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.model.calls import Recording
-from puna.model.llama import Llama
-from puna.quantized import few_rows
-
-if TYPE_CHECKING:
-    from puna.generate.engine.decode_step import DecodeStep
 
 #: Rows beyond which a step is not recorded: its products take longer than their launches.
 MOST_ROWS = 256
 
 #: On a CPU likewise, where launches take some 2 ms.
 MOST_ROWS_ON_CPU = 8
-
-#: Of the compiler: kernels of its own for products of one row, which read weights at 74 to 103 % of the rate of a large
-#: copy on an H200, where cuBLAS reads them at 63 to 91 %.
-OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 #: Blocks of the shortest table; longer ones have four times as many, and so on.
 SHORTEST_TABLE = 16
@@ -49,22 +37,19 @@ class DecodeGraphs:
     """Steps in which every sequence has its newest token, or a few of them.
 
     Args:
-        model: on a CUDA device.
+        network: of a model on a CUDA device.
         cache: its blocks.
-        is_compiled: compile the layers, for one row at once, and for more when they first come.
+        is_compiled: its layers will be, as they are used; they are for one row at once.
     """
 
     most_rows = MOST_ROWS
 
-    def __init__(self, model: Llama, cache: PagedCache, *, is_compiled: bool) -> None:
-        self._model, self._cache, self._is_compiled = model, cache, is_compiled
+    def __init__(self, network: Network, cache: PagedCache, *, is_compiled: bool = False) -> None:
+        self._network, self._cache = network, cache
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._most_tokens = most_tokens(cache.keys.numbers)
         self._memory: Any = None
         if is_compiled:
-            cache.layer_type = _OutsideCompiledLayers
-            for layer in model.model.layers:
-                layer.forward = torch.compile(layer.forward, options=OPTIONS)
             self._record_one_row()  # first: as the second size, it would have layers compiled three times
 
     def takes(self, chunks: list[Chunk]) -> bool:
@@ -97,27 +82,12 @@ class DecodeGraphs:
         inputs = _Inputs.of(there, rows)
         inputs.slots.fill_(self._cache.empty_slot)
 
-        fused = self._fused_step(rows)
-
         def step() -> Tensor:
             firsts = inputs.firsts if has_several else None
             self._cache.step = Step(inputs.slots, rows, (inputs.tables, inputs.lengths), firsts, [])
-            if fused is not None:
-                return fused(inputs.ids, inputs.positions, self._cache)
-            hidden = self._model.hidden(inputs.ids[None], positions=inputs.positions[None], cache=self._cache)
-            return self._model.lm_head(hidden[0])
+            return self._network.head(self._network.hidden(inputs.ids, inputs.positions, self._cache))
 
         return _Graph(*self._capture(step), host, there, _Inputs.of(host, rows).numpy(), self._cache.empty_slot)
-
-    def _fused_step(self, rows: int) -> "DecodeStep | None":
-        """The step in fewer kernels, where model, device and the number of rows allow it."""
-        dtype = self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype
-        has_triton = takes_cuda_kernels(self._cache.device.type) and importlib.util.find_spec("triton") is not None
-        if self._is_compiled or rows > few_rows.MOST_ROWS or dtype.itemsize > 2 or not has_triton:
-            return None
-        from puna.generate.engine.decode_step import DecodeStep
-
-        return DecodeStep(self._model)
 
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph | Recording, Tensor]:
         side = torch.cuda.Stream()
@@ -137,7 +107,7 @@ class RecordedSteps(DecodeGraphs):
     """On a CPU, with rows as they are.
 
     Args:
-        model: whose layers our kernels compute.
+        network: of a model whose layers our kernels compute.
         cache: its blocks, which our kernel attends to.
 
     Raises:
@@ -146,8 +116,8 @@ class RecordedSteps(DecodeGraphs):
 
     most_rows = MOST_ROWS_ON_CPU
 
-    def __init__(self, model: Llama, cache: PagedCache) -> None:
-        super().__init__(model, cache, is_compiled=False)
+    def __init__(self, network: Network, cache: PagedCache) -> None:
+        super().__init__(network, cache)
         self._record_one_row()
 
     def _rows(self, n: int) -> int:
@@ -156,15 +126,6 @@ class RecordedSteps(DecodeGraphs):
     def _capture(self, step: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         recording = Recording(step)
         return recording, recording.output
-
-
-class _OutsideCompiledLayers(PagedLayer):
-    """Compiled code calls it and does not look inside, where every layer is another."""
-
-    @torch.compiler.disable
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """As `PagedLayer`."""
-        return super().attend(q, k, v, positions)
 
 
 @dataclass(eq=False)

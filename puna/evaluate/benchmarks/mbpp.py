@@ -47,6 +47,9 @@ QUESTION = (
 #: Variant -> file.
 FILES = {"full": "mbpp.jsonl", "sanitized": "sanitized-mbpp.json"}
 
+#: What each line of the full file has.
+FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list}
+
 #: Table 2.
 FIGURES = {
     "full": table(
@@ -76,6 +79,7 @@ class MBPP(Programs):
     files = FILES
     where = "https://github.com/google-research/google-research/tree/master/mbpp has it"
     stops = ("[DONE]", "\n[BEGIN]", "\nYou are an expert")
+    fields = FIELDS
     limits = Limits(cpu_seconds=10, wall_seconds=24)  # the solution of task 123 takes 2 to 4 seconds by machine
     figures = FIGURES
 
@@ -120,16 +124,13 @@ def read_all(path: Path) -> dict[str, Task]:
     Raises:
         PunaError: as for `Programs.read`.
     """
-    lines = _sanitized(path) if path.suffix == ".json" else [line for _, line in read_lines(path, _FIELDS)]
+    lines = _sanitized(path) if path.suffix == ".json" else [line for _, line in read_lines(path, FIELDS)]
     known = {line["task_id"]: line for line in lines}
     shots = [known[i] for i in EXAMPLES if i in known]
     if len(shots) < SHOTS:
         shots = [line for line in lines if line["task_id"] not in SCORED][:SHOTS]
     examples = [_fields(line) for line in shots]
     return {str(line["task_id"]): Task(str(line["task_id"]), {**_fields(line), "examples": examples}) for line in lines}
-
-
-_FIELDS: dict[str, type | tuple[type, ...]] = {"task_id": int, "text": str, "code": str, "test_list": list}
 
 
 def _sanitized(path: Path) -> list[dict[str, Any]]:

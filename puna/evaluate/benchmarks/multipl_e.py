@@ -18,11 +18,14 @@ from puna.evaluate.completing import Ask
 from puna.evaluate.languages import LIMITS, require, script
 from puna.evaluate.paper import table
 from puna.evaluate.programs import Programs, Task
-from puna.evaluate.samples import Sample, read_lines
+from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Script
 
 #: Language -> file, as the DeepSeek-Coder repository names them.
 FILES = {language: f"humaneval-{language}.jsonl" for language in ("cpp", "js", "sh", "java", "php")}
+
+#: What each line of the file has.
+FIELDS = {"name": str, "language": str, "prompt": str, "tests": str, "stop_tokens": list}
 
 #: What the files' authors call a language, where it is not our name.
 CALLED = {"bash": "sh", "javascript": "js", "c++": "cpp"}
@@ -54,14 +57,15 @@ class MultiPLE(Programs):
     name = "multipl_e"
     files = FILES
     where = "https://github.com/deepseek-ai/DeepSeek-Coder has it (Evaluation/HumanEval/data)"
+    fields = FIELDS
+    id_field = "name"
     limits = LIMITS
     has_questions = False
     figures = FIGURES
 
     def read(self, path: Path) -> dict[str, Task]:
         """The tasks of one language; see `Programs`."""
-        fields = {"name": str, "language": str, "prompt": str, "tests": str, "stop_tokens": list}
-        tasks = {line["name"]: Task(line["name"], line) for _, line in read_lines(path, fields)}
+        tasks = super().read(path)
         for language in {_language(task) for task in tasks.values()}:
             if language not in FILES:
                 raise UsageError(f"{path} is in {language}; there are {', '.join(FILES)}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from puna.errors import PunaError, UsageError
 from puna.generate import Completion, Sampling, complete
 from puna.generate.engine import Engine
+from puna.generate.engine import engine as engine_module
 from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
 from puna.generate.engine.cache import Step
 from puna.generate.engine.drafts import PromptLookup
@@ -448,6 +449,19 @@ def test_in_bf16_packed_layers_choose_what_is_likeliest_in_fp32_or_nearly_so() -
         lost = logits.amax(-1) - logits.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert (lost == 0).float().mean() > 0.8
         assert lost.max() < 0.2 * logits.std()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("fails", ["compute", "draw"])
+def test_memory_that_runs_out_in_a_step_is_said_with_what_takes_less(
+    model: Llama, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    engine = Engine(model, cache_tokens=160)
+    engine._draws = True
+    owner, name = (engine._runner, "compute") if fails == "compute" else (engine_module, "draw")
+    monkeypatch.setattr(owner, name, MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(PunaError, match="ran out in a step of 2 tokens, .* a cache of 160; run fewer .*batch_rows"):
+        engine.generate([[1, 2]], Sampling(temperature=1.0))
     assert_all_free(engine)
 
 

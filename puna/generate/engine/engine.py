@@ -227,9 +227,17 @@ class Engine:
         chunks = self.scheduler.next_step()
         if not chunks:
             return []
-        asked = self._runner.compute(chunks)
-        if self._draws:
-            self._draw(chunks, asked)
+        try:
+            asked = self._runner.compute(chunks)
+            if self._draws:
+                self._draw(chunks, asked)
+        except torch.OutOfMemoryError as error:
+            tokens, kept = sum(map(len, chunks)), self.pool.n_blocks * self.pool.size
+            raise PunaError(
+                f"the device's memory ran out in a step of {tokens} tokens, beside the weights and a cache of {kept}; "
+                "run fewer at a time (batch_rows), keep keys and values in 8 bits (cache_dtype), or load weights of "
+                "fewer bits (puna quantize)"
+            ) from error
         if self._drafter is not None:
             self._drafter.read(chunks)
         try:

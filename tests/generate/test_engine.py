@@ -460,7 +460,7 @@ def test_memory_that_runs_out_in_a_step_is_said_with_what_takes_less(
     engine._draws = True
     owner, name = (engine._runner, "compute") if fails == "compute" else (engine_module, "draw")
     monkeypatch.setattr(owner, name, MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(PunaError, match="ran out in a step of 2 tokens, .* a cache of 160; run fewer .*batch_rows"):
+    with pytest.raises(PunaError, match=r"ran out in a step of 2 tokens, .* a cache of 160; run fewer .*batch_rows"):
         engine.generate([[1, 2]], Sampling(temperature=1.0))
     assert_all_free(engine)
 

@@ -1,8 +1,8 @@
-"""Checkpoints of other systems become ours, and ours become theirs: strictly, tensor by tensor.
+"""Converts checkpoints of other systems to the Hugging Face layout and back: strictly, tensor by tensor.
 
 Every format is a module in `formats/`, found because it is there, with three functions:
 
-    recognises(place) -> bool                                   from the names of its files; or of itself, a file
+    recognises(place) -> bool                                   from the names of its files, or its own if it is a file
     read(place, rope_theta) -> ModelConfig, tensors, tokenizer  tensors by Hugging Face names, unread
     write(folder, config, tensors, tokenizer)                   one tensor in memory at a time
 

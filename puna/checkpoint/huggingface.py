@@ -30,20 +30,20 @@ from puna.model.packed import PackedLinear, pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 from puna.tokenizer import Tokenizer, load_tokenizer
 
-#: Endings of tensors that old checkpoints carry and no network reads.
+#: Ends of the names of tensors that old checkpoints hold and no network reads.
 HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Share(Protocol):
-    """A part of a model, whose other parts are elsewhere."""
+    """The part of a model that one rank loads; the others are on other ranks."""
 
     def index(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
         """Which part of a stored tensor is read."""
 
     def join(self, model: Llama) -> None:
-        """Is given the model once its tensors are there, to connect them with the other parts."""
+        """Connects the model, once its tensors are loaded, with the other parts."""
 
 
 def load(
@@ -144,7 +144,7 @@ def build_model(
 
 
 def _dtype_of_most(weights: Iterable[Tensor]) -> torch.dtype | None:
-    """The dtype of most numbers; None: all have one."""
+    """The dtype of most numbers; None: they all have the same."""
     sizes: Counter[torch.dtype] = Counter()
     for weight in weights:
         sizes[weight.dtype] += weight.numel()
@@ -178,7 +178,7 @@ def fit(
         PunaError: a tensor is missing, unknown, of the wrong shape or no numbers of a weight; the message names it.
     """
     where = _place(tensors)
-    if config.num_hidden_layers > len(tensors):  # whose names alone might fill the memory
+    if config.num_hidden_layers > len(tensors):  # the names alone might fill the memory
         raise PunaError(
             f"{where} has {len(tensors)} tensors, too few for the {config.num_hidden_layers} layers of config.json"
         )

@@ -24,7 +24,7 @@ from puna.errors import PunaError
 from puna.files import folder_aside
 from puna.quantized import Quantization, QuantizedLinear
 
-#: Weights that are quantised at once: schemes take several times their bytes meanwhile, best in the cache.
+#: Weights that are quantised at once: schemes need several times their bytes meanwhile, best in the cache.
 WEIGHTS_AT_ONCE = 1 << 18
 
 
@@ -65,7 +65,7 @@ def quantize(
 
 
 def quantized_tensors(tensors: Mapping[str, StoredTensor], quantization: Quantization) -> dict[str, StoredTensor]:
-    """The tensors of a quantised model, which are quantised when they are read; those of one layer best in turn."""
+    """The tensors of a quantised model, quantised when they are read; best read all of one layer, then the next."""
     quantized: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
@@ -90,7 +90,7 @@ def _quantized(tensor: StoredTensor, scheme: type[QuantizedLinear], group_size: 
 
 
 def _once(quantized: Callable[[], dict[str, Tensor]]) -> Callable[[str], Tensor]:
-    """Gives the parts of a quantised weight one by one, and quantises it again only for one that was given already."""
+    """Gives each part of a quantised weight; it is quantised once, unless a part is asked for a second time."""
     left: dict[str, Tensor] = {}
 
     def read(part: str) -> Tensor:

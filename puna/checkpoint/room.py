@@ -24,9 +24,9 @@ def check_room(
     Args:
         config: the model's shape.
         tensors: what is to be loaded.
-        dtype: of those that are not quantised; None: as stored.
+        dtype: that weights which are not quantised are loaded in; None: as stored.
         device: where they go.
-        share: of the model that they are.
+        share: which share of the model they are, from 0 to 1.
 
     Raises:
         PunaError: they do not fit; the message says by how much, and which schemes of quantisation would.
@@ -53,7 +53,7 @@ def _loaded_dtype(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype
 
 
 def _quantized_bytes(config: ModelConfig, scheme: str) -> int | None:
-    """Bytes of a model's weights in a scheme, what is not quantised in bf16; None: its groups do not fit the model."""
+    """Bytes of a quantised model, with bf16 for what is not quantised; None: the scheme's groups do not fit it."""
     try:
         quantization = Quantization.of(scheme, None, config)
     except UsageError:

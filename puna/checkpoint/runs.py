@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: folders that are whole or not there, checked before they are trusted.
+"""Checkpoints of a training run: folders that are whole or not there, checked before they are used.
 
     run_dir/checkpoints/step-00000100/model/__0_0.distcp    weights, one file a rank (torch.distributed.checkpoint)
                                             .metadata       which tensor, or which part of one, lies where
@@ -8,12 +8,12 @@
     run_dir/checkpoints/step-00000200.aside/                a save that is going on, or was interrupted: the next save
                                                             clears it away
 
-`Checkpoints.save` copies the state and returns; a thread writes it. `run.json` is written last, then the folder is
-synced and takes its name. On the way back every file is held against it: a damaged newest checkpoint is named, and the
-one before is taken.
+`Checkpoints.save` copies the state and returns; a thread writes it. `run.json` (`manifest.py`) is written last, then
+the folder is synced and takes its name. Before loading, every file is compared with it: a damaged newest checkpoint is
+named, and the one before is taken.
 
 Every rank writes and checks its own share, rank 0 does what is done once, and all of them must see the same folder.
-Which ranks hold what is not remembered: a checkpoint is whole tensors in pieces, and any layout may read it.
+Which rank held what is not stored: a checkpoint is whole tensors in pieces, and any layout may read it.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
 from puna.files import ASIDE, sync_folder
 
-#: Of a host's free memory, what copies of the state may take: training takes some, too.
+#: The share of a host's free memory that copies of the state may take: training needs some, too.
 ROOM_SHARE = 0.8
 
 #: The top-level key of a state that is kept apart, so that export reads it alone; the others go together.
@@ -59,7 +59,7 @@ class Checkpoints:
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
         keep: how many of the newest stay.
-        keep_every: the first one at or behind each multiple of it stays for good; None: none does.
+        keep_every: the first one at or after each multiple of so many steps stays for good; None: none does.
 
     Raises:
         PunaError: a rank does not see the folder that rank 0 sees.
@@ -98,10 +98,10 @@ class Checkpoints:
         try:
             staged.set_result(self._stage(state, is_copied=has_room))
         except Exception as error:
-            staged.set_exception(error)  # raised in the background, where the other ranks hear of it
+            staged.set_exception(error)  # raised in the background, in a meeting with the other ranks
         self._saving = self._writer.submit(self._write, step, staged, copy.deepcopy(meta))
         if not has_room:
-            concurrent.futures.wait([self._saving])  # what went wrong is raised where it always is
+            concurrent.futures.wait([self._saving])  # errors are raised by `wait`, as always
         return _path(self.run_dir, step)
 
     def wait(self) -> None:
@@ -191,7 +191,7 @@ class Checkpoints:
         return has_room
 
     def _stage(self, state: dict[str, Any], *, is_copied: bool) -> dict[str, dict[str, Any]]:
-        """What this rank has by part and name: its pieces, or copies of them in the memory of the last save's."""
+        """Pieces of this rank by part and name, or copies of them in the memory of those of the last save."""
         from puna.checkpoint.sharded import Piece, flat, local_piece
 
         copies: dict[str, Tensor] = {}
@@ -232,7 +232,7 @@ class Checkpoints:
             _put_in_place(aside, path)
             try:
                 _prune(aside.parent, step, self._keep, self._keep_every)
-            except OSError as error:  # what was to be saved is there
+            except OSError as error:  # the checkpoint itself is there
                 progress.say(f"checkpoints that need not be kept could not be removed: {error}")
             return [None] * meetings.size
 
@@ -243,7 +243,7 @@ class Checkpoints:
         except BaseException as error:
             if meetings.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
-                progress.say(f"{path.name} could not be saved: {error}")  # now: who hears of it can make room
+                progress.say(f"{path.name} could not be saved: {error}")  # now, while there is time to make room
             raise
 
 
@@ -285,7 +285,7 @@ def newest_sound(
             say(f"{damaged}; taking the checkpoint before it" if path.exists() else gone)
     if tried:
         raise PunaError(
-            f"every checkpoint in {_folder(run_dir)} is damaged or cannot be read; what was said of each says why. "
+            f"every checkpoint in {_folder(run_dir)} is damaged or cannot be read; the lines above say why. "
             f"Where none can be mended, remove the folder to start the run afresh"
         )
     return None
@@ -328,7 +328,7 @@ def _path(run_dir: Path | str, step: int) -> Path:
 
 
 def _copies_bytes(state: dict[str, Any]) -> int:
-    """What copies of the state take in host memory, of this rank and of those beside it.
+    """Bytes of host memory that copies of the state take, of this rank and of the others on its host.
 
     An accelerator's tensors are copied to page-locked memory.
     """
@@ -348,7 +348,7 @@ def _copied(values: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _check_shared(folder: Path, meetings: Meetings) -> None:
-    """Lets every rank look for a folder that rank 0 makes."""
+    """Makes sure that every rank sees a folder that rank 0 makes."""
 
     def make() -> str:
         folder.mkdir(parents=True, exist_ok=True)
@@ -369,13 +369,13 @@ def _check_shared(folder: Path, meetings: Meetings) -> None:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Removes what can be: on NFS a file that someone reads stays under another name until it is closed."""
+    """Removes what can be removed: on NFS a file that is being read stays, under another name, until it is closed."""
     for path in folder.glob(f"*{ASIDE}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
-    """Gives a finished folder, whose files are synced, its name; a damaged checkpoint of the same step makes room."""
+    """Gives a finished folder, whose files are synced, its name; a damaged checkpoint of that name is removed first."""
     for folder in (*(place for place in aside.iterdir() if place.is_dir()), aside):
         sync_folder(folder)
     if path.exists():
@@ -391,13 +391,13 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
     if keep_every:
         kept |= {s for before, s in pairwise([0, *past]) if s // keep_every > before // keep_every}
     for s, path in paths.items():
-        # A later one is from before the run was continued from an earlier step, which happens if it is damaged.
+        # A later one is left from before the run was continued from an earlier step, because it was damaged.
         is_spent = s not in kept if s <= step else damage(path) is not None
         if is_spent:
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    gone = path.with_name(f"{path.name}.gone{ASIDE}")  # first the name, so that no half of it is ever taken for whole
+    gone = path.with_name(f"{path.name}.gone{ASIDE}")  # renamed first: half of it is never taken for a checkpoint
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)  # the next save tries again

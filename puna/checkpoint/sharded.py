@@ -5,7 +5,7 @@
 
 Saving goes through pieces in host memory (`Piece`), which know where they belong in the whole tensor and nothing of
 meshes or devices. Reading maps the files: an archive says where its values begin, and only those that are asked for are
-touched, so that neither another layout nor an export ever holds more than one tensor.
+read, so that neither loading on another layout nor an export ever holds more than one tensor.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from torch.serialization import skip_data
 from puna.checkpoint.meetings import Meetings
 from puna.checkpoint.tensors import Extent, StoredTensor, start_of_values
 
-#: The form of what is no tensor.
+#: The form of values that are not tensors.
 PLAIN = "a plain value"
 
 
@@ -80,7 +80,7 @@ def local_piece(tensor: Tensor) -> Piece | None:
     """What this rank holds of a tensor, not copied; None: it is not among the tensor's ranks.
 
     Raises:
-        ValueError: the part that it holds is not the one that its placements speak of.
+        ValueError: the part that it holds has another shape than its placements say.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -240,7 +240,7 @@ class _Files:
         return Extent(str(self._folder / info.relative_path), begin, form.nbytes)
 
     def _found(self, info: Any) -> tuple[Tensor, int]:
-        """Shape, strides and dtype of what lies at a place, without its values, and where in the file they begin."""
+        """A stored tensor's shape, strides and dtype, without its values, and where in the file these begin."""
         with open(self._folder / info.relative_path, "rb") as file:
             archive = self._reader._slice_file(file, info)
             with skip_data():
@@ -254,7 +254,7 @@ def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _read_ahead(path: Path, begin: int, tensor: Tensor) -> None:
-    """Lets the system fetch the values of a mapped tensor in one go, rather than page by page as they are touched."""
+    """Asks the system to read the values of a mapped tensor in one go, rather than page by page as they are used."""
     if tensor.numel() and hasattr(os, "posix_fadvise"):
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         with open(path, "rb") as file:
@@ -278,7 +278,7 @@ def _extents(files: _Files, pieces: list[tuple[Any, Any]]) -> list[Extent]:
 
 @contextlib.contextmanager
 def _plain_errors(path: Path) -> Iterator[None]:
-    """Lets out the full disk that torch's zip writer hides behind an error of its own."""
+    """Raises the error of a full disk itself, which torch's zip writer hides in an error of its own."""
     try:
         yield
     except Exception as error:

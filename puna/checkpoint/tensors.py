@@ -31,14 +31,14 @@ from puna.progress import Progress
 #: Our names for the dtypes of weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: Memory that a tensor takes on its way, where it is read in pieces: little enough to stay near the processor and to be
-#: the allocator's own, not new memory of the system's for every piece.
+#: Memory that a tensor takes while it is copied, where it is read in pieces: small enough for the processor's cache,
+#: and for the allocator to use it again instead of asking the system for every piece.
 PIECE_BYTES = 1 << 19
 
-#: Bytes that the system is asked to copy at once: little enough to be fetched while those before are written.
+#: Bytes that the system is asked to copy at once: few enough to be read ahead while those before are written.
 COPIED_BYTES = 1 << 23
 
-#: What the system says where it does not copy from one of two files to the other; then they are read and written.
+#: Errors of a system that cannot copy between two files; the bytes are then read and written.
 _NOT_COPIED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EXDEV}
 
 #: Names of dtypes in the header of a safetensors file.
@@ -59,7 +59,7 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes that lie one behind the other in a file.
+    """A run of bytes in a file.
 
     Attributes:
         path: the file.
@@ -82,7 +82,7 @@ class StoredTensor:
         where: the file that holds it, for messages.
         read: gives the tensor; it may lie in mapped memory, so copy what must outlive or change it.
         read_rows: gives the rows from `start` to `stop` of dim 0, where reading them takes less than reading all.
-        extents: says where its values lie in files, in their order, little-endian; None: nowhere as they are.
+        extents: gives where its values lie in files, in order and little-endian; None: they lie nowhere like that.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ class StoredTensor:
         return StoredTensor(shape, self.dtype, self.where, lambda: self.read()[index])
 
     def pieces(self) -> Iterator[Tensor]:
-        """The tensor in pieces of whole rows, one behind the other, that take about `PIECE_BYTES` of memory each."""
+        """The tensor in pieces of whole rows, in order, that take about `PIECE_BYTES` of memory each."""
         if self.read_rows is None or not self.shape or not self.size_bytes:
             yield self.read()
             return
@@ -116,7 +116,7 @@ class StoredTensor:
             yield self.read_rows(start, min(start + count, self.shape[0]))
 
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> "StoredTensor":
-        """The same tensor with `change`, which gives `dtype` and takes the values one by one, applied when read."""
+        """The same tensor with `change` applied to its values, one by one, when they are read; it gives `dtype`."""
         rows = self.read_rows
         changed = None if rows is None else lambda start, stop: change(rows(start, stop))
         return StoredTensor(self.shape, dtype, self.where, lambda: change(self.read()), changed)
@@ -209,7 +209,7 @@ def _rows(read: Callable[[], Tensor], start: int, stop: int) -> Tensor:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says besides its tensors; nothing if it is none.
+    """The metadata in the header of a safetensors file; empty if the file is no safetensors file.
 
     Raises:
         OSError: the file cannot be read.
@@ -279,7 +279,7 @@ def start_of_values(archive: str | IO[bytes], number: int = 0) -> int:
 
 @contextlib.contextmanager
 def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
-    """The same tensors, whose reading or copying moves a progress bar."""
+    """The same tensors; reading or copying them moves a progress bar."""
     total = sum(tensor.size_bytes for tensor in tensors.values())
     with Progress(title, total / 1e6, "MB") as progress:
 
@@ -302,7 +302,7 @@ def counted(title: str, tensors: Mapping[str, StoredTensor]) -> Iterator[dict[st
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Writes a safetensors file, reading one tensor at a time; aside, synced and renamed.
 
-    They are read in their order, but for odd sizes, which come last: every tensor lies aligned.
+    They are read in order, except that those of odd sizes come last: so every tensor is aligned in the file.
 
     Raises:
         ValueError: a tensor that was read has another shape or dtype than it promised.
@@ -323,7 +323,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _alignment(tensor: StoredTensor) -> int:
-    """Bytes that the place behind a tensor is a multiple of, if its own place is; at most 8."""
+    """The largest of 8, 4, 2 and 1 that divides a tensor's size: it keeps what follows aligned to that many bytes."""
     return next(n for n in (8, 4, 2, 1) if tensor.size_bytes % n == 0)
 
 
@@ -343,7 +343,7 @@ def _write_values(file: IO[bytes], name: str, tensor: StoredTensor) -> None:
 
 
 def _copy(file: IO[bytes], extents: Iterable[Extent]) -> bool:
-    """Has the system copy bytes of other files to where a file is; False, and nothing is done, if it cannot.
+    """Has the system append bytes of other files to a file; False, with the file as before, if it cannot.
 
     Raises:
         PunaError: one of the files ends before its bytes do.
@@ -362,7 +362,7 @@ def _copy(file: IO[bytes], extents: Iterable[Extent]) -> bool:
                     raise
                 file.seek(began)
                 return False
-    file.seek(os.lseek(target, 0, os.SEEK_CUR))  # else the file would not know where it is
+    file.seek(os.lseek(target, 0, os.SEEK_CUR))  # the file object does not notice what the system wrote
     return True
 
 

@@ -17,8 +17,8 @@ from puna.tokenizer.sentence_piece import only_merges, read_model
 def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
     """Adds `tokenizer.json`, and `tokenizer_config.json` if there is none, to a folder with a `tokenizer.model`.
 
-    Nothing is done where a `tokenizer.json` lies already, or where SentencePiece does more than merge pairs (another
-    algorithm, normalisation of characters): transformers has no exact form for that.
+    Nothing is done where there is a `tokenizer.json` already, or where SentencePiece does more than merge pairs
+    (another algorithm, normalisation of characters): transformers has no exact form for that.
     """
     if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
         return
@@ -80,7 +80,7 @@ def _sequence(name: str) -> dict[str, Any]:
 
 
 def _merges(model: Any, ids: dict[str, int], control: set[str]) -> list[list[str]]:
-    """Every way to put a piece together of two others, the pieces with the highest scores first."""
+    """Every pair of pieces that makes up another one, ordered by that one's score, the highest first."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     merges = []
     for piece in sorted(scores.keys() - control, key=lambda piece: (-scores[piece], ids[piece])):

@@ -10,7 +10,7 @@ from puna.config import Recipe, load_recipe
 from puna.errors import UsageError
 from puna.model.config import PRESETS, ModelConfig
 
-#: Where the YAML is to be found again in the recipe: names of what its user makes with puna first.
+#: Names, in the recipe, of what its user makes with puna before the first step.
 TRAIN_DATA, VALID_DATA, WEIGHTS = "data/train", "data/valid", "weights"
 
 #: Steps where neither the YAML nor the data say how many there are.
@@ -26,7 +26,7 @@ SCHEDULES = {
 #: MindFormers' compute_dtype -> precision.
 PRECISIONS = {"float16": "bf16", "bfloat16": "bf16", "float32": "fp32"}
 
-#: What a recipe calls a way of recomputing -> MindFormers' key; where both are given, the first is for those layers.
+#: A recipe's name for a way of recomputing -> MindFormers' key; where layers have both, the first is used.
 RECOMPUTE = {"block": "recompute_config.recompute", "selective": "recompute_config.select_recompute"}
 
 
@@ -37,7 +37,7 @@ class Settings:
     content: Mapping[str, Any]
 
     def get(self, key: str, default: Any) -> Any:
-        """The value at a key; the default where there is none, or nothing in it."""
+        """The value at a key; the default where the key is missing or empty."""
         value: Any = self.content
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -76,8 +76,8 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
         is_faithful: keep MindFormers' arithmetic.
 
     Raises:
-        UsageError: a value is none that puna can take.
-        PunaError: the model is none that puna has.
+        UsageError: a value is not one that puna can take.
+        PunaError: puna does not have the model.
     """
     config = from_fields(model_fields(settings.content, where), where)
     names = [name for name in known_as(config) if _is_same(PRESETS[name], config)]
@@ -205,7 +205,7 @@ def max_grad_norm(settings: Settings) -> float | None:
 
 
 def schedule(settings: Settings) -> str:
-    """How the learning rate moves."""
+    """The name of the schedule of the learning rate."""
     name = str(settings.get("lr_schedule.type", "CosineWithWarmUpLR"))
     if name not in SCHEDULES:
         raise UsageError(f"lr_schedule.type {name!r} is none that puna has; choose one of {', '.join(SCHEDULES)}")
@@ -264,7 +264,7 @@ def layers_of_a_stage(settings: Settings) -> int:
 
 
 def recomputed_layers(value: Any, per_stage: int) -> set[int]:
-    """How many layers of the stages a switch is on for.
+    """For how many layers a switch is on, in the stages: a set of the different numbers.
 
     Args:
         value: of MindFormers: true or false for all; a list of numbers or of such for the stages, with a list inside

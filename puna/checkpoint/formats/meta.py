@@ -44,10 +44,10 @@ NAMES: dict[str, str] = {
 #: Meta's model parallelism splits weights along the dims of `puna.model.split`, and the embedding along this one.
 EMBEDDING_DIM = 1  # of (V, D); 0 since Llama 3
 
-#: Tensors that are there and that no network reads: tables, computed anew.
+#: Tensors that are left out: tables that are computed anew.
 SKIPPED = ("rope.freqs",)
 
-#: The tokenizer's file; beside the weights, or one folder above where several sizes share it.
+#: The tokenizer's file; beside the weights, or one folder above them where several sizes share it.
 VOCABULARY = "tokenizer.model"
 
 #: Fields of `params.json`; the last ones only say how Meta's code finds the feed-forward width or sizes its caches.
@@ -59,7 +59,7 @@ KNOWN_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_
     "use_scaled_rope",
 }
 
-#: `params.json` does not say the context length; rope theta -> that of the family which has it.
+#: Rope theta -> context length of the family that has it; `params.json` does not say the length.
 CONTEXT_LENGTHS = {1e4: 4096, 5e5: 8192, 1e6: 16384}
 
 

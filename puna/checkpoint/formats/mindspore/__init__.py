@@ -4,7 +4,7 @@
     SRC/rank_N/*.ckpt, SRC/strategy/    slices and how they were cut
     model.yaml                          beside them, where puna wrote them: MindFormers' `model:` section
 
-Optimizer state and counters are recognised, left out with a word, and the model converted alone. Names are in
+Optimizer state and counters are recognised and left out, which is said; only the model is converted. Names are in
 `names.py`, the file in `ckpt.py`, how parameters are cut in `strategy.py` and `slices.py`, the model's shape in
 `model_config.py`.
 """

@@ -234,7 +234,7 @@ def _write_tensor(file: IO[bytes], tag: str, tensor: StoredTensor, type: str) ->
 
 
 def _head(tag: str, dims: list[int] | tuple[int, ...], type: str, size: int) -> bytes:
-    """What stands in a message before its content, which is the last field of all that surround it."""
+    """The bytes of a message before its content, which is the last field of every message around it."""
     tensor = b"".join(wire.number_field(1, dim) for dim in dims) + wire.counted_field(2, type.encode())
     tensor += wire.counted_key(3, size)
     value = wire.counted_field(1, tag.encode()) + wire.counted_key(2, len(tensor) + size) + tensor

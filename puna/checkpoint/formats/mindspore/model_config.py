@@ -1,4 +1,4 @@
-"""The shape of a model from MindFormers' YAML, or from what its weights show, and the YAML of a shape.
+"""The shape of a model from MindFormers' YAML, or from the shapes of its weights; and the YAML of a shape.
 
 A `.ckpt` says the sizes of its tensors and nothing else. Sizes alone leave open how many heads there are, the rotary
 base and the context length; these come from a YAML, a `config.json`, the name of a preset or, for the base, a number.
@@ -33,7 +33,7 @@ def config_of(
         rope_theta: where nothing else states it.
 
     Raises:
-        PunaError: something is not stated anywhere, or stated otherwise.
+        PunaError: something is not stated anywhere, or the weights have other sizes than are stated.
     """
     sizes = _sizes(weights, where)
     if stated is None:
@@ -90,7 +90,7 @@ def from_fields(fields: Mapping[str, Any], where: str, rope_theta: float | None 
     """The shape that the fields of `model.model_config` describe; what they leave out has LlamaConfig's defaults.
 
     Raises:
-        PunaError: they describe a network that puna's is not, or a value is none.
+        PunaError: they describe a network that puna does not have, or a value is not one that a model can have.
     """
     if fields.get("type", "LlamaConfig") != "LlamaConfig":
         raise PunaError(f"{where} describes {fields['type']}, not LlamaConfig; puna has no such network")

@@ -39,14 +39,14 @@ NAMES = {
 QKV = "model.layers.*.attention.w_qkv.weight"
 GATE_UP = "model.layers.*.feed_forward.w_gate_hidden.weight"
 
-#: Beginnings of names of the optimizer's state, and names of what a training run keeps beside it.
+#: How names of optimizer state begin, and the names of other numbers that a training run keeps.
 OPTIMIZER_STATE = ("adam_m.", "adam_v.")
 RUN_STATE = (
     "global_step", "scale_sense", "current_iterator_step", "last_overflow_iterator_step", "epoch_num", "step_num",
     "loss_scale", "global_batch_size", "learning_rate",
 )  # fmt: skip
 
-#: Beginnings of the last parts of names that adapters have.
+#: What the names of adapters' parameters hold.
 _ADAPTER = re.compile(r"\.(mindpet|tk)_delta_lora_")
 
 
@@ -66,7 +66,7 @@ class Sorted:
 
     @property
     def left_out(self) -> str:
-        """A word on what was left out; empty if nothing was."""
+        """What was left out, for a message; empty if nothing was."""
         words = [f"{self.optimizer_state} tensors of optimizer state"] if self.optimizer_state else []
         return ", ".join(words + self.run_state)
 
@@ -75,7 +75,7 @@ def sort_out(content: Mapping[str, StoredTensor | str], where: str) -> Sorted:
     """Tells weights from what training keeps beside them.
 
     Raises:
-        PunaError: a name is none of Llama's; the message has it.
+        PunaError: Llama has no parameter of a name; the message names it.
     """
     weights: dict[str, StoredTensor] = {}
     optimizer_state, run_state = 0, []
@@ -137,7 +137,7 @@ def _parts(pattern: str, tensor: StoredTensor, config: ModelConfig) -> dict[str,
 
 
 def _of_rows(tensor: StoredTensor, numbers: Tensor) -> StoredTensor:
-    """The rows of these numbers, which ascend."""
+    """The rows with these numbers, which are in ascending order."""
 
     def rows(start: int, stop: int) -> Tensor:
         wanted = numbers[start:stop]

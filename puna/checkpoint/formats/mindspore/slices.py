@@ -3,7 +3,7 @@
     SRC/rank_0/NAME-2_12.ckpt, SRC/rank_1/…     what each rank saved; of several files the latest that every rank has
     SRC/strategy/ or SRC/../strategy/           how parameters were cut (`strategy.py`)
 
-Nothing is read until a tensor is written, and then row by row from every slice at once.
+Nothing is read until a tensor is written, and then some rows at a time from all slices.
 """
 
 import fnmatch
@@ -39,10 +39,10 @@ def chosen_files(folders: Mapping[int, Path], pick: str | None) -> dict[int, Pat
 
     Args:
         folders: rank -> its folder.
-        pick: a pattern that names are held against, e.g. `*-2_8.ckpt`; None: the latest.
+        pick: a pattern for the names of the files to take, e.g. `*-2_8.ckpt`; None: the latest.
 
     Raises:
-        PunaError: a rank has none, or there is no telling which is meant.
+        PunaError: a rank has none, or it is not clear which is meant.
     """
     files = {rank: _files(folder) for rank, folder in folders.items()}
     if pick is not None:
@@ -129,7 +129,7 @@ def llama_layouts(
     """The layouts of MindFormers' Llama.
 
     Args:
-        names: of the parameters, MindFormers'.
+        names: MindFormers' names of the parameters.
         row_counts: size of dim 0 of each parameter; what the copies cannot share evenly stays whole.
         dp: copies of the model, its `data_parallel`.
         mp: parts of every matrix, its `model_parallel`.
@@ -163,7 +163,7 @@ def _step(file: Path) -> tuple[int, int] | None:
 
 
 def _merged(name: str, slices: dict[int, StoredTensor], layout: Layout, where: str, *, first_rank: int) -> StoredTensor:
-    """The whole of the slices that the ranks of a stage hold; of copies one must be there, and one is taken."""
+    """The whole tensor of the slices that the ranks of a stage hold; of several copies of a slice, one is taken."""
     first, parts = next(iter(slices.values())), layout.parts()
     if len(parts) != len(first.shape) or any(count > 1 for count in parts[2:]):
         raise PunaError(f"{where}: {name} has shape {first.shape}, but its strategy has {len(parts)} dims")

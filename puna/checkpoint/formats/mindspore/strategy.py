@@ -26,10 +26,10 @@ from puna.files import file_aside
 #: Stage -> parameter -> its layout.
 Strategy = dict[int, dict[str, "Layout"]]
 
-#: What MindSpore calls all that are there, for the number of shards of the optimizer.
+#: MindSpore's number of optimizer shards for as many as there can be.
 _ALL = -1
 
-#: What reading JSON of another kind, or a damaged one, may end in.
+#: Errors that reading JSON of another kind, or damaged JSON, may end in.
 _MISREADINGS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 #: No training run had more devices; a larger number is a sign of damage.
@@ -43,7 +43,7 @@ class Layout:
     Attributes:
         device_matrix: sizes of the axes, the last one fastest.
         tensor_map: for each dim the axes that cut it, counted from the last; none: the dim is whole.
-        optimizer_shards: parts that dim 0 of what an axis left is cut into by axes that hold copies; 0 or 1: none.
+        optimizer_shards: into how many parts axes that hold copies cut dim 0 again; 0 or 1: they do not.
     """
 
     device_matrix: tuple[int, ...]
@@ -105,7 +105,7 @@ def read_strategies(path: Path) -> Strategy:
     """The strategy in a file, merged or of one rank, or in all files of a folder.
 
     Raises:
-        PunaError: there is none, one is damaged or says what puna does not read, or two disagree.
+        PunaError: there is none, one is damaged or of a kind that puna does not read, or two disagree.
     """
     if not path.is_dir():
         return _read(path)

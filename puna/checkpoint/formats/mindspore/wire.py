@@ -2,7 +2,7 @@
 
 A message is a run of fields, each a key (number · 8 + kind) and a value; MindSpore's files use two kinds, whole numbers
 and counted bytes (texts, inner messages). Nothing is copied: counted bytes are given as the place where they lie, and
-no length that a file states is believed before it is held against the end of what surrounds it.
+every length that a file states is checked against the end of what surrounds it.
 
 Source: https://protobuf.dev/programming-guides/encoding
 """
@@ -32,7 +32,7 @@ def fields(data: Buffer, start: int, stop: int) -> Iterator[tuple[int, int, int,
         Number, kind, and for whole numbers the value and 0, for counted bytes their start and stop.
 
     Raises:
-        BrokenMessage: the bytes from `start` to `stop` are none.
+        BrokenMessage: the bytes from `start` to `stop` are not a message.
     """
     place = start
     while place < stop:
@@ -54,7 +54,7 @@ def fields(data: Buffer, start: int, stop: int) -> Iterator[tuple[int, int, int,
 
 
 def varint(data: Buffer, place: int, stop: int) -> tuple[int, int]:
-    """A whole number, seven bits a byte with the lowest first, and the place behind it."""
+    """A whole number, seven bits a byte with the lowest first, and the place after it."""
     value = 0
     for i in range(_LONGEST_VARINT):
         if place + i >= stop:
@@ -77,7 +77,7 @@ def varints(data: Buffer, kind: int, value: int, stop: int) -> Iterator[int]:
 
 
 def signed(value: int) -> int:
-    """A number of 64 bits as the one with a sign that it stands for."""
+    """An unsigned number of 64 bits read as a signed one."""
     return value - (1 << 64) if value >> 63 else value
 
 

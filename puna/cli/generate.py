@@ -286,7 +286,7 @@ def read_text(path: Path) -> str:
     """
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # Windows begins files with a mark
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -291,7 +291,7 @@ def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path):
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n")
     assert list(reasons_of("jsonl", tmp_path / "lines.jsonl").values()) == ["not JSON"]
     assert list(reasons_of("chat", tmp_path / "lines.jsonl", template="vicuna").values()) == [
-        "unknown layout",
+        chat.UNKNOWN,
         "not JSON",
     ]
     (tmp_path / "array.json").write_text("[" * 100_000)
@@ -451,7 +451,7 @@ def test_an_alpaca_input_follows_its_instruction():
 def test_what_is_in_no_layout_is_left_out(tmp_path, record):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([record, {"instruction": "q", "output": "a"}]))
-    assert reasons_of("chat", path) == {"a.json:1": "unknown layout"}
+    assert reasons_of("chat", path) == {"a.json:1": chat.UNKNOWN}
     assert [found.id for found in everything("chat", path) if isinstance(found, Document)] == ["a.json:2"]
 
 

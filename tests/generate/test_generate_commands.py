@@ -433,6 +433,15 @@ def test_processes_that_cannot_share_the_model_are_not_started(tiny_model_folder
     assert "--nproc=99 must divide the 2 key/value heads; use one of [1, 2]" in capsys.readouterr().err
 
 
+def test_a_file_of_windows_is_read_as_any_other(tmp_path: Path, tiny_model_folder: Path, capsys) -> None:
+    said = []
+    for start, end in ((b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")):
+        (tmp_path / "in.jsonl").write_bytes(start + end.join([b'{"prompt": "x"}', b'{"prompt": "y"}', b""]))
+        assert run(["generate", str(tiny_model_folder), "--file", str(tmp_path / "in.jsonl"), "--max-tokens", "2"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
 def test_an_empty_prompt_in_a_file_is_named_by_its_line(tmp_path: Path, capsys) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n{"prompt": ""}\n')
     assert run(["generate", "nowhere/model", "--file", str(tmp_path / "prompts.jsonl")]) == 1

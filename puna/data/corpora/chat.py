@@ -36,7 +36,14 @@ from puna.errors import PunaError
 if TYPE_CHECKING:
     from puna.prompts import Message
 
-HELP = "Dialogs: Alpaca, ShareGPT or messages."
+HELP = """Dialogs: Alpaca, ShareGPT or messages.
+
+A record is {"instruction", "input", "output"}, {"conversations": [{"from", "value"}]} or {"messages": [{"role",
+"content"}]}; files are JSON arrays, or JSON lines.
+"""
+#: Why a record is left out that is none of these.
+UNKNOWN = "unknown layout (puna prepare chat --help shows the known ones)"
+
 OPTIONS = (
     Option(
         "template",
@@ -87,7 +94,7 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
             yield LeftOut(id, span.source, "not JSON", str(record))
         elif messages is None:
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-            yield LeftOut(id, span.source, "unknown layout", keys.encode(errors="replace").decode())
+            yield LeftOut(id, span.source, UNKNOWN, keys.encode(errors="replace").decode())
         elif _has_weights(record):
             yield LeftOut(id, span.source, "answers of weight 0", "puna learns all answers of a dialog")
         elif not all(is_spellable(message["content"]) for message in messages):

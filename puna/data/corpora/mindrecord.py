@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from puna.data.mindrecord import MindRecord
 
-HELP = "MindRecord files with rows of ids (input_ids, labels); the .db is not needed."
+HELP = "MindRecord files with rows of ids (input_ids, labels).\n\nThe .db is not needed."
 OPTIONS = (
     HELD_OUT,
     Option("bos_id", int, 1, "Id that begins a text: a row without labels is cut before each; -1: it is one text."),

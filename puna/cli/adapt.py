@@ -23,7 +23,7 @@ def adapt(
     held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the files kept for scoring.")] = 0.1,
     cases: Annotated[int, typer.Option(min=1, help="Lines that the models are asked for.")] = 200,
     humaneval: Annotated[
-        Path | None, typer.Option(help="HumanEval.jsonl.gz, for what is forgotten.  [in the folder PUNA_DATA]")
+        Path | None, typer.Option(help="HumanEval.jsonl.gz, to see what is forgotten.  [in the folder PUNA_DATA]")
     ] = None,
     device: Device = None,
     as_json: AsJson = False,

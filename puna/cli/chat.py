@@ -44,7 +44,7 @@ def chat(
     context: typer.Context,
     model: Model,
     template: Annotated[
-        str | None, typer.Option(help="Layout of dialogs; default: the model's own, else by kind.")
+        str | None, typer.Option(help="Chat template; default: the model's own, else Code Llama's.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first message.")] = None,
     max_tokens: MaxTokens = 1024,

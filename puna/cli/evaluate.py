@@ -33,7 +33,7 @@ def evaluate(
         str | None, typer.Option(help="greedy (pass@1), or sample (T 0.8, top-p 0.95, n 200).  [greedy]")
     ] = None,
     samples_per_task: Annotated[
-        int | None, typer.Option("-n", help="Answers a task, other than the protocol's.")
+        int | None, typer.Option("-n", help="Answers to each task.  [greedy: 1, sample: 200]")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="Ask in this chat layout: a name, or a folder that ships one.")
@@ -45,10 +45,10 @@ def evaluate(
     cases: Annotated[int | None, typer.Option(min=1, help="How many lines or keys are asked for.  [200, 64]")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="perplexity, key_retrieval: tokens of context.")] = None,
     max_documents: Annotated[int | None, typer.Option(min=1, help="Most documents of the corpus.  [200]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is drawn.  [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn at random.  [0]")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Judgements at once.  [one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time.  [one a core]")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes that answer, one a device.")] = None,
     cache_dtype: CacheDtype = None,
     dtype: Dtype = None,

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,16 @@ from puna.model.attention import Documents, way_of_attention
 from puna.model.config import ModelConfig
 from puna.model.flops import attended_length, flops_per_token
 from puna.model.llama import initial_weight
-from puna.model.recompute import prepare_layers
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
-from puna.parallel.model import DistributedModel
 from puna.progress import Progress, say
+from puna.train.build import build
 from puna.train.claim import Claim, only_run_in
 from puna.train.continuing import RECIPE, check_checkpoint, check_recipe, config_of_run, new_run_from, recipe_before
-from puna.train.gradients import gradients_of
 from puna.train.inputs import check_data, open_data, open_loader, verified_data, weights_folder
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
-from puna.train.optimizer import AdamW
 from puna.train.out_of_memory import check_host_memory, explained
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
@@ -98,20 +94,7 @@ class _Run:
         keep = recipe.checkpoint
         self.checkpoints = Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every)
         checkpoint = self.checkpoints.newest()
-        self.model = self._make_model()
-        self.optimizer = AdamW(
-            self.model.weights.items(),
-            recipe.optimizer,
-            seed=recipe.seed,
-            bias_correction=recipe.arithmetic != "mindformers",
-        )
-        self.gradients = gradients_of(
-            self.optimizer,
-            in_backward=recipe.optimizer.in_backward,
-            is_clipped=recipe.optimizer.max_grad_norm is not None,
-            micro_batches=ranks.layout.micro_batches,
-        )
-        self.model.sums_copies_once = not recipe.optimizer.in_backward
+        self.model, self.gradients = build(recipe, self.config, ranks, device)
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -224,24 +207,6 @@ class _Run:
             return contextlib.nullcontext()
         return Metrics(self.run_dir, step=self.step, tensorboard=self.recipe.log.tensorboard)
 
-    def _make_model(self) -> DistributedModel:
-        """What this rank holds of the model, ready to train once its weights are filled."""
-        recipe = self.recipe
-        return DistributedModel.build(
-            self.config,
-            self.ranks,
-            recipe.parallel,
-            self.device,
-            dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
-            compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-            prepare=partial(
-                prepare_layers,
-                recompute=recipe.recompute,
-                n_recomputed=recipe.recompute_layers,
-                is_compiled=recipe.compile,
-            ),
-        )
-
     def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
         """What a new run begins with, a weight at a time: those of a folder, or drawn ones."""
         source = weights_folder(self.recipe)
@@ -252,7 +217,7 @@ class _Run:
         return lambda name, shape: stored[name].read()
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.model.weights, "optimizer": self.optimizer.state}
+        return {"model": self.model.weights, "optimizer": self.gradients.optimizer.state}
 
     def _write_down(self) -> None:
         """What a run's folder holds from the start: its recipe, and the tokenizer of its data."""

@@ -12,7 +12,6 @@ import json
 import sys
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from puna.config import load_recipe
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
 from puna.model.llama import initial_weight
-from puna.model.recompute import prepare_layers
 from puna.parallel.collectives import all_sum
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group
 from puna.parallel.model import DistributedModel
-from puna.train.gradients import Gradients, gradients_of
+from puna.train.build import build
+from puna.train.gradients import Gradients
 from puna.train.inputs import open_loader
 from puna.train.loss import IGNORE
-from puna.train.optimizer import AdamW, local_part
+from puna.train.optimizer import local_part
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
 
@@ -49,27 +48,8 @@ def steps_of(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     config, device = replace(CONFIG, **changes), torch.device("cpu")
     layout = Layout.of(recipe, config, dist.get_world_size() if dist.is_initialized() else 1)
     ranks = Ranks.of(layout, device)
-
-    model = DistributedModel.build(
-        config, ranks, recipe.parallel, device,
-        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
-        compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-        prepare=partial(
-            prepare_layers,
-            recompute=recipe.recompute,
-            n_recomputed=recipe.recompute_layers,
-            is_compiled=recipe.compile,
-        ),
-    )  # fmt: skip
+    model, gradients = build(recipe, config, ranks, device)
     model.fill(lambda name, shape: initial_weight(name, shape, config, seed=recipe.seed))
-    optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=recipe.seed)
-    gradients = gradients_of(
-        optimizer,
-        in_backward=recipe.optimizer.in_backward,
-        is_clipped=recipe.optimizer.max_grad_norm is not None,
-        micro_batches=layout.micro_batches,
-    )
-    model.sums_copies_once = not recipe.optimizer.in_backward
     loader = open_loader(recipe)
     numbers: dict[str, Any] = {"loss": [], "grad_norm": [], "n_targets": []}
     read = []

@@ -19,17 +19,15 @@ from puna.config import Parallel, Recipe, load_recipe
 from puna.data.loader import Batch
 from puna.model.config import preset
 from puna.model.llama import initial_weight
-from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
-from puna.parallel.model import DistributedModel
 from puna.plan.case import Case
 from puna.plan.measure import peak_bytes
 from puna.plan.memory import Memory, memory
 from puna.plan.search import weights_of
 from puna.train import loss
-from puna.train.gradients import gradients_of
-from puna.train.optimizer import AdamW, local_part
+from puna.train.build import build
+from puna.train.optimizer import local_part
 from puna.train.step import train_step
 
 CONFIG = replace(
@@ -131,27 +129,14 @@ def _fake_group(*, rank: int, size: int) -> Iterator[None]:
 def _measured(recipe: Recipe, layout: Layout) -> int:
     """Bytes of weights and optimizer state, and the most that two steps allocate beyond them."""
     device = torch.device("cpu")
-    model = DistributedModel.build(
-        CONFIG, Ranks.of(layout, device), recipe.parallel, device,
-        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32,
-        compute_dtype=None if recipe.precision == "fp32" else torch.bfloat16,
-        prepare=partial(
-            prepare_layers, recompute=recipe.recompute, n_recomputed=recipe.recompute_layers, is_compiled=False
-        ),
-    )  # fmt: skip
+    model, gradients = build(recipe, CONFIG, Ranks.of(layout, device), device)
     model.fill(lambda name, shape: initial_weight(name, shape, CONFIG, seed=0))
-    settings = recipe.optimizer
-    optimizer = AdamW(model.weights.items(), settings, seed=0)
-    gradients = gradients_of(
-        optimizer, in_backward=settings.in_backward, is_clipped=settings.max_grad_norm is not None,
-        micro_batches=layout.micro_batches,
-    )  # fmt: skip
     step = partial(
         train_step, model, gradients, _batch(layout.rows_per_rank, recipe.sequence_length), lr=1e-4,
-        micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=settings.max_grad_norm,
+        micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
     )  # fmt: skip
     weights = {id(weight): weight for weight in (*model.weights.values(), *model.stages[0].parameters())}  # and copies
-    kept = [*weights.values(), *(tensor for kind in optimizer.state.values() for tensor in kind.values())]
+    kept = [*weights.values(), *(tensor for kind in gradients.optimizer.state.values() for tensor in kind.values())]
     beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)], device)
     return sum(local_part(tensor).nbytes for tensor in kept) + beyond
 

@@ -7,6 +7,7 @@ other near-copies the first stays. A document takes about 5 kB of memory here, t
 grows with the corpus. Needs datasketch, an extra of puna.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,20 +27,18 @@ _RUN = 5
 _RUNS_AT_ONCE = 4096  # bounds the table of runs by functions
 
 
-class Sketcher:
-    """Makes sketches; holds the hash functions."""
+def sketch(text: str) -> np.ndarray:
+    """The smallest hashes of a document's runs of words, (FUNCTIONS,) uint32.
 
-    def __init__(self) -> None:
-        self._empty = _empty_minhash()
-
-    def sketch(self, text: str) -> np.ndarray:
-        """The smallest hashes of a document's runs of words, (FUNCTIONS,) uint32."""
-        words = _WORD.findall(text)
-        runs = sorted({" ".join(words[i : i + _RUN]).encode() for i in range(max(len(words) - _RUN + 1, 1))})
-        minhash = self._empty.copy()
-        for start in range(0, len(runs), _RUNS_AT_ONCE):
-            minhash.update_batch(runs[start : start + _RUNS_AT_ONCE])
-        return minhash.hashvalues.astype(np.uint32)
+    Raises:
+        PunaError: datasketch is not installed.
+    """
+    words = _WORD.findall(text)
+    runs = sorted({" ".join(words[i : i + _RUN]).encode() for i in range(max(len(words) - _RUN + 1, 1))})
+    minhash = _empty_minhash().copy()
+    for start in range(0, len(runs), _RUNS_AT_ONCE):
+        minhash.update_batch(runs[start : start + _RUNS_AT_ONCE])
+    return minhash.hashvalues.astype(np.uint32)
 
 
 def near_copies(sketches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, int]]:
@@ -51,11 +50,10 @@ def near_copies(sketches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[in
     Yields:
         Number of the copy, number of the first document that stays and that it is a copy of.
     """
-    empty = _empty_minhash()
     index = _datasketch().MinHashLSH(threshold=THRESHOLD, num_perm=FUNCTIONS)
     kept: dict[int, np.ndarray] = {}
     for number, hashes in sketches:
-        minhash = empty.copy()
+        minhash = _empty_minhash().copy()
         minhash.hashvalues = hashes
         alike = [other for other in sorted(index.query(minhash)) if np.mean(kept[other] == hashes) >= THRESHOLD]
         if alike:
@@ -65,7 +63,9 @@ def near_copies(sketches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[in
             kept[number] = hashes
 
 
+@functools.cache
 def _empty_minhash() -> Any:
+    """A sketch of nothing; drawing its hash functions takes longer than copying it."""
     return _datasketch().MinHash(num_perm=FUNCTIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
 
 

@@ -48,7 +48,8 @@ class ShardWriter:
         self.schema = pa.schema([*fields, ("is_target", pa.list_(pa.bool_()))] if dialogs else fields)
         self.documents = self.tokens = self.targets = 0
         self._arrow = pa.ipc.new_file(file, self.schema)
-        self._empty_batch()
+        self._held: list[tuple[str, str, np.ndarray, Any]] = []  # of the next batch, as `add` gets them
+        self._held_tokens = 0
 
     def add(self, id: str, source: str, tokens: np.ndarray, is_target: np.ndarray | None = None) -> None:
         """Appends one document.
@@ -59,44 +60,34 @@ class ShardWriter:
             tokens: (length,) int32, not empty.
             is_target: (length,) bool, whether the model learns to write the token; given for dialogs only.
         """
-        self._ids.append(id)
-        self._sources.append(source)
-        self._tokens.append(tokens)
-        if is_target is not None:
-            self._is_target.append(is_target)
+        self._held.append((id, source, tokens, is_target))
         self.documents += 1
         self.tokens += len(tokens)
         self.targets += len(tokens) if is_target is None else int(np.count_nonzero(is_target))
-        self._batch_tokens += len(tokens)
-        if self._batch_tokens >= BATCH_TOKENS:
+        self._held_tokens += len(tokens)
+        if self._held_tokens >= BATCH_TOKENS:
             self._write_batch()
 
     def finish(self) -> None:
         """Writes what is still held, and the file's footer."""
-        if self._ids:
+        if self._held:
             self._write_batch()
         self._arrow.close()
 
-    def _empty_batch(self) -> None:
-        self._ids: list[str] = []
-        self._sources: list[str] = []
-        self._tokens: list[np.ndarray] = []
-        self._is_target: list[np.ndarray] = []
-        self._batch_tokens = 0
-
     def _write_batch(self) -> None:
-        offsets = np.zeros(len(self._tokens) + 1, np.int32)
-        np.cumsum([len(tokens) for tokens in self._tokens], out=offsets[1:])
+        ids, sources, tokens, is_target = zip(*self._held, strict=True)
+        offsets = np.zeros(len(ids) + 1, np.int32)
+        np.cumsum([len(one) for one in tokens], out=offsets[1:])
         columns = [
-            pa.array(self._ids, pa.string()),
-            pa.array(self._sources, pa.string()),
-            _lists(pa.int32(), offsets, np.concatenate(self._tokens)),
+            pa.array(ids, pa.string()),
+            pa.array(sources, pa.string()),
+            _lists(pa.int32(), offsets, np.concatenate(tokens)),
         ]
-        if self._is_target:
-            bits = np.packbits(np.concatenate(self._is_target), bitorder="little")
+        if "is_target" in self.schema.names:
+            bits = np.packbits(np.concatenate(is_target), bitorder="little")
             columns.append(_lists(pa.bool_(), offsets, bits))
         self._arrow.write_batch(pa.record_batch(columns, schema=self.schema))
-        self._empty_batch()
+        self._held, self._held_tokens = [], 0
 
 
 def _lists(type: Any, offsets: np.ndarray, values: np.ndarray) -> Any:

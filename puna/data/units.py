@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -31,9 +31,6 @@ PARTS = {"train": "", "held_out": "held_out"}
 
 #: Bytes of documents that are encoded at once: enough to be fast, small in memory.
 BATCH_BYTES = 1 << 21
-
-#: Part, tokens, and which of them are targets; None: all.
-_Encoded = tuple[str, NDArray[np.int32], NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,11 @@ class PrepareUnit:
         left_out: list[LeftOut] = []
         writers: dict[str, ShardWriter] = {}
         with contextlib.ExitStack() as stack:
-            for document, encoded in self._all_encoded(unit):
+            for encoded in self._all_encoded(unit):
                 if isinstance(encoded, LeftOut):
                     left_out.append(encoded)
                     continue
-                assert isinstance(document, Document)
-                part, tokens, is_target = encoded
+                document, part, tokens, is_target = encoded
                 if part not in writers:
                     path = self._shard(part, unit)
                     writers[part] = stack.enter_context(write_shard(path, dialogs=is_target is not None))
@@ -141,19 +137,15 @@ class PrepareUnit:
                     document = LeftOut(document.id, document.source, "near-duplicate", original)
             yield document
 
-    def _all_encoded(self, unit: Unit) -> Iterator[tuple[Document | LeftOut, _Encoded | LeftOut]]:
-        """Every document with its tokens, or with why it is left out; the texts of a batch are encoded at once."""
+    def _all_encoded(self, unit: Unit) -> "Iterator[_WithTokens | LeftOut]":
+        """Every document with its tokens, or why it is left out; the texts of a batch are encoded at once."""
         for batch in _batches(self._documents(unit)):
             drafts = [document if isinstance(document, LeftOut) else self._drafted(document) for document in batch]
-            filled = self.draft_tokenizer.fill([draft for draft in drafts if isinstance(draft, Encoded)])
-            for document, draft in zip(batch, drafts, strict=True):
-                if isinstance(draft, Encoded):
-                    assert isinstance(document, Document)
-                    yield document, self._filled(document, *next(filled))
-                else:
-                    yield document, draft
+            filled = self.draft_tokenizer.fill([draft.layout for draft in drafts if isinstance(draft, _Draft)])
+            for draft in drafts:
+                yield self._filled(draft.document, *next(filled)) if isinstance(draft, _Draft) else draft
 
-    def _drafted(self, document: Document) -> Encoded | _Encoded | LeftOut:
+    def _drafted(self, document: Document) -> "_Draft | _WithTokens | LeftOut":
         """A document laid out, its texts not yet encoded; or its tokens if it has come with them."""
         if document.messages is not None:
             return self._drafted_dialog(document)
@@ -162,8 +154,9 @@ class PrepareUnit:
         assert document.text is not None
         tokenizer, cut = cast(Tokenizer, self.draft_tokenizer), self._cut(document)
         if cut is None:
-            return Encoded(tokenizer.encode(document.text, bos=True, eos=True))
-        return Encoded(infill_document(tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order))
+            return _Draft(document, Encoded(tokenizer.encode(document.text, bos=True, eos=True)))
+        laid_out = infill_document(tokenizer, cut.prefix, cut.middle, cut.suffix, order=cut.order)
+        return _Draft(document, Encoded(laid_out))
 
     def _cut(self, document: Document) -> Cut | None:
         """The parts of a document that is laid out for infilling, if its tokens are not too many."""
@@ -172,29 +165,30 @@ class PrepareUnit:
         rates = {name: self.options[name] for name in ("seed", "fim_rate", "spm_rate")}
         return cut_for_infilling(document.text, id=document.id, **rates)
 
-    def _drafted_dialog(self, document: Document) -> Encoded | LeftOut:
+    def _drafted_dialog(self, document: Document) -> "_Draft | LeftOut":
         assert self.template is not None
         assert document.messages is not None
         try:
-            return self.template.encode(cast(Tokenizer, self.draft_tokenizer), document.messages)
+            tokenizer = cast(Tokenizer, self.draft_tokenizer)
+            return _Draft(document, self.template.encode(tokenizer, document.messages))
         except UnusableDialog as error:
             return LeftOut(document.id, document.source, error.reason, error.detail)
 
     def _filled(
         self, document: Document, tokens: NDArray[np.int32], is_target: NDArray[np.bool_] | None
-    ) -> _Encoded | LeftOut:
+    ) -> "_WithTokens | LeftOut":
         if is_target is not None and not is_target.any():
             return LeftOut(document.id, document.source, "nothing to learn", "no answer of the assistant")
         if len(tokens) > self.options.get("fim_tokens", len(tokens)) and self._cut(document) is not None:
             assert document.text is not None
             tokens = np.array(self.tokenizer.encode(document.text, bos=True, eos=True), np.int32)
-        return self._part(document), tokens, is_target
+        return _WithTokens(document, self._part(document), tokens, is_target)
 
     def _part(self, document: Document) -> str:
         """Where a document goes."""
         return "held_out" if is_kept(self.kind, document, self.options.get("held_out", 0.0)) else "train"
 
-    def _checked_tokens(self, document: Document) -> _Encoded | LeftOut:
+    def _checked_tokens(self, document: Document) -> "_WithTokens | LeftOut":
         tokens, is_target = document.tokens, document.is_target
         assert tokens is not None
         assert is_target is not None
@@ -202,10 +196,26 @@ class PrepareUnit:
         if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= size:
             detail = f"ids from {tokens.min()} to {tokens.max()}, the tokenizer has {size:,}"
             return LeftOut(document.id, document.source, "not of this vocabulary", detail)
-        return self._part(document), tokens, is_target
+        return _WithTokens(document, self._part(document), tokens, is_target)
 
     def _shard(self, part: str, unit: Unit) -> Path:
         return self.output / PARTS[part] / f"shard-{unit.number:05d}.arrow"
+
+
+class _Draft(NamedTuple):
+    """A document laid out, with numbers in place of the ids of its texts (see `DraftTokenizer`)."""
+
+    document: Document
+    layout: Encoded
+
+
+class _WithTokens(NamedTuple):
+    """A document, the part that it goes to, its tokens, and which of them are targets; None: all."""
+
+    document: Document
+    part: str
+    tokens: NDArray[np.int32]
+    is_target: NDArray[np.bool_] | None
 
 
 def _loaded(kind: str, options: dict[str, Any], path: Path, vocab_size: int, output: Path) -> PrepareUnit:
@@ -223,12 +233,11 @@ class SketchUnit:
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[tuple[str, bool, np.ndarray]]]:
         """Id of every document, whether it is held out, and its sketch."""
-        from puna.data.near_duplicates import Sketcher
+        from puna.data.near_duplicates import sketch
 
-        sketcher = Sketcher()
         share = self.options["held_out"]
         return unit, [
-            (document.id, is_kept(self.kind, document, share), sketcher.sketch(document.text or ""))
+            (document.id, is_kept(self.kind, document, share), sketch(document.text or ""))
             for document in read_unit(self.kind, self.options, unit)
             if isinstance(document, Document)
         ]

@@ -165,10 +165,7 @@ def by_type(value: Any, room: Iterator[int]) -> Any:
         }
     if not isinstance(value, Mapping):
         return value
-    made = {}
-    for key, inner in value.items():
-        made[str(key)] = by_type(inner, room)
-    return made
+    return {str(key): by_type(inner, room) for key, inner in value.items()}
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from puna.data.near_duplicates import Sketcher, near_copies
+from puna.data.near_duplicates import _empty_minhash, near_copies, sketch
 from puna.errors import PunaError
 
 pytest.importorskip("datasketch")
@@ -21,8 +21,7 @@ def overlap(a: list[str], b: list[str]) -> float:
 
 
 def sketches(*texts: list[str]):
-    sketcher = Sketcher()
-    return list(enumerate(sketcher.sketch(" ".join(text)) for text in texts))
+    return list(enumerate(sketch(" ".join(text)) for text in texts))
 
 
 @pytest.mark.parametrize("changed", [10, 100, 300])
@@ -64,5 +63,6 @@ def test_without_datasketch_the_message_says_how_to_get_it(monkeypatch):
         return real(name, *arguments, **settings)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    _empty_minhash.cache_clear()
     with pytest.raises(PunaError, match=r"pip install 'puna\[near-duplicates\]'"):
-        Sketcher()
+        sketch("x")

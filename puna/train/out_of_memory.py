@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -66,11 +67,12 @@ def explained(moment: str, recipe: Recipe, device: torch.device) -> Iterator[Non
     except RuntimeError as error:
         if not _is_shortage(error):
             raise
-        peak, total = memory_gib(device), _total_gib(device)
+        peak, total, own = memory_gib(device), _total_gib(device), Path(recipe.run_dir) / RECIPE
+        name = shlex.quote(str(own)) if own.is_file() else "RECIPE"  # of a run that has begun
         raise PunaError(
             f"out of memory {moment}: {device_name(device)} has {total:,.1f} GiB, the peak was {peak:,.1f} GiB. "
-            f"What takes less: {_ways_out(recipe)}, or more devices; what fits is said by\n"
-            f"puna plan {shlex.quote(f'{recipe.run_dir}/{RECIPE}')} --devices {world_size()} --memory-gib {total:.1f}"
+            f"What takes less: {', '.join([*_ways_out(recipe), 'more devices'])}; what fits is said by\n"
+            f"puna plan {name} --devices {world_size()} --memory-gib {total:.1f}"
         ) from error
 
 
@@ -81,7 +83,7 @@ def _is_shortage(error: BaseException | None) -> bool:
     return any(said in str(error) for said in SAID) or _is_shortage(error.__cause__)
 
 
-def _ways_out(recipe: Recipe) -> str:
+def _ways_out(recipe: Recipe) -> list[str]:
     """The fields of a recipe that could be lower, each with its next value."""
     fewer_rows = [n for n in range(1, recipe.micro_batch_rows) if recipe.batch_rows % n == 0]
     recompute = MORE_RECOMPUTED.get(recipe.recompute)
@@ -92,11 +94,11 @@ def _ways_out(recipe: Recipe) -> str:
         "optimizer.state_bits": 8 if recipe.optimizer.state_bits == 32 else None,
         "optimizer.in_backward": None if recipe.optimizer.in_backward else "true",
     }
-    return ", ".join(
+    return [
         f"{name}={value}" + ("" if name in MAY_CHANGE else " (in a new run)")
         for name, value in changes.items()
         if value is not None
-    )
+    ]
 
 
 def _total_gib(device: torch.device) -> float:

@@ -45,6 +45,7 @@ from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics, read_metrics
+from puna.train.optimizer import AdamW
 from puna.train.out_of_memory import _ways_out
 from puna.train.step import StepResult
 from tests.train.conftest import write_random_folder
@@ -388,7 +389,7 @@ def test_memory_that_runs_out_is_one_message_with_what_would_help(
     assert message is not None, said
     assert message[1] == (
         "What takes less: micro_batch_rows=2, recompute=block, optimizer.state_bits=8 (in a new run), "
-        "optimizer.in_backward=true (in a new run), or more devices; what fits is said by"
+        "optimizer.in_backward=true (in a new run), more devices; what fits is said by"
     )
     assert puna.cli.run(shlex.split(message[2])[1:]) in (0, 1)
     assert puna.cli.run(["train", str(path), "micro_batch_rows=2", "recompute=block"]) == 0
@@ -422,7 +423,16 @@ def test_other_errors_of_torch_are_not_called_so(recipe: Make, monkeypatch: pyte
     ],
 )  # fmt: skip
 def test_what_takes_less_memory_is_what_is_not_done_yet(recipe: Make, changes: dict[str, Any], said: str) -> None:
-    assert _ways_out(load_recipe(recipe(), changes)) == said
+    assert ", ".join(_ways_out(load_recipe(recipe(), changes))) == said
+
+
+def test_memory_that_a_model_does_not_find_names_no_recipe_that_is_not_written_yet(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdamW, "__init__", lambda *_, **__: _no_memory())
+    all_done = {"recompute": "offload", "optimizer": {"state_bits": 4, "in_backward": True}}
+    with pytest.raises(PunaError, match=r"while the model was made: .* less: more devices; .*\npuna plan RECIPE --"):
+        puna.train(recipe(**all_done))
 
 
 def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(

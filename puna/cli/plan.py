@@ -37,19 +37,19 @@ def plan(
         print(json.dumps(result))
     else:
         start, how_many = words_to_start(devices, devices_per_node)
-        for line in _lines(result, shlex.join([recipe, *(overrides or [])]), start, how_many):
+        for line in _lines(result, [recipe, *(overrides or [])], start, how_many):
             print(line)
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-def _lines(result: dict[str, Any], recipe: str, start: str, how_many: str) -> list[str]:
+def _lines(result: dict[str, Any], recipe: list[str], start: str, how_many: str) -> list[str]:
     of = f"{result['devices']:,} x {result['device']} of {result['memory_gib']:,.1f} GiB"
-    lines = [f"{recipe} on {of}, {result['precision']}", ""]
+    lines = [f"{shlex.join(recipe)} on {of}, {result['precision']}", ""]
     lines += _own(result["own"], result["memory_gib"])
     if result["best"]:
         lines += ["", f"{result['fitting']:,} layouts fit; the fastest:", ""]
         lines += [
-            f"  {_summary(each)}\n    {start} {' '.join([recipe, *each['overrides']])}{how_many}"
+            f"  {_summary(each)}\n    {start} {_changed(recipe, each['overrides'])}{how_many}"
             for each in result["best"]
         ]
         lines += ["", f"the first of them ({result['best'][0]['layout']}) in full:", *_tables(result["best"][0])]
@@ -57,6 +57,12 @@ def _lines(result: dict[str, Any], recipe: str, start: str, how_many: str) -> li
               f"{result['checkpoints_kept']} are kept while the next is written (checkpoint.keep)"]  # fmt: skip
     lines += _misfits(result)
     return lines
+
+
+def _changed(recipe: list[str], overrides: list[str]) -> str:
+    """A recipe with the overrides that it came with, and others, which take the place of those of the same field."""
+    fields = {override.partition("=")[0] for override in overrides}
+    return " ".join([shlex.join(word for word in recipe if word.partition("=")[0] not in fields), *overrides])
 
 
 def _own(own: dict[str, Any], memory_gib: float) -> list[str]:

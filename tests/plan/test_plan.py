@@ -78,6 +78,17 @@ def test_the_commands_that_are_printed_are_taken_by_a_shell_as_they_are(
             assert run([*words[1:], "--master-addr", "node-0"]) == 0
 
 
+def test_an_override_that_the_plan_changes_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(["plan", "tiny-pretrain", "parallel.tp=3", "micro_batch_rows=1", "--devices", "2", "--device", "h100"]) == 0
+    )
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("    puna ")]
+    for words in commands:
+        fields = [word.partition("=")[0] for word in words if "=" in word]
+        assert len(fields) == len(set(fields))
+        assert "parallel.tp=3" not in words
+
+
 def test_only_what_a_recipe_may_say_is_proposed() -> None:
     changes = {"arithmetic": "mindformers", "batch_tokens": 2048}
     result = puna.plan("tiny-pretrain", changes, devices=4, device="h100", best=1000)

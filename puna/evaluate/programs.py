@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from puna.config import differing
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
+from puna.evaluate.judging import Judge
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import RemoteCompleter
@@ -39,9 +39,6 @@ from puna.prompts import chat_template, check_order
 
 #: What a run keeps in its folder while it goes on.
 SAMPLES, VERDICTS_LOG = "samples.jsonl", "verdicts.jsonl"
-
-#: Most jobs that wait for a judgement; some hold thousands of inputs.
-BACKLOG = 1000
 
 
 #: What a run may go on with that it did not begin with, and then names both: the version that asks and judges, and the
@@ -217,7 +214,8 @@ class Programs(ABC):
                 options |= {"template": template, "order": order, "cache_dtype": cache_dtype}
                 complete = _completer(stack, model, tokenizer, options)
             started = time.monotonic()
-            judge = _Judge(self, tasks, sandbox, stack.enter_context(Log(folder and folder / VERDICTS_LOG)))
+            log = stack.enter_context(Log(folder and folder / VERDICTS_LOG))
+            judge = Judge(lambda sample: self.job(tasks[sample.task_id], sample), sandbox, log)
             if complete is not None:
                 written = stack.enter_context(Log(folder and folder / SAMPLES))
                 many = model.count if isinstance(model, Replicas) else 1
@@ -313,7 +311,7 @@ class _Wanted:
         self.tasks, self.count, self.seed = tasks, count, seed
 
     def samples(
-        self, benchmark: Programs, complete: Completes, log: Log, judge: "_Judge", *, batch: int, is_chat: bool
+        self, benchmark: Programs, complete: Completes, log: Log, judge: Judge, *, batch: int, is_chat: bool
     ) -> list[Sample]:
         """All of them, in the order of the tasks; those of the log are not asked for again."""
         found = {(line["task_id"], line["number"]): read_sample(line, SAMPLES) for line in log.lines}
@@ -338,73 +336,6 @@ class _Wanted:
     def _seed(self, task_id: str, number: int) -> int:
         digest = hashlib.blake2b(f"{self.seed}\0{task_id}\0{number}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
-
-
-# ---- verdicts
-
-
-class _Judge:
-    """Judges samples while others are still written; equal ones once, and those of the log not again."""
-
-    def __init__(self, benchmark: Programs, tasks: Mapping[str, Task], sandbox: Sandbox, log: Log) -> None:
-        self._benchmark, self._tasks, self._sandbox, self._log = benchmark, tasks, sandbox, log
-        self._known = {
-            (line["task_id"], line["answer"]): Judgement(
-                line["verdict"], line["detail"], line["seconds"], line.get("printed", "")
-            )
-            for line in log.lines
-            if line["verdict"] != "sandbox"  # which is no fault of the program's, and may go well this time
-        }
-        self._running: dict[Sample, Future[Judgement]] = {}
-        self._judged: dict[Sample, Judgement] = {}
-
-    def submit(self, sample: Sample) -> None:
-        """Has a sample judged, by and by."""
-        if sample in self._judged or sample in self._running:
-            return
-        if known := self._known.get((sample.task_id, _checksum(sample))):
-            self._judged[sample] = known
-            return
-        job = self._benchmark.job(self._tasks[sample.task_id], sample)
-        self._running[sample] = self._sandbox.submit(job)
-        while self._running and (len(self._running) > BACKLOG or next(iter(self._running.values())).done()):
-            self._collect_first()
-
-    def finish(self) -> dict[Sample, Judgement]:
-        """All judgements, once they are there; what timed out is judged again, alone."""
-        with Progress("judging", len(self._running), "samples") as progress:
-            while self._running:
-                self._collect_first()
-                progress.advance()
-            for sample in [sample for sample, judgement in self._judged.items() if judgement.is_doubtful]:
-                if (sample.task_id, _checksum(sample)) not in self._known:
-                    self._keep(sample, self._sandbox.judge(self._benchmark.job(self._tasks[sample.task_id], sample)))
-        return self._judged
-
-    def _collect_first(self) -> None:
-        """Waits for the judgement that was submitted first."""
-        sample, future = next(iter(self._running.items()))
-        judgement = future.result()
-        del self._running[sample]
-        if judgement.is_doubtful:
-            self._judged[sample] = judgement  # and not in the log: it does not count yet
-        else:
-            self._keep(sample, judgement)
-
-    def _keep(self, sample: Sample, judgement: Judgement) -> None:
-        self._judged[sample] = judgement
-        self._log.append({"task_id": sample.task_id, "answer": _checksum(sample), **_verdict(judgement)})
-
-
-def _checksum(sample: Sample) -> str:
-    return hashlib.blake2b(
-        f"{sample.is_whole}\0{sample.text}".encode("utf-8", "surrogatepass"), digest_size=12
-    ).hexdigest()
-
-
-def _verdict(judgement: Judgement) -> dict[str, Any]:
-    line = {"verdict": judgement.verdict, "detail": judgement.detail, "seconds": round(judgement.seconds, 3)}
-    return line | ({"printed": judgement.printed} if judgement.printed else {})
 
 
 # ---- results
@@ -465,5 +396,5 @@ def _write_details(
 ) -> None:
     with file_aside(folder / "details.jsonl", "w") as file:
         for sample in samples:
-            line = sample.record() | {"problem": problems[sample.task_id]} | _verdict(judgements[sample])
+            line = sample.record() | {"problem": problems[sample.task_id]} | judgements[sample].record()
             file.write(json.dumps(line) + "\n")

@@ -137,6 +137,11 @@ class Judgement:
         """Whether a busy machine may be the reason, so that it does not count before a second time, alone."""
         return self.verdict in ("timeout", "sandbox")
 
+    def record(self) -> dict[str, Any]:
+        """The judgement as fields of a line of a file."""
+        fields = {"verdict": self.verdict, "detail": self.detail, "seconds": round(self.seconds, 3)}
+        return fields | ({"printed": self.printed} if self.printed else {})
+
 
 class Sandbox:
     """Judges jobs; a context manager, whose entry proves that the sandbox works on this machine.

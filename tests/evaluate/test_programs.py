@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer
+from puna.evaluate.judging import Judge
 from puna.evaluate.paper import paper_name, table
-from puna.evaluate.programs import Task, _Judge
 from puna.evaluate.samples import Log, Sample
 from puna.evaluate.sandbox import Judgement
 from puna.evaluate.spread import Replicas, Spread
@@ -293,8 +292,7 @@ def test_a_timeout_is_judged_once_more_before_it_counts() -> None:
             future.set_result(self.judge(program))
             return future
 
-    benchmark: Any = SimpleNamespace(job=lambda task, sample: sample.text)
-    judge = _Judge(benchmark, {"task": Task("task", {})}, Scripted(), Log(None))  # type: ignore[arg-type]
+    judge = Judge(lambda sample: sample.text, Scripted(), Log(None))  # type: ignore[arg-type,return-value]
     for program in verdicts:
         judge.submit(Sample("task", program))
     assert [judgement.verdict for judgement in judge.finish().values()] == ["passed", "timeout", "wrong"]

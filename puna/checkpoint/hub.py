@@ -34,8 +34,7 @@ def _download(name: str) -> Path:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         raise PunaError(
-            f"there is no folder {name}; to fetch it from the Hugging Face hub, install huggingface_hub: "
-            "pip install 'puna[hub]'"
+            f"there is no folder {name}; to fetch it from the Hugging Face hub: pip install huggingface_hub"
         ) from None
     patterns = ["*.json", "*.safetensors", "tokenizer.model", TEMPLATE_FILE]
     try:

@@ -73,5 +73,5 @@ def _datasketch() -> Any:
     try:
         import datasketch
     except ImportError:
-        raise PunaError("near-duplicates need datasketch; install it: pip install 'puna[near-duplicates]'") from None
+        raise PunaError("near-duplicates need datasketch: pip install datasketch") from None
     return datasketch

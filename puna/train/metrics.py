@@ -93,5 +93,5 @@ def _summary_writer(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise PunaError("log.tensorboard needs the package tensorboard: pip install 'puna[tensorboard]'") from None
+        raise PunaError("log.tensorboard needs the package tensorboard: pip install tensorboard") from None
     return SummaryWriter(str(folder), purge_step=step + 1)

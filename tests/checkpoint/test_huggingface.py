@@ -362,7 +362,7 @@ def test_a_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
 
 def test_a_hub_id_without_the_hubs_client_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(PunaError, match=r"no folder codellama/nothing; .* pip install 'puna\[hub\]'"):
+    with pytest.raises(PunaError, match=r"no folder codellama/nothing; .* pip install huggingface_hub"):
         resolve("codellama/nothing")
 
 

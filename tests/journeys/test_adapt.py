@@ -33,9 +33,7 @@ MODULES += (
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip(
-        "datasketch", reason="near-copies are found with datasketch: pip install 'puna[near-duplicates]'"
-    )
+    pytest.importorskip("datasketch", reason="near-copies are found with datasketch: pip install datasketch")
     folder = tmp_path_factory.mktemp("adapt") / "library"
     folder.mkdir()
     library = Path(os.__file__).parent

@@ -64,5 +64,5 @@ def test_without_datasketch_the_message_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     _empty_minhash.cache_clear()
-    with pytest.raises(PunaError, match=r"pip install 'puna\[near-duplicates\]'"):
+    with pytest.raises(PunaError, match=r"pip install datasketch"):
         sketch("x")

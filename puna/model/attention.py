@@ -110,7 +110,8 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
     places = [(slice(s.queries_start, s.queries_stop), slice(s.keys_start, s.keys_stop)) for s in spans]
     if (varlen := _varlen_attention(q.device.type, q.dtype, is_grouped)) is not None:
-        k_, v_ = (torch.cat([x[keys] for _, keys in places]) for x in (k_, v_))
+        if not _is_whole([keys for _, keys in places], len(k_)):
+            k_, v_ = (torch.cat([x[keys] for _, keys in places]) for x in (k_, v_))
         counts = [np.array([place.stop - place.start for place in side]) for side in zip(*places, strict=True)]
         starts = [torch.from_numpy(np.append(0, n.cumsum()).astype(np.int32)) for n in counts]
         starts = [n.to(q.device, non_blocking=True) for n in starts]  # else each layer would wait for the device
@@ -128,6 +129,11 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
         mask = {"is_causal": True} if n_queries == n_keys else {"attn_mask": is_visible}
         out.append(_sdpa(q_[None, queries], k_[None, keys], v_[None, keys], enable_gqa=is_grouped, **mask)[0])
     return torch.cat(out).view_as(q)
+
+
+def _is_whole(places: list[slice], length: int) -> bool:
+    """Whether places lie end to end from 0 to a length."""
+    return [place.start for place in places] + [length] == [0] + [place.stop for place in places]
 
 
 def _attend_newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from puna.generate import Sampling
 from puna.generate.engine import Engine
 from puna.generate.engine.cache import PagedCache, Seen, Step
 from puna.generate.engine.network import ByModules, Network
+from puna.model.attention import Span
 from puna.model.llama import Linear, Llama, RMSNorm, rotate
 from puna.quantized.schemes import fp8, int8
 from puna.testing import tiny_model
@@ -61,7 +62,7 @@ def compute(model: Llama, network: Network, kept_in: torch.dtype, *, has_prompt:
     if has_prompt:
         places = [block * 16 + place for block in (6, 8, 9, 10, 11) for place in range(16)][:75]
         ids, positions, slots = ids + list(range(70)), positions + list(range(5, 75)), slots + places[5:]
-        others, wanted = [Seen(70, on_device(places), 75)], on_device([0, 1, 2, 72])
+        others, wanted = [Seen(on_device(places), [Span(0, 70, 0, 75)])], on_device([0, 1, 2, 72])
     cache.step = Step(on_device(slots), 3, (tables, seen), None, others)
     with torch.inference_mode():
         logits = network.head(network.hidden(on_device(ids), on_device(positions), cache, wanted))

@@ -368,7 +368,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraph]:
         recorded.append(EagerGraph(step))
         return recorded[-1], recorded[-1].logits
 
-    for module in ("runner", "network"):
+    for module in ("runner", "network", "cache"):
         monkeypatch.setattr(f"puna.generate.engine.{module}.takes_cuda_kernels", lambda kind: True)
     for module in ("cache", "graphs"):
         monkeypatch.setattr(f"puna.generate.engine.{module}.most_tokens", lambda keys: MOST_TOKENS)
@@ -384,7 +384,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraph]:
 def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     model: Llama, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    prompts = [[1, *list(range(5, 5 + n)) * 2] for n in (1, 20, 7, 45, 3)]
+    prompts = [[1, *list(range(5 + n, 5 + 2 * n)) * 2] for n in (1, 20, 7, 45, 3)]
     samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
     expected = complete(model, None, prompts, samplings)
     if "cache_dtype" in options:
@@ -396,6 +396,7 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     monkeypatch.setattr(Step, "of", lambda *inputs: steps.append(step_of(*inputs)) or steps[-1])
     assert engine.generate(prompts, samplings) == expected
     assert len(recorded) > 3, "several numbers of rows and blocks"
+    assert any(len(seen.spans) > 1 for step in steps for seen in step.others), "prompts are attended to together"
     is_guessing = "draft" in options or "lookup" in options
     assert any(has_several for *_, has_several in engine._runner._graphs._graphs) or not is_guessing
     assert any(step.firsts is not None and step.others for step in steps) or not is_guessing, "beside a prompt as well"

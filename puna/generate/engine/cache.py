@@ -5,9 +5,10 @@
 
 Each layer first writes the step's keys and values to their slots; then each sequence's queries see its own slots up to
 themselves. Single tokens, and on a CUDA device a few of a sequence, go through a kernel that reads the blocks as they
-lie (`attend_paged`), where there is one. The keys and values of other chunks are gathered, or read in place on a CPU
-where blocks are neighbours. What is kept in 8 bits (`puna.generate.engine.storage`) is seen as it was rounded, by its
-own token too: so it makes no difference which tokens came in one step.
+lie (`attend_paged`), where there is one. The keys and values of other chunks are read in place where they are
+neighbours, and else gathered, on a CUDA device those of some chunks together. What is kept in 8 bits
+(`puna.generate.engine.storage`) is seen as it was rounded, by its own token too: so it makes no difference which tokens
+came in one step.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from itertools import accumulate, takewhile
 import torch
 from torch import Tensor
 
+from puna.devices import takes_cuda_kernels
 from puna.generate.engine.paged_attention import attend_paged, most_tokens
 from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import Storage
 from puna.model.attention import Span, attend, attend_spans
 from puna.model.config import ModelConfig
+
+#: Keys that chunks see at most whose attention is one call of a CUDA device: gathered for 7B, they take 0.5 GB.
+MOST_KEYS = 1 << 15
 
 
 class PagedCache:
@@ -105,7 +110,8 @@ class Step:
             tables = _on_device(blocks, device), _on_device([place + 1 for _, place in rows], device)
         if len(rows) > len(short):
             firsts = _on_device(first_rows(short), device)
-        others = [Seen.of(chunk, cache) for chunk in chunks[len(short) :]]
+        most_keys = MOST_KEYS if takes_cuda_kernels(device.type) else 0
+        others = [Seen.of(some, cache) for some in _together(chunks[len(short) :], most_keys)]
         return cls(torch.tensor(slots).to(device), len(rows), tables, firsts, others)
 
 
@@ -121,29 +127,36 @@ def _on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Te
 
 @dataclass(eq=False)
 class Seen:
-    """What a chunk's tokens see.
+    """What the tokens of one chunk, or of some end to end, see.
 
     Attributes:
-        n_queries: tokens of the chunk.
-        slots: of all that the last of them sees, in order: a slice where blocks are neighbours.
-        length: their number.
+        slots: of all that each chunk's last token sees, in order, end to end: a slice where they are neighbours.
+        spans: which tokens see which of them.
     """
 
-    n_queries: int
     slots: Tensor | slice
-    length: int
+    spans: list[Span]
 
     @classmethod
-    def of(cls, chunk: Chunk, cache: PagedCache) -> "Seen":
-        """For a chunk of a sequence."""
+    def of(cls, chunks: list[Chunk], cache: PagedCache) -> "Seen":
+        """For chunks of sequences."""
         size = cache.block_tokens
-        blocks = chunk.running.blocks[: -(-chunk.stop // size)]
-        if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b == blocks[0] + i for i, b in enumerate(blocks)):
-            slots: Tensor | slice = slice(blocks[0] * size, blocks[0] * size + chunk.stop)
-        else:
-            places = torch.tensor(blocks)[:, None] * size + torch.arange(size)
-            slots = places.flatten()[: chunk.stop].to(cache.device)
-        return cls(len(chunk), slots, chunk.stop)
+        slots, spans, query, key = [], [], 0, 0
+        for chunk in chunks:
+            spans.append(Span(query, query + len(chunk), key, key + chunk.stop))
+            query, key = query + len(chunk), key + chunk.stop
+            places = torch.tensor(chunk.running.blocks[: -(-chunk.stop // size)])[:, None] * size + torch.arange(size)
+            slots.append(places.flatten()[: chunk.stop])
+        together = torch.cat(slots)
+        first, last = together[0].item(), together[-1].item()
+        if last - first == len(together) - 1 and bool((together.diff() == 1).all()):
+            return cls(slice(int(first), int(last) + 1), spans)
+        return cls(together.to(cache.device), spans)
+
+    @property
+    def n_queries(self) -> int:
+        """Tokens of the chunks."""
+        return self.spans[-1].queries_stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,14 +183,27 @@ class PagedLayer:
             pools = self.keys.numbers, self.values.numbers
             out.append(attend_paged(q[:n], *pools, *step.tables, *scales, step.firsts))
         for seen in step.others:
-            of_sequence = (storage[seen.slots].read(q.dtype) for storage in (keys, values))
-            out.append(_attend(q[n : n + seen.n_queries], *of_sequence))
+            k, v = (storage[seen.slots].read(q.dtype) for storage in (keys, values))
+            out.append(_attend(q[n : n + seen.n_queries], k, v, seen.spans))
             n += seen.n_queries
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last (t, N, H) queries of a text see its (L, K, H) keys and values up to themselves."""
-    if len(q) == len(k):
+def _attend(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+    """The last (t, N, H) queries of texts see their (L, K, H) keys and values up to themselves."""
+    if len(spans) == 1 and len(q) == len(k):
         return attend(q[None], k[None], v[None])[0]
-    return attend_spans(q[None], k[None], v[None], [Span(0, len(q), 0, len(k))])[0]
+    return attend_spans(q[None], k[None], v[None], spans)[0]
+
+
+def _together(chunks: list[Chunk], most_keys: int) -> list[list[Chunk]]:
+    """Chunks in groups that see so many keys at most, or one by one."""
+    groups: list[list[Chunk]] = []
+    keys = most_keys
+    for chunk in chunks:
+        keys += chunk.stop
+        if keys > most_keys:
+            groups.append([])
+            keys = chunk.stop
+        groups[-1].append(chunk)
+    return groups

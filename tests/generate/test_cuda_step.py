@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.checkpoint import load, quantize, save_model
 from puna.devices import multiplies_fp8
-from puna.generate import Sampling
+from puna.generate import Sampling, complete
 from puna.generate.engine import Engine
 from puna.generate.engine.cache import PagedCache, Seen, Step
 from puna.generate.engine.network import ByModules, Network
@@ -192,17 +192,14 @@ def test_on_a_gpu_it_computes_in_fp16_too(loaded: Callable[..., Llama], scheme: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
-def test_an_engine_on_a_gpu_gives_the_probabilities_of_modules(
+def test_an_engine_on_a_gpu_gives_the_probabilities_of_the_loop(
     loaded: Callable[..., Llama], scheme: str | None
 ) -> None:
     _skip_unless_known(scheme)
-    model, prompts = loaded(scheme), [[1, *range(5, 5 + n)] for n in (1, 40, 7)]
-    found, expected = [], []
-    for completions, has_graphs in ((found, True), (expected, False)):
-        engine = Engine(model, cache_tokens=2000)
-        if not has_graphs:
-            engine._runner._graphs = None
-        completions += engine.generate(prompts, Sampling(max_tokens=8, ignore_eos=True, logprobs=512))
+    model, prompts = loaded(scheme), [[1, *range(5 + n, 5 + 2 * n)] for n in (1, 40, 7, 90, 60)]
+    sampling = Sampling(max_tokens=8, ignore_eos=True, logprobs=512)
+    found = Engine(model, cache_tokens=2000).generate(prompts, sampling)
+    expected = complete(model, None, prompts, sampling)
     for one, other in zip(found, expected, strict=True):
         for here, there in zip(one.logprobs, other.logprobs, strict=True):
             ids = here.likeliest.keys()

@@ -486,15 +486,19 @@ def test_a_step_makes_the_models_device_the_current_one(model: Llama, monkeypatc
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("has_draft", [False, True])
-def test_on_a_gpu_it_gives_the_tokens_of_the_loop(is_compiled: bool, has_draft: bool) -> None:
+@pytest.mark.parametrize("guesses", [None, "lookup", "draft"])
+def test_on_a_gpu_it_gives_the_tokens_of_the_loop(is_compiled: bool, guesses: str | None) -> None:
     model = tiny_model(head_dim=64).cuda()
-    draft = tiny_model(head_dim=64).cuda() if has_draft else None
-    prompts = [[1, *range(5, 5 + n)] for n in (1, 40, 7, 90, 3)] * 2
-    samplings = [Sampling(max_tokens=9 + 5 * i, ignore_eos=True) for i in range(len(prompts))]
+    draft = tiny_model(head_dim=64).cuda() if guesses == "draft" else None
+    prompts = [[1, *list(range(5 + n, 5 + 2 * n)) * 2] for n in (1, 20, 7, 45, 3)] * 2
+    samplings = [
+        Sampling(max_tokens=9 + 5 * i, ignore_eos=True, temperature=0.8 * (i % 3 == 2), top_p=0.9, seed=i)
+        for i in range(len(prompts))
+    ]
     engine = Engine(
-        model, cache_tokens=2000, block_tokens=16, max_rows=7, step_tokens=33, compile=is_compiled, draft=draft
-    )
+        model, cache_tokens=2000, block_tokens=16, max_rows=7, step_tokens=120, compile=is_compiled, draft=draft,
+        lookup=guesses == "lookup",
+    )  # fmt: skip
     found = engine.generate(prompts, samplings)
     for one, other in zip(found, complete(model, None, prompts, samplings), strict=True):
         assert one.tokens == other.tokens

@@ -162,7 +162,7 @@ def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
             read = partial(_assemble, files, pieces, entry)
             extents = None
             if all(chunk.sizes[1:] == entry.size[1:] for chunk in chunks):
-                extents = partial(_extents, files, pieces)
+                extents = partial(map, files.extent, [info for _, info in pieces])
             stored = StoredTensor(tuple(entry.size), entry.properties.dtype, str(path), read, extents=extents)
             tensors[name.removeprefix(f"{key}.")] = stored
     return tensors
@@ -269,11 +269,6 @@ def _assemble(files: _Files, pieces: list[tuple[Any, Any]], entry: Any) -> Tenso
     for chunk, info in pieces:
         whole[_slices(chunk.offsets, chunk.sizes)] = files.tensor(info)
     return whole
-
-
-def _extents(files: _Files, pieces: list[tuple[Any, Any]]) -> list[Extent]:
-    """Where the values of pieces of whole rows lie, in the tensor's order."""
-    return [files.extent(info) for _, info in pieces]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import compress, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -203,7 +202,7 @@ def _checked_layout(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             f"{tokenizer.path.parent} ships another layout of dialogs than {name}; --template {tokenizer.path.parent} "
             "takes it"
         )
-    if encoded.tokens[max(compress(count(), encoded.is_target))] not in {*tokenizer.control, tokenizer.eos_id}:
+    if encoded.last_target not in {*tokenizer.control, tokenizer.eos_id}:
         say(
             f"answers in the layout of {template.name} do not end with a control token of {tokenizer.path}; "
             "what is tuned on them may not learn where to stop"

@@ -53,6 +53,15 @@ class Encoded:
         """Appends ids that the model is to produce."""
         self._append(ids, True)
 
+    @property
+    def last_target(self) -> int:
+        """The id that ends the last answer.
+
+        Raises:
+            ValueError: there is no answer.
+        """
+        return self.tokens[max(i for i, is_target in enumerate(self.is_target) if is_target)]
+
     def _append(self, ids: Iterable[int], is_target: bool) -> None:
         before = len(self.tokens)
         self.tokens.extend(ids)

@@ -15,7 +15,7 @@ Targets are found likewise, by two more such characters around the assistant's w
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import jinja2
@@ -61,10 +61,8 @@ class JinjaTemplate(ChatTemplate):
     def stops(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """EOS, and what the template puts after an answer if that is a control token."""
         probe = [Message(role="user", content="question"), Message(role="assistant", content="answer")]
-        encoded = self.encode(tokenizer, probe)
-        last = max((i for i, is_target in enumerate(encoded.is_target) if is_target), default=0)
-        ends = encoded.tokens[last]
-        return (tokenizer.eos_id,) if ends not in tokenizer.control else tuple(dict.fromkeys((tokenizer.eos_id, ends)))
+        end = self.encode(tokenizer, probe).last_target
+        return tuple(dict.fromkeys((tokenizer.eos_id, *({end} & tokenizer.control))))
 
     def _render(self, messages: Sequence[Message], asks: bool) -> str:
         try:
@@ -77,23 +75,16 @@ class JinjaTemplate(ChatTemplate):
     def _answers(self, messages: Sequence[Message], text: str, stand_ins: "_StandIns") -> list[tuple[int, int]] | None:
         """Start and stop in `text` of each answer that can be found; None if one cannot."""
         start, stop = stand_ins.start, stand_ins.stop
-        marked = [
-            Message(role="assistant", content=_around_words(m["content"], start, stop))
-            if m["role"] == "assistant"
-            else m
-            for m in messages
-        ]
-        asks = messages[-1]["role"] == "user"
-        pieces = self._render(marked, asks).replace(stop, start).split(start)
-        n_answers = sum(m["role"] == "assistant" for m in messages)
-        if "".join(pieces) != text or len(pieces) != 2 * n_answers + 1:
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = list(messages)
+        for i in answers:
+            marked[i] = Message(role="assistant", content=_around_words(messages[i]["content"], start, stop))
+        pieces = self._render(marked, messages[-1]["role"] == "user").replace(stop, start).split(start)
+        if "".join(pieces) != text or len(pieces) != 2 * len(answers) + 1:
             return None
-        places, at = [], 0
-        for piece in pieces:
-            places.append(at := at + len(piece))
-        spans = list(zip(places[0::2], places[1::2], strict=False))
-        asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        return [(self._ask_ends(messages[:i], text, begin), end) for i, (begin, end) in zip(asked, spans, strict=True)]
+        places = list(accumulate(map(len, pieces)))
+        spans = zip(answers, places[0:-1:2], places[1::2], strict=True)
+        return [(self._ask_ends(messages[:i], text, begin), end) for i, begin, end in spans]
 
     def _ask_ends(self, before: Sequence[Message], text: str, begin: int) -> int:
         """Where the prompt for an answer ends, of which the words begin at `begin`: there, or before."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError
+from puna.model.config import ModelConfig
 
 
 def pattern_of(name: str) -> tuple[str, str]:
@@ -33,3 +34,24 @@ def one_of_copies(name: str, copies: Sequence[StoredTensor]) -> StoredTensor:
         return values
 
     return StoredTensor(first.shape, first.dtype, first.where, read)
+
+
+def check_plain_llama(config: ModelConfig, target: str, more: dict[str, bool]) -> None:
+    """Refuses a model that a format without Hugging Face's newer fields cannot describe.
+
+    Args:
+        config: of the model.
+        target: the format's name, for the message.
+        more: what else it cannot describe -> whether the model has it.
+
+    Raises:
+        PunaError: the model has any of this; the message names all of it.
+    """
+    reasons = {
+        f"model_type {config.model_type!r}": config.model_type != "llama",
+        "biases": config.attention_bias or config.attention_output_bias or config.mlp_bias,
+        f"head_dim {config.head_dim}": config.head_dim * config.num_attention_heads != config.hidden_size,
+        **more,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise PunaError(f"{target} has no place for {', '.join(found)}; keep the Hugging Face layout")

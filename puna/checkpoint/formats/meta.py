@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.checkpoint.formats import one_of_copies, pattern_of
+from puna.checkpoint.formats import check_plain_llama, one_of_copies, pattern_of
 from puna.checkpoint.tensors import StoredTensor, open_pickled, write_pickled
 from puna.errors import PunaError
 from puna.files import folder_aside, read_json, write_json
@@ -101,7 +101,7 @@ def write(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], t
     Raises:
         PunaError: the model has what Meta's format cannot say (biases, scaled positions, free head widths).
     """
-    _refuse_unspeakable(config)
+    check_plain_llama(config, "Meta's format", {"rope_scaling": config.rope_scaling is not None})
     names = {hf: meta for meta, hf in NAMES.items()}
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
@@ -218,17 +218,6 @@ def _reordered(
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
     return StoredTensor(tensor.shape, tensor.dtype, tensor.where, lambda: reorder(tensor.read(), config.head_dim))
-
-
-def _refuse_unspeakable(config: ModelConfig) -> None:
-    reasons = {
-        f"model_type {config.model_type!r}": config.model_type != "llama",
-        "biases": config.attention_bias or config.attention_output_bias or config.mlp_bias,
-        "rope_scaling": config.rope_scaling is not None,
-        f"head_dim {config.head_dim}": config.head_dim * config.num_attention_heads != config.hidden_size,
-    }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        raise PunaError(f"Meta's format has no place for {', '.join(found)}; keep the Hugging Face layout")
 
 
 def _params_of(config: ModelConfig) -> dict[str, Any]:

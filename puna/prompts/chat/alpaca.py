@@ -51,13 +51,10 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 
 class Alpaca(ChatTemplate):
-    """See the module."""
-
     name = "alpaca"
     jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-        """Lays out a dialog; see `ChatTemplate`."""
         question, answer = only_turn(messages)
         encoded = Encoded()
         encoded.given(tokenizer.encode(question if _is_prompt(question) else alpaca_prompt(question), bos=True))

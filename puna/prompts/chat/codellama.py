@@ -34,13 +34,10 @@ TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 
 
 class CodeLlama(ChatTemplate):
-    """See the module."""
-
     name = "codellama"
     jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-        """Lays out a dialog; see `ChatTemplate`."""
         dialog = read_dialog(messages)
         refuse_tags(messages)
         encoded = Encoded()

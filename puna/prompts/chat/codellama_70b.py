@@ -21,12 +21,9 @@ from puna.tokenizer import Tokenizer
 
 
 class CodeLlama70B(ChatTemplate):
-    """See the module."""
-
     name = "codellama-70b"
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-        """Lays out a dialog; see `ChatTemplate`."""
         dialog = read_dialog(messages)
         refuse_tags(messages)
         step = [_step_id(tokenizer)]

@@ -20,13 +20,10 @@ JINJA = r"""
 
 
 class Plain(ChatTemplate):
-    """See the module."""
-
     name = "plain"
     jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-        """Lays out a dialog; see `ChatTemplate`."""
         question, answer = only_turn(messages)
         encoded = Encoded()
         encoded.given(tokenizer.encode(question, bos=True))

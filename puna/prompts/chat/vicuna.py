@@ -36,13 +36,10 @@ JINJA = r"""
 
 
 class Vicuna(ChatTemplate):
-    """See the module."""
-
     name = "vicuna"
     jinja = JINJA
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-        """Lays out a dialog; see `ChatTemplate`."""
         dialog = read_dialog(messages)
         encoded = Encoded([tokenizer.bos_id], [False])
         before = f"{SYSTEM if dialog.system is None else dialog.system} "

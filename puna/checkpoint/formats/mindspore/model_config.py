@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from puna.checkpoint.formats import pattern_of
+from puna.checkpoint.formats import check_plain_llama, pattern_of
 from puna.checkpoint.huggingface import load_config
 from puna.checkpoint.tensors import StoredTensor, dtype_name
 from puna.errors import PunaError
@@ -135,16 +135,12 @@ def to_yaml(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
         PunaError: its Llama has no such network.
     """
     linear = config.rope_scaling is None or config.rope_scaling["rope_type"] == "linear"
-    reasons = {
-        f"model_type {config.model_type!r}": config.model_type != "llama",
-        "biases": config.attention_bias or config.attention_output_bias or config.mlp_bias,
+    more = {
         "rope_scaling other than linear": not linear,
-        f"head_dim {config.head_dim}": config.head_dim * config.num_attention_heads != config.hidden_size,
         "a head tied to the embedding": config.tie_word_embeddings,
         "several eos_token_id": isinstance(config.eos_token_id, list),
     }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        raise PunaError(f"MindFormers' Llama has no place for {', '.join(found)}; keep the Hugging Face layout")
+    check_plain_llama(config, "MindFormers' Llama", more)
     dtype = next(iter(tensors.values())).dtype
     fields = {
         "type": "LlamaConfig",

@@ -11,9 +11,13 @@ from puna.cli.generate import AsJson, CacheDtype, Device, Dtype
 from puna.evaluate import benchmarks
 from puna.progress import say
 
+#: Parameters that mean the same for every benchmark; all others are a benchmark's own options.
+OF_ALL = {"benchmark", "models", "output", "nproc", "dtype", "device", "as_json"}
+
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of: {', '.join(benchmarks.names())}.")],
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]…", help="Folders in Hugging Face layout, or hub ids.")
@@ -62,25 +66,7 @@ def evaluate(
     from puna.evaluate import evaluate as score
     from puna.evaluate.comparing import why_not
 
-    options = {
-        "samples": samples,
-        "server": server,
-        "data": data,
-        "variant": variant,
-        "protocol": protocol,
-        "samples_per_task": samples_per_task,
-        "template": template,
-        "order": order,
-        "corpus": corpus,
-        "cases": cases,
-        "length": length,
-        "max_documents": max_documents,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "batch": batch,
-        "cache_dtype": cache_dtype,
-        "workers": workers,
-    }
+    options = {name: value for name, value in context.params.items() if name not in OF_ALL}
     results, folders = [], []
     several = len(models or []) > 1
     for model in models or [""]:

@@ -38,10 +38,10 @@ STEPS, LARGEST_BATCH_ROWS = 200, 32
 #: Rows are no longer than Code Llama's, and short enough that the code fills at least so many.
 LONGEST_ROW, SHORTEST_ROW, FEWEST_ROWS = 4096, 256, 64
 
-#: Of code, about: rows are chosen before it is encoded.
+#: Of code, about: the length of rows is chosen before the code is encoded.
 BYTES_A_TOKEN = 3
 
-#: Tokens with which rows are the longest and batches the largest.
+#: Tokens of so much code that rows are the longest and batches the largest.
 MUCH_CODE = 2 * STEPS * LARGEST_BATCH_ROWS * LONGEST_ROW
 
 

@@ -10,7 +10,7 @@ import numpy as np
 #: The k that results are given for, as far as there are samples enough.
 KS = (1, 10, 100)
 
-#: Sets of tasks that an interval is made of, and the share of them that it holds.
+#: How many sets of tasks are drawn for an interval, and the share of their means that lies within it.
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
 

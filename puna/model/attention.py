@@ -143,7 +143,7 @@ def _attend_newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def way_of_attention(device: torch.device, dtype: torch.dtype, width: int, *, is_grouped: bool) -> str:
-    """What computes packed documents there, in words: a run prints it at its start."""
+    """What computes attention over packed documents on a device, in words: a run prints it at its start."""
     if _varlen_attention(device.type, dtype, is_grouped) is not None:
         return "variable-length flash attention"
     if attention_kernel.is_there(device, dtype, width):

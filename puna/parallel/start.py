@@ -94,7 +94,7 @@ def _prepare(starter: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != starter:  # it was killed before it could be heard of
+        if os.getppid() != starter:  # it ended before this process had asked for the signal
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -58,7 +58,7 @@ class Case:
 
     @cached_property
     def compute_bytes(self) -> int:
-        """Of a number of the activations."""
+        """Bytes of a number of the activations."""
         return 4 if self.recipe.precision == "fp32" else 2
 
     @cached_property
@@ -68,12 +68,12 @@ class Case:
 
     @cached_property
     def hidden_bytes(self) -> int:
-        """Of the hidden states of a micro-batch's tokens on a rank."""
+        """Bytes of the hidden states of a micro-batch's tokens on a rank."""
         return self.compute_bytes * self.tokens * self.config.hidden_size
 
     @cached_property
     def stream_bytes(self) -> float:
-        """Of those that a tensor parallel rank holds between the matrices."""
+        """Bytes of those hidden states that a tensor-parallel rank holds between the matrices."""
         return self.hidden_bytes / self.layout.tp
 
     @cached_property
@@ -110,12 +110,12 @@ class Case:
 
     @cached_property
     def most_layers(self) -> int:
-        """Of the first pipeline rank, which has as many as any."""
+        """Layers of the first pipeline rank, which has as many as any."""
         return sum(self.first_stages)
 
     @cached_property
     def first_stages(self) -> list[int]:
-        """The number of layers of each stage of that rank, the largest first."""
+        """Layers of each stage of the first pipeline rank, the largest stage first."""
         return self.stages_of(0)
 
     @cached_property
@@ -123,11 +123,11 @@ class Case:
         return [len(layers) for layers in self.layout.stage_layers(self.config.num_hidden_layers)]
 
     def stages_of(self, rank: int) -> list[int]:
-        """The number of layers of each stage that a pipeline rank holds."""
+        """Layers of each stage that a pipeline rank holds."""
         return self._stage_sizes[rank :: self.layout.pp]
 
     def in_flight(self, rank: int) -> int:
-        """Micro-batches times stages whose activations a pipeline rank holds at most.
+        """The most activations that a pipeline rank holds at a time, counted in micro-batches of one stage.
 
         Source: torch's Schedule1F1B, ScheduleInterleaved1F1B and ScheduleInterleavedZeroBubble (their warm-up).
         """

@@ -7,7 +7,7 @@ elsewhere, and copies are as large as what they copy.
 from puna.devices import page_locked
 from puna.plan.case import Case, Recompute
 
-#: What is there from the first save on, if there is room for it; else training waits for each.
+#: Kept from the first save on, if there is room for them; else training waits for each save.
 COPIES = "copies for checkpoints"
 
 #: Rows of the table, in its order, and what each of them is.

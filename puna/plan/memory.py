@@ -92,14 +92,14 @@ class Memory:
 
 
 class Moment(NamedTuple):
-    """A moment of a rank.
+    """A moment of a rank, in bytes.
 
     Attributes:
         name: what happens.
-        shared: the rows that any recomputation has.
-        total: their sum, and with what depends on it.
+        shared: the rows that are the same under any recomputation.
+        total: of everything.
         activations: kept for the backward pass.
-        cast: weights that are.
+        cast: weights that are cast for products.
         formed: what a layer computes anew.
     """
 
@@ -112,7 +112,7 @@ class Moment(NamedTuple):
 
     @classmethod
     def of(cls, name: str, shared: dict[str, float]) -> "Moment":
-        """A moment before anything depends on recomputation."""
+        """A moment without what depends on recomputation."""
         return cls(name, shared, sum(shared.values()))
 
     def under(self, activations: float, cast: float, formed: float) -> "Moment":

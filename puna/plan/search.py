@@ -22,7 +22,7 @@ from puna.plan.memory import Footprint, Memory, memory
 from puna.plan.speed import Cluster, Pace, Speed
 from puna.plan.weights import Weights
 
-#: The most that is tried of an axis, of runs of layers a rank, and of rows at once.
+#: The largest values that are tried: of two axes, of stages a rank, and of rows in a micro-batch.
 MOST = {"tp": 16, "cp": 64, "stages_per_rank": 8, "micro_batch_rows": 16}
 
 RECOMPUTE = ("none", "selective", "block", "offload")

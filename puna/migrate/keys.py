@@ -1,9 +1,9 @@
 """Keys of MindFormers' YAML, and what became of each.
 
-A key stands for all that is inside it, unless that is listed too. Entries of lists are named by their type:
+A key stands for all keys inside it that are not listed themselves. Entries of lists are named by their type:
 `callbacks.CheckpointMonitor.save_checkpoint_steps`.
 
-Source: MindFormers v1.5.0 `configs/codellama/*.yaml`, `mindformers/trainer`, and what its code makes of each.
+Source: MindFormers v1.5.0 `configs/codellama/*.yaml`, `mindformers/trainer`, and how its code uses each.
 """
 
 #: Key -> fields of the recipe that its value goes into.
@@ -60,31 +60,31 @@ TRANSLATED = {
     )
 }  # fmt: skip
 
-#: Key -> why nothing needs to be said for it.
+#: Key -> why the recipe needs nothing in its place.
 NOT_NEEDED = {
     "auto_trans_ckpt": "every rank reads its part of a folder in Hugging Face layout",
     "src_strategy_path_or_dir": "puna convert --strategy",
-    "load_ckpt_format": "puna convert sees it",
-    "transform_process_num": "nothing is transformed",
+    "load_ckpt_format": "puna convert recognises the format",
+    "transform_process_num": "slices are not transformed before a run",
     "only_save_strategy": "checkpoints are read on any layout",
     "resume_training": "the same command continues the run in run_dir",
-    "run_mode": "the command says it",
-    "trainer": "the command says it",
-    "runner_config.sink_mode": "nothing is sunk into a graph",
-    "runner_config.sink_size": "nothing is sunk into a graph",
+    "run_mode": "the command is puna train",
+    "trainer": "the command is puna train",
+    "runner_config.sink_mode": "there is no graph that data could be sunk into",
+    "runner_config.sink_size": "there is no graph that data could be sunk into",
     "optimizer.type": "AdamW with fp32 state is the only optimizer",
     "lr_schedule.warmup_lr_init": "the warm-up starts from 0",
     "train_dataset.data_loader.type": "puna prepare mindrecord reads it",
     "train_dataset.data_loader.shuffle": "the order is always drawn, from seed and epoch",
     "train_dataset.input_columns": "the prepared folder knows which tokens are targets",
-    "train_dataset.num_parallel_workers": "rows are mapped files",
-    "train_dataset.python_multiprocessing": "rows are mapped files",
-    "train_dataset.numa_enable": "rows are mapped files",
-    "train_dataset.prefetch_size": "rows are mapped files",
+    "train_dataset.num_parallel_workers": "rows are read from mapped files",
+    "train_dataset.python_multiprocessing": "rows are read from mapped files",
+    "train_dataset.numa_enable": "rows are read from mapped files",
+    "train_dataset.prefetch_size": "rows are read from mapped files",
     "train_dataset.drop_remainder": "batches are filled across the end of an epoch",
     "train_dataset.repeat": "epochs follow from steps",
-    "train_dataset.batch_size": "runner_config.batch_size stands over it",
-    "train_dataset.seed": "seed is one for all",
+    "train_dataset.batch_size": "runner_config.batch_size overrides it",
+    "train_dataset.seed": "one seed is used for everything",
     "train_dataset_task": "it repeats train_dataset",
     "eval_dataset": "rows of data.valid are measured in order",
     "eval_dataset_task": "it repeats eval_dataset",
@@ -92,19 +92,19 @@ NOT_NEEDED = {
     "parallel.gradients_mean": "the loss is one mean over all targets of a batch",
     "parallel.full_batch": "every rank reads its own rows",
     "parallel.dataset_strategy": "every rank reads its own rows",
-    "parallel.search_mode": "the layout is the one that parallel says",
+    "parallel.search_mode": "the layout is stated in parallel, not searched for",
     "parallel.strategy_ckpt_save_file": "checkpoints are read on any layout",
     "parallel.strategy_ckpt_config": "checkpoints are read on any layout",
-    "parallel.parallel_optimizer_config": "dp_shard shares weights, gradients and state, small ones too",
-    "swap_config.default_prefetch": "what comes back is small beside a layer's work",
+    "parallel.parallel_optimizer_config": "dp_shard splits all weights, gradients and states, small ones too",
+    "swap_config.default_prefetch": "fetching activations back takes little time beside a layer's work",
     "parallel_config.use_seq_parallel": "always on with parallel.tp",
     "recompute_config.recompute_slice_activation": "always with parallel.tp",
     "callbacks.MFLossMonitor": "every step is in metrics.jsonl",
-    "callbacks.CheckpointMonitor.prefix": "checkpoints have their place in run_dir",
-    "callbacks.CheckpointMonitor.directory": "checkpoints have their place in run_dir",
+    "callbacks.CheckpointMonitor.prefix": "checkpoints lie in run_dir/checkpoints",
+    "callbacks.CheckpointMonitor.directory": "checkpoints lie in run_dir/checkpoints",
     "callbacks.CheckpointMonitor.integrated_save": "every rank writes its part, puna export joins them",
     "callbacks.CheckpointMonitor.remove_redundancy": "every part is written once",
-    "callbacks.CheckpointMonitor.save_network_params": "weights are kept once",
+    "callbacks.CheckpointMonitor.save_network_params": "a checkpoint holds the weights apart, once",
     "callbacks.CheckpointMonitor.checkpoint_format": "there is one format",
     "callbacks.CheckpointMonitor.async_save": "always",
     "context.mode": "compile: true compiles layers",
@@ -117,26 +117,26 @@ NOT_NEEDED = {
     "context.max_call_depth": "there is no graph",
     "context.save_graphs": "there is no graph",
     "context.save_graphs_path": "there is no graph",
-    "context.ascend_config": "precision says it",
+    "context.ascend_config": "the recipe's precision decides",
     "context.runtime_num_threads": "OMP_NUM_THREADS",
     "model.arch": "the network follows from config.json",
     "model.model_config.type": "the network follows from config.json",
-    "model.model_config.batch_size": "runner_config.batch_size says it",
+    "model.model_config.batch_size": "runner_config.batch_size is used",
     "model.model_config.pad_token_id": "rows are packed; padding has no targets",
-    "model.model_config.ignore_token_id": "targets that are not asked for are -100, always",
+    "model.model_config.ignore_token_id": "what is no target is always -100",
     "model.model_config.use_flash_attention": "always, where the device has it",
     "model.model_config.use_attn_mask_compression": "no mask is stored",
-    "model.model_config.use_rope_slice": "rotary positions have one form",
-    "model.model_config.checkpoint_name_or_path": "load_checkpoint says it",
+    "model.model_config.use_rope_slice": "rotary positions are computed in one way",
+    "model.model_config.checkpoint_name_or_path": "load_checkpoint is used",
     "model.model_config.layernorm_compute_type": "norms are in fp32, always",
     "model.model_config.softmax_compute_type": "softmax is in fp32, always",
     "model.model_config.rotary_dtype": "rotary positions are in fp32, always",
     "model.model_config.qkv_concat": "puna convert takes such weights apart",
-    "model.model_config.is_dynamic": "shapes are free",
+    "model.model_config.is_dynamic": "shapes may always change",
     "model.model_config.parallel_config": "it repeats parallel_config",
     "model.model_config.moe_config": "Code Llama has no experts",
-    "remote_save_url": "run_dir is a folder",
-    "processor": "the prepared folder brings its tokenizer",
+    "remote_save_url": "checkpoints are saved in a folder, run_dir",
+    "processor": "the prepared folder holds its tokenizer",
     "runner_wrapper.type": "there is one kind of step",
     "runner_wrapper.scale_sense": "bf16 has the range of fp32; a step that is not finite leaves the weights alone",
     "profile_start_step": "nothing is profiled",
@@ -144,10 +144,10 @@ NOT_NEEDED = {
     "profile_communication": "nothing is profiled",
     "profile_memory": "nothing is profiled",
     "init_start_profile": "nothing is profiled",
-    "filepath_prefix": "it belongs to auto_tune",
-    "autotune_per_step": "it belongs to auto_tune",
-    "layer_decay": "it belongs to layer_scale",
-    "lr_scale_factor": "it belongs to layer_scale",
+    "filepath_prefix": "only auto_tune uses it",
+    "autotune_per_step": "only auto_tune uses it",
+    "layer_decay": "only layer_scale uses it",
+    "lr_scale_factor": "only layer_scale uses it",
     "eval_epoch_interval": "validation is measured by steps",
     "moe_config": "Code Llama has no experts",
     "parallel_config.expert_parallel": "Code Llama has no experts",
@@ -159,35 +159,35 @@ NO_EFFECT = {
     "parallel_config.vocab_emb_dp": "MindFormers set it to False with more than one pipeline stage; parallel.tp splits "
     "embedding and head",
     "parallel_config.gradient_aggregation_group": "with pipelines every layer got the same group; "
-    "parallel.layers_per_unit is the like",
-    "parallel_config.optimizer_shard": "deprecated there, and read by nothing",
-    "model.model_config.fine_grain_interleave": "an overlap on Ascend that leaves results alone",
-    "model.model_config.parallel_optimizer": "read by nothing",
+    "parallel.layers_per_unit is similar",
+    "parallel_config.optimizer_shard": "deprecated there, and not read",
+    "model.model_config.fine_grain_interleave": "an overlap on Ascend that does not change results",
+    "model.model_config.parallel_optimizer": "not read",
 }
 
-#: Key -> what puna does not have; harmless where it was off.
+#: Key -> what puna does instead of a feature that it lacks; harmless where the feature was off.
 NOT_THERE = {
     "parallel_config.context_parallel_algo": "parallel.cp has one algorithm",
     "parallel_config.ulysses_degree_in_cp": "parallel.cp has one algorithm",
     "parallel_config.seq_split_num": "pipelines take whole rows",
-    "recompute_config.parallel_optimizer_comm_recompute": "parallel.reshard is the like, and on",
+    "recompute_config.parallel_optimizer_comm_recompute": "parallel.reshard is similar, and on",
     "recompute_config.mp_comm_recompute": "what is computed again is communicated again",
     "recompute_config.select_comm_recompute": "what is computed again is communicated again",
-    "swap_config.layer_swap": "one answer for all layers",
-    "swap_config.op_swap": "one answer for all layers",
-    "callbacks.ObsMonitor": "run_dir is a folder",
+    "swap_config.layer_swap": "all layers are treated alike",
+    "swap_config.op_swap": "all layers are treated alike",
+    "callbacks.ObsMonitor": "checkpoints are saved in a folder, run_dir",
     "callbacks.SummaryMonitor": "log.tensorboard has the numbers",
     "callbacks.ProfileMonitor": "there is no profiler",
     "callbacks.TrainingStateMonitor": "metrics.jsonl has loss and gradient norm",
     "callbacks.EvalCallBack": "validation.every measures the loss on data.valid",
-    "eval_callbacks": "run_dir is a folder; the loss on data.valid is in metrics.jsonl",
+    "eval_callbacks": "the loss on data.valid is in metrics.jsonl",
     "monitor_config": "metrics.jsonl has loss and gradient norm",
-    "auto_tune": "rows are mapped files, there is nothing to tune",
+    "auto_tune": "rows are read from mapped files; there is nothing to tune",
     "profile": "there is no profiler",
-    "layer_scale": "all layers have one learning rate",
-    "model.model_config.offset": "stages differ by one layer at most",
-    "model.model_config.param_init_type": "weights are fp32 beside bf16 products, there fp16 without a master copy",
-    "model.model_config.embedding_init_type": "weights are of one dtype",
+    "layer_scale": "all layers have the same learning rate",
+    "model.model_config.offset": "layers are spread evenly; stages differ by one layer at most",
+    "model.model_config.param_init_type": "weights are fp32, products bf16; there weights are fp16 without a master copy",
+    "model.model_config.embedding_init_type": "all weights have the same dtype",
     "model.model_config.qkv_has_bias": "Code Llama has no biases",
     "model.model_config.pet_config": "there is no LoRA",
     "model.model_config.quant": "there is no quantised training",
@@ -195,7 +195,7 @@ NOT_THERE = {
     "runner_wrapper.local_norm": "metrics.jsonl has the norm over all weights",
 }
 
-#: Key -> option of `puna generate`; the others of a YAML for prediction say nothing more.
+#: Key -> option of `puna generate` that it becomes.
 GENERATION = {
     "model.model_config.max_decode_length": "--max-tokens",
     "model.model_config.max_new_tokens": "--max-tokens",
@@ -209,12 +209,12 @@ GENERATION = {
     "model.model_config.num_blocks": "the cache grows as it is needed",
 }
 
-#: What a run does otherwise, whatever the YAML says, unless the recipe keeps MindFormers' arithmetic.
+#: How a run differs from MindFormers', whatever the YAML says, unless the recipe keeps MindFormers' arithmetic.
 DIFFERENCES = (
     "AdamW corrects the bias of its running means; FP32StateAdamWeightDecay does not, and its first steps are smaller",
-    "the learning rate of update n is that of n from 1; there from 0, so that the first update had a rate of 0",
+    "updates are numbered from 1 for the learning rate; there from 0, so that the first update had a rate of 0",
     "the loss is the mean over all targets of a batch; there the mean of each micro-batch, and the mean of those",
-    "a position counts if it has a target; there, pretraining left out those whose input token was padding",
+    "a position counts if it has a target; there, pretraining left out positions whose input token was padding",
     "documents in a row do not see each other; there, a token saw all that stood before it in the row",
-    "dialogs are packed, several to a row; there each was padded to a row, and some were masked without a word",
+    "dialogs are packed, several to a row; there each was padded to a row, and some were silently masked",
 )

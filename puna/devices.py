@@ -11,8 +11,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -273,6 +275,12 @@ def free_memory_bytes(device: "torch.device") -> int:
     return int(module.mem_get_info(device)[0]) + reserve
 
 
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its control group's where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, *(group.limit_bytes() for group in CONTROL_GROUPS))
+
+
 def free_host_bytes() -> int:
     """What could still be allocated of this machine's memory, or of the control group's where that is less.
 
@@ -352,6 +360,16 @@ def cpu_name() -> str:
 def cpu_cores() -> int:
     """The cores that this process may use, where the system says; else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def package_command(commands: Mapping[str, str]) -> str | None:
+    """The command that installs something on this machine; None: it has none of these package managers.
+
+    Args:
+        commands: package manager -> the command for root.
+    """
+    command = next((command for manager, command in commands.items() if shutil.which(manager)), None)
+    return command if command is None or os.geteuid() == 0 else f"sudo {command}"
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from puna.cli import app
+from puna.devices import package_command
 from puna.errors import PunaError
 
 
@@ -133,12 +134,9 @@ def _numbers(version: str) -> list[int]:
 
 
 def _processor() -> Iterator[Finding]:
-    from puna.devices import cpu_bf16_units, cpu_cores, cpu_name
+    from puna.devices import cpu_bf16_units, cpu_cores, cpu_name, memory_bytes
 
-    found = f"{cpu_name()}, {cpu_cores()} cores"
-    memory = _memory_gib()
-    if memory is not None:
-        found += f", {memory:.0f} GiB of memory"
+    found = f"{cpu_name()}, {cpu_cores()} cores, {memory_bytes() / 2**30:.0f} GiB of memory"
     yield Finding("processor", "ok", found)
     units = cpu_bf16_units()
     if units:
@@ -146,16 +144,6 @@ def _processor() -> Iterator[Finding]:
     else:
         found = "no units for it, so products are far slower than in fp32"
         yield Finding("bf16 on the processor", "note", found, "on the processor, train and generate in fp32")
-
-
-def _memory_gib() -> float | None:
-    """Memory that this process may use: the machine's, or its control group's where that is less."""
-    from puna.devices import CONTROL_GROUPS
-
-    if not hasattr(os, "sysconf"):
-        return None
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(size, *(group.limit_bytes() for group in CONTROL_GROUPS)) / 2**30
 
 
 def _devices() -> Iterator[Finding]:
@@ -183,7 +171,7 @@ def _compiler() -> Iterator[Finding]:
     if found:
         yield Finding("C++ compiler", "ok", found)
     else:
-        yield Finding("C++ compiler", "note", "none; only compile=true needs it", _install(INSTALL_COMPILER))
+        yield Finding("C++ compiler", "note", "none; only compile=true needs it", package_command(INSTALL_COMPILER))
 
 
 def _kernels() -> Iterator[Finding]:
@@ -193,7 +181,7 @@ def _kernels() -> Iterator[Finding]:
     program = compiler()
     if program is None:
         found = "none; with one, models generate faster on processors with AVX-512, and train faster in bf16"
-        yield Finding("C compiler", "note", found, _install(INSTALL_COMPILER))
+        yield Finding("C compiler", "note", found, package_command(INSTALL_COMPILER))
         return
     try:
         import puna.model.layer_kernel
@@ -206,12 +194,6 @@ def _kernels() -> Iterator[Finding]:
     made = ", ".join(name for name, kernel in kernels.items() if kernel is not None)
     uses = f"makes kernels for models in {made}" if made else "makes no kernel for this processor, so torch multiplies"
     yield Finding("C compiler", "ok", f"{program} {uses}")
-
-
-def _install(commands: dict[str, str]) -> str | None:
-    command = next((command for manager, command in commands.items() if shutil.which(manager)), None)
-    is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
-    return command if command is None or is_root else f"sudo {command}"
 
 
 def _sandbox() -> Iterator[Finding]:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from puna.devices import package_command
 from puna.errors import PunaError
 
 #: Folders of the host that a sandbox sees, read-only, where they exist; links (`/lib` on most systems) stay links.
@@ -97,10 +98,7 @@ def install_command() -> str:
     """The command that installs bubblewrap on this machine."""
     if sys.platform != "linux":
         return "none; it is a Linux program: score on a Linux machine or in a virtual one"
-    command = next((command for manager, command in INSTALL.items() if shutil.which(manager)), None)
-    if command is None:
-        return "see https://github.com/containers/bubblewrap"
-    return command if os.geteuid() == 0 else f"sudo {command}"
+    return package_command(INSTALL) or "see https://github.com/containers/bubblewrap"
 
 
 def unusable(why: str) -> PunaError:

@@ -20,7 +20,6 @@ wrote is shown, never interpreted. The same dict, as JSON, is what a program rea
 """
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -85,15 +84,14 @@ def render(results: Mapping[str, Any]) -> str:
 
 def what_runs_here() -> dict[str, str]:
     """What a reader needs to know about the program and the machine to repeat a result."""
-    from puna.devices import cpu_cores, cpu_name
+    from puna.devices import cpu_cores, cpu_name, memory_bytes
 
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "puna": f"{puna.__version__}{_commit()}",
         "Python": platform.python_version(),
         "packages": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
-        "machine": f"{cpu_name()}, {cpu_cores()} cores, {memory_gib:.0f} GiB memory",
+        "machine": f"{cpu_name()}, {cpu_cores()} cores, {memory_bytes() / 2**30:.0f} GiB memory",
         "system": platform.platform(),
     }
 

@@ -12,6 +12,7 @@ from puna.checkpoint import load, quantize, save_model
 from puna.generate import Completion, Sampling
 from puna.generate.engine import Engine
 from puna.generate.engine.graphs import MOST_ROWS_ON_CPU, SHORTEST_TABLE, RecordedSteps
+from puna.generate.engine.scheduler import Scheduler
 from puna.model.layer_kernel import kernel
 from puna.model.llama import Llama
 from puna.parallel.inference import SummedEmbedding
@@ -62,6 +63,22 @@ def test_they_give_the_tokens_of_others(
     assert found == completions(model, is_recorded=False)[0]
     assert len({rows for rows, *_ in graphs._graphs}) == MOST_ROWS_ON_CPU
     assert len({width for _, width, _ in graphs._graphs}) == 2, f"tables longer than {SHORTEST_TABLE} blocks"
+
+
+def test_a_sequence_that_gave_its_blocks_up_is_seen_in_its_new_ones(
+    loaded: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampling = loaded(), Sampling(max_tokens=50, ignore_eos=True)
+    prompts = [[1, *range(5 + n, 5 + 2 * n)] for n in (9, 20, 14, 6)]
+    given_up, preempt = [], Scheduler._preempt
+    monkeypatch.setattr(Scheduler, "_preempt", lambda self, one: given_up.append(one) or preempt(self, one))
+    found, expected = [], []
+    for completions, is_recorded in ((found, True), (expected, False)):
+        engine = Engine(model, cache_tokens=140, block_tokens=4)
+        engine._runner._graphs = engine._runner._graphs if is_recorded else None
+        completions += engine.generate(prompts, sampling)
+    assert given_up
+    assert found == expected
 
 
 def test_biases_of_packed_layers_are_recorded(loaded: Callable[..., Llama]) -> None:

@@ -10,7 +10,7 @@ made, and each step is computed by itself.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -154,7 +154,11 @@ class _Inputs:
 
 @dataclass(eq=False)
 class _Graph:
-    """A recorded step, where it reads, on the host, in parts too, and on the device, and where it writes."""
+    """A recorded step, where it reads, on the host, in parts too, and on the device, and where it writes.
+
+    Attributes:
+        written: for each row the blocks that stand in its table, and how many of them.
+    """
 
     graph: torch.cuda.CUDAGraph | Recording
     logits: Tensor
@@ -162,6 +166,10 @@ class _Graph:
     there: Tensor
     inputs: _Inputs
     empty_slot: int
+    written: list[tuple[list[int], int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.written = [([], 0)] * len(self.inputs.tables)
 
     def run(self, chunks: list[Chunk], cache: PagedCache) -> Tensor:
         """Computes the chunks; the caller has read what the step before gave, so `host` may be written."""
@@ -174,9 +182,13 @@ class _Graph:
         inputs.lengths[:n] = [place + 1 for place in places]
         inputs.lengths[n:] = 0
         inputs.firsts[:] = [*first_rows(chunks), *range(n, len(inputs.firsts))]
-        of_rows = (chunk.running.blocks for chunk in chunks for _ in range(len(chunk)))
-        for row, blocks in zip(inputs.tables, of_rows, strict=False):
-            row[: len(blocks)] = blocks
+        of_rows = [chunk.running.blocks for chunk in chunks for _ in range(len(chunk))]
+        for row, blocks in enumerate(of_rows):
+            known, n_known = self.written[row]
+            start = n_known if blocks is known else 0  # a sequence's list only grows, and another sequence has another
+            if start < len(blocks):
+                inputs.tables[row, start : len(blocks)] = blocks[start:]
+                self.written[row] = blocks, len(blocks)
         self.there.copy_(self.host, non_blocking=True)
         self.graph.replay()
         return self.logits[:n]

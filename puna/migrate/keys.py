@@ -186,7 +186,7 @@ NOT_THERE = {
     "profile": "there is no profiler",
     "layer_scale": "all layers have the same learning rate",
     "model.model_config.offset": "layers are spread evenly; stages differ by one layer at most",
-    "model.model_config.param_init_type": "weights are fp32, products bf16; there weights are fp16 without a master copy",
+    "model.model_config.param_init_type": "weights are fp32; there they are fp16 without a master copy",
     "model.model_config.embedding_init_type": "all weights have the same dtype",
     "model.model_config.qkv_has_bias": "Code Llama has no biases",
     "model.model_config.pet_config": "there is no LoRA",

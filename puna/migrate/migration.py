@@ -1,4 +1,4 @@
-"""A YAML read, accounted for key by key, and written as a recipe with the steps that lead to its first run."""
+"""Reads a YAML, says of every key what became of it, and writes the recipe with the commands that lead to its run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ FATES = {
 #: How older versions spell a type -> how it is spelled now.
 SPELLED = {"CheckpointMointor": "CheckpointMonitor"}
 
-#: No YAML of MindFormers comes near so many.
+#: More values than any YAML of MindFormers has.
 MOST_VALUES = 10_000
 
 #: What became of a key that no table has.
@@ -71,8 +71,8 @@ class Migration:
     Attributes:
         recipe: the training run; None: the YAML only predicts.
         keys: what became of every key.
-        steps: commands to run before and then.
-        differences: what trains otherwise than in MindFormers.
+        steps: commands to run, in order; the last one starts the run, or generates.
+        differences: how the run differs from MindFormers'.
     """
 
     recipe: Recipe | None
@@ -84,7 +84,7 @@ class Migration:
         """The recipe with the commands above it; fields that have their default are left out.
 
         Raises:
-            PunaError: there is none.
+            PunaError: the YAML only predicts.
         """
         if self.recipe is None:
             raise PunaError(f"a YAML for prediction has no recipe; run: {self.steps[-1]}")
@@ -102,12 +102,12 @@ def migrate(
         source: the YAML.
         output: the recipe's file to write; None: none is.
         faithful: keep MindFormers' arithmetic, for comparison.
-        rows: of the training data, where its MindRecord files are elsewhere: steps are counted from them. Of dialogs,
-            which are packed, those of the prepared folder.
+        rows: how many the training data has, to count steps, where its MindRecord files are not here; of dialogs, which
+            are packed, the rows of the prepared folder.
 
     Raises:
-        PunaError: the YAML is none of a Llama of MindFormers, or `output` exists.
-        UsageError: a value in it is none that puna can take.
+        PunaError: the YAML does not describe a Llama of MindFormers, or `output` exists.
+        UsageError: a value in it is not one that puna can take.
     """
     source = Path(source)
     try:
@@ -169,7 +169,7 @@ def by_type(value: Any, room: Iterator[int]) -> Any:
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of the innermost values, and these."""
+    """The innermost values, each with its dotted key."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flattened(inner, f"{path}.{key}" if path else key)
@@ -178,7 +178,7 @@ def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def accounted(key: str, value: Any) -> Translated:
-    """What became of a key: of itself, or of the nearest that it is inside of."""
+    """What became of a key, by the table that has it, or the nearest key that it is inside of."""
     name = key
     while name:
         for fate, table in FATES.items():

@@ -43,23 +43,19 @@ def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in _by_task(tasks).items()}
 
 
-def intervals(
-    tasks: Iterable[tuple[int, int]], seed: int = 0, *, groups: Sequence[str] | None = None
-) -> dict[str, list[float]]:
+def intervals(tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Between which values each of `scores` would lie for 95 of 100 sets of such tasks: bootstrap over tasks.
 
-    Tasks are drawn with replacement, those of one of `groups` together; what is drawn depends on their number and
-    `seed` alone.
+    Tasks are drawn with replacement, those of one of `groups` together; what is drawn depends on their number alone.
 
     Returns:
         `{"pass@1": [low, high], …}`.
     """
-    return {name: bootstrap(values, seed, groups=groups) for name, values in _by_task(tasks).items()}
+    return {name: bootstrap(values, groups=groups) for name, values in _by_task(tasks).items()}
 
 
 def bootstrap(
     values: Sequence[float],
-    seed: int = 0,
     *,
     weights: Sequence[float] | None = None,
     groups: Sequence[str] | None = None,
@@ -68,7 +64,6 @@ def bootstrap(
 
     Args:
         values: one a task.
-        seed: of what is drawn.
         weights: of the values in the mean, above 0; equal by default.
         groups: what each value is of, e.g. the document of a line: values of one group are alike for more reasons than
             the model, so they are drawn together. Where all are of one group, each is drawn by itself.
@@ -79,7 +74,7 @@ def bootstrap(
         _, group_of = np.unique(groups, return_inverse=True)
         sums, shares = np.bincount(group_of, sums), np.bincount(group_of, shares)
     count = len(sums)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     means = (drawn @ sums) / (drawn @ shares)
     tail = (1 - CONFIDENCE) / 2
     return [float(value) for value in np.quantile(means, (tail, 1 - tail))]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from puna.checkpoint.hub import resolve
 from puna.checkpoint.room import check_room
-from puna.checkpoint.tensors import StoredTensor, dtype_name, dtype_of
+from puna.checkpoint.tensors import StoredTensor, check_range, dtype_name, dtype_of
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
 from puna.checkpoint.weights import open_weights, some, write_weights
 from puna.errors import PunaError, UsageError
@@ -126,8 +126,7 @@ def build_model(
     check_room(config, tensors, dtype, device, share=_size_bytes(tensors) / _size_bytes(whole))
     model = model_without_memory(config, quantization)
     for name, stored in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        _fill(model.get_submodule(owner), leaf, stored, dtype, device)
+        _fill(model, name, stored, dtype, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.compute_dtype = _dtype_of_most(model.parameters())
@@ -155,15 +154,18 @@ def _size_bytes(tensors: Mapping[str, StoredTensor]) -> int:
     return sum(tensor.size_bytes for tensor in tensors.values())
 
 
-def _fill(module: nn.Module, leaf: str, stored: StoredTensor, dtype: torch.dtype | None, device: torch.device) -> None:
+def _fill(model: nn.Module, name: str, stored: StoredTensor, dtype: torch.dtype | None, device: torch.device) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
     empty = getattr(module, leaf)
     is_parameter = isinstance(empty, nn.Parameter)
     if not is_parameter and stored.dtype != empty.dtype:
         raise PunaError(
-            f"{stored.where}: {leaf} of a quantised layer is {stored.dtype}, its scheme wants {empty.dtype}"
+            f"{stored.where}: {name} of a quantised layer is {stored.dtype}, its scheme wants {empty.dtype}"
         )
     values = stored.read()
     copy = torch.empty(values.shape, dtype=(is_parameter and dtype) or values.dtype, device=device).copy_(values)
+    check_range(f"{stored.where}: {name}", values, copy)
     setattr(module, leaf, nn.Parameter(copy) if is_parameter else copy)
 
 

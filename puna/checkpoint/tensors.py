@@ -162,12 +162,19 @@ def rounded(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> d
 
 def _rounded(name: str, where: str, dtype: torch.dtype, values: Tensor) -> Tensor:
     result = values.to(dtype)
-    if dtype == torch.float16 and (lost := result.isinf() & values.isfinite()).any():
-        raise PunaError(
-            f"{where}: {name} holds {values[lost][0].item():g}, and fp16 says nothing beyond "
-            f"{torch.finfo(dtype).max:,.0f}; take bf16 instead"
-        )
+    check_range(f"{where}: {name}", values, result)
     return result
+
+
+def check_range(name: str, values: Tensor, result: Tensor) -> None:
+    """Raises a PunaError where a finite number became infinite as it was rounded, to fp16 say."""
+    if result.dtype == torch.float16 != values.dtype and result.isinf().any():
+        lost = values[result.isinf().to(values.device) & values.isfinite()]
+        if len(lost):
+            raise PunaError(
+                f"{name} holds {lost[0].item():g}, and fp16 says nothing beyond "
+                f"{torch.finfo(torch.float16).max:,.0f}; take bf16 instead"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -75,6 +75,12 @@ def test_mixed_dtypes_stay_as_they_are_stored_unless_another_is_asked_for(folder
     assert {p.dtype for p in load_model(folder, dtype="fp16").parameters()} == {torch.float16}
 
 
+def test_weights_beyond_fp16_are_not_loaded_as_infinite_ones(folder):
+    change(folder, lambda tensors: tensors[Q_PROJ][1].fill_(-70_000))
+    with pytest.raises(PunaError, match=rf"{Q_PROJ} holds -70000, and fp16 .* 65,504; take bf16"):
+        load_model(folder, dtype="fp16")
+
+
 def test_an_unknown_dtype_lists_those_there_are(folder):
     with pytest.raises(UsageError, match="no dtype is called 'int3'; there are fp32, bf16, fp16"):
         load_model(folder, dtype="int3")

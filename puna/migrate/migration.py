@@ -1,5 +1,6 @@
 """Reads a YAML, says of every key what became of it, and writes the recipe with the commands that lead to its run."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def migrate(
     if settings.get("run_mode", "train") == "predict":
         steps = [*_conversion(settings, source, "CKPT"), generation(settings)]
         return Migration(None, keys, steps, [])
-    data = settings.get("train_dataset.data_loader.dataset_dir", None)
+    data = settings.get("train_dataset.data_loader.dataset_dir")
     found = None
     if rows is None and data is not None:
         length = settings.whole("model.model_config.seq_length", 2048)
@@ -193,9 +194,10 @@ def _conversion(settings: Settings, source: Path, otherwise: str | None) -> list
     checkpoint = settings.get("load_checkpoint", otherwise)
     if checkpoint is None:
         return []
-    strategy = settings.get("src_strategy_path_or_dir", None)
-    words = ["puna convert", checkpoint, "-o", WEIGHTS, "--config", source]
-    return [" ".join(map(str, [*words, *([] if strategy is None else ["--strategy", strategy])]))]
+    words = ["puna", "convert", checkpoint, "-o", WEIGHTS, "--config", source]
+    if strategy := settings.get("src_strategy_path_or_dir"):
+        words += ["--strategy", strategy]
+    return [shlex.join(map(str, words))]
 
 
 def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str]:
@@ -203,8 +205,8 @@ def _preparation(settings: Settings, recipe: Recipe, faithful: bool) -> list[str
     for part, folder in (("train", TRAIN_DATA), ("eval", VALID_DATA)):
         if part == "train" or recipe.data.valid:
             data = settings.get(f"{part}_dataset.data_loader.dataset_dir", "X.mindrecord")
-            words = f"puna prepare mindrecord {data} -o {folder} --tokenizer tokenizer.model"
-            steps.append(f"{words} --faithful" if faithful else words)
+            words = ["puna", "prepare", "mindrecord", str(data), "-o", folder, "--tokenizer", "tokenizer.model"]
+            steps.append(shlex.join([*words, *(["--faithful"] if faithful else [])]))
     return steps
 
 

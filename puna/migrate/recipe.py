@@ -36,7 +36,7 @@ class Settings:
 
     content: Mapping[str, Any]
 
-    def get(self, key: str, default: Any) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         """The value at a key; the default where the key is missing or empty."""
         value: Any = self.content
         for name in key.split("."):
@@ -85,7 +85,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
     global_rows = batch_rows(settings)
     steps = step_count(settings, rows)
     peak, end = peak_lr(settings), settings.number("lr_schedule.lr_end", 0)
-    has_weights = bool(settings.get("load_checkpoint", "")) or not names
+    has_weights = bool(settings.get("load_checkpoint")) or not names
     layout = parallel(settings)
     parts = max(1, layout.get("tp", 1))  # a row is shared by so many ranks
     fields: dict[str, Any] = {
@@ -130,7 +130,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
 def value_differences(settings: Settings, recipe: Recipe) -> list[str]:
     """What values of the YAML ask for that a recipe cannot say."""
     found = []
-    if recipe.model == WEIGHTS and not settings.get("load_checkpoint", ""):
+    if recipe.model == WEIGHTS and not settings.get("load_checkpoint"):
         found.append(
             f"model: no preset has these sizes and rotary positions, and the YAML names no weights; {WEIGHTS} must be "
             "a folder in Hugging Face layout"
@@ -178,7 +178,7 @@ def steps_of_epochs(settings: Settings, rows: int) -> int:
 
 def warmup_steps(settings: Settings, steps: int) -> int:
     """Updates until the peak."""
-    ratio = settings.get("lr_schedule.warmup_ratio", None)
+    ratio = settings.get("lr_schedule.warmup_ratio")
     if ratio is not None:
         return int(settings.number("lr_schedule.warmup_ratio", 0) * steps)
     return settings.whole("lr_schedule.warmup_steps", 0)
@@ -192,7 +192,7 @@ def peak_lr(settings: Settings) -> float:
 
 def betas(settings: Settings) -> Any:
     """Of Adam: one key, or two."""
-    pair = settings.get("optimizer.betas", None)
+    pair = settings.get("optimizer.betas")
     if pair is not None:
         return pair
     return [settings.number("optimizer.beta1", 0.9), settings.number("optimizer.beta2", 0.999)]

@@ -342,9 +342,9 @@ def test_a_second_way_of_recomputing_is_named(written):
 
 
 def test_slices_are_converted_by_their_strategy_files(written):
-    path = written({"load_checkpoint": "out/checkpoint", "src_strategy_path_or_dir": "out/strategy"})
+    path = written({"load_checkpoint": "my out/checkpoint", "src_strategy_path_or_dir": "out/strategy"})
     first = puna.migrate(path).steps[0]
-    assert first == f"puna convert out/checkpoint -o weights --config {path} --strategy out/strategy"
+    assert first == f"puna convert 'my out/checkpoint' -o weights --config {path} --strategy out/strategy"
 
 
 def test_fates_are_told_apart(written):

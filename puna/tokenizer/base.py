@@ -31,6 +31,9 @@ INFILLING_PIECES = tuple(
 #: What ends each message of Code Llama 70B Instruct.
 STEP_PIECE = "<step>"
 
+#: Control pieces, whatever type a vocabulary's file gives them.
+MARKERS = frozenset((*INFILLING_PIECES, STEP_PIECE))
+
 #: The layout of dialogs that a model ships, in Jinja.
 TEMPLATE_FILE = "chat_template.jinja"
 

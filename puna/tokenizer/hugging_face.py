@@ -18,7 +18,7 @@ import tokenizers
 
 from puna.errors import PunaError
 from puna.files import read_json
-from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
+from puna.tokenizer.base import MARKERS, SPACE_MARK, Tokenizer
 
 #: Names of BOS and EOS that are tried, in this order, where no file beside tokenizer.json names them.
 COMMON_NAMES = {
@@ -37,8 +37,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if not isinstance(content, dict) or "model" not in content:
             raise PunaError(f"{path} is not a tokenizer of the `tokenizers` library (it has no model)")
         adds_leading_space, adds_space_after_control = _take_leading_space_out(content)
-        for token in content.get("added_tokens") or []:
-            token["special"] = token.get("special") or token["content"] in (*INFILLING_PIECES, STEP_PIECE)
+        content["added_tokens"] = content.get("added_tokens") or []
+        for token in content["added_tokens"]:
+            token["special"] = token.get("special") or token["content"] in MARKERS
         control_pieces = _take_control_pieces_out(content)
         self._backend = _backend(content, path)
         ids = self._backend.get_vocab(with_added_tokens=True)
@@ -62,7 +63,7 @@ class HuggingFaceTokenizer(Tokenizer):
             adds_space_after_control=adds_space_after_control,
             control_strips={
                 ids[token["content"]]: (bool(token.get("lstrip")), bool(token.get("rstrip")))
-                for token in content.get("added_tokens") or []
+                for token in content["added_tokens"]
             },
         )
         for id in control:
@@ -107,9 +108,9 @@ def _take_leading_space_out(content: dict[str, Any]) -> tuple[bool, bool]:
 
 def _take_control_pieces_out(content: dict[str, Any]) -> set[str]:
     """Removes the merges that spell a control piece; returns the control pieces."""
-    model, added = content["model"], content.get("added_tokens") or []
+    model, added = content["model"], content["added_tokens"]
     pieces = {token["content"] for token in added if token["special"] and not _BYTE_PIECE.fullmatch(token["content"])}
-    pieces.update(piece for piece in (*INFILLING_PIECES, STEP_PIECE) if piece in (model.get("vocab") or {}))
+    pieces.update(piece for piece in MARKERS if piece in (model.get("vocab") or {}))
     if "merges" in model:
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if "".join(pair) not in pieces]
@@ -131,7 +132,7 @@ def _steps(content: dict[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
 
 def _spelling_of(content: dict[str, Any], path: Path) -> Any:
     """The function from a piece to its bytes, known by the decoder."""
-    added = {token["content"] for token in content.get("added_tokens") or []}
+    added = {token["content"] for token in content["added_tokens"]}
     decoders = list(_steps(content, "decoder"))
     if any(step["type"] == "ByteLevel" for step in decoders):
         byte_of = {character: bytes([byte]) for byte, character in _byte_characters().items()}

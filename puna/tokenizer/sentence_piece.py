@@ -24,15 +24,13 @@ from sentencepiece import sentencepiece_model_pb2
 
 from puna.errors import PunaError
 from puna.files import read_json
-from puna.tokenizer.base import INFILLING_PIECES, SPACE_MARK, STEP_PIECE, Tokenizer
+from puna.tokenizer.base import MARKERS, SPACE_MARK, Tokenizer
 
 #: The generated module has no types.
 model_pb2: Any = sentencepiece_model_pb2
 
 #: Types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_MARKERS = frozenset((*INFILLING_PIECES, STEP_PIECE))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -43,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = [piece.piece for piece in model.pieces]
         types = [piece.type for piece in model.pieces]
         # The fragments of markers too: text such as ` <E>` is then spelled by Llama's own pieces, not by half a marker.
-        markers, settings = {i for i, piece in enumerate(pieces) if piece in _MARKERS}, _settings(path)
+        markers, settings = {i for i, piece in enumerate(pieces) if piece in MARKERS}, _settings(path)
         for i in markers | {i for i in _told_special(settings, pieces) if types[i] in (NORMAL, USER_DEFINED)}:
             model.pieces[i].type = types[i] = CONTROL
         bos_id, eos_id, unk_id = _special_ids(model, pieces, path)

@@ -70,7 +70,7 @@ def evaluate(
     results, folders = [], []
     several = len(models or []) > 1
     for model in models or [""]:
-        folder = output / _folder_name(model) if several and output is not None else output
+        folder = output / model.strip("/").replace("/", "_") if several and output is not None else output
         folders += [folder] if folder is not None else []
         results.append(
             score(benchmark, model or None, dtype=dtype, device=device, output=folder, nproc=nproc, **options)
@@ -114,10 +114,6 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         figures = result.get("paper", {}).get(paper_name(result["model"]), {})
         cells = [f"{result[name]:.4f}" + (f" ({figures[name]:.3f})" if name in figures else "") for name in scores]
         print(f"{result['model']:<{width}}", *(f"{cell:>18}" for cell in cells))
-
-
-def _folder_name(model: str) -> str:
-    return model.strip("/").replace("/", "_")
 
 
 def _shown(value: Any) -> str:

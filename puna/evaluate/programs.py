@@ -186,6 +186,7 @@ class Programs(ABC):
             chat_template(template)
         how = _how(protocol, samples_per_task)
         path, tasks = self.tasks(data, variant)
+        fills_gaps = self.ask(next(iter(tasks.values()))).suffix is not None
         given = [] if samples is None else read_samples(samples, tasks)
         most = max_tokens or self.max_tokens
         with ExitStack() as stack:
@@ -205,7 +206,7 @@ class Programs(ABC):
                 else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
                 | ({} if dtype is None else {"dtype": str(dtype)})
                 | ({} if cache_dtype is None else {"cache_dtype": cache_dtype})
-                | (_gap_settings(order, complete) if self._fills_gaps(tasks) else {}),
+                | (_gap_settings(order, complete) if fills_gaps else {}),
             }
             folder = None if output is None else Path(output)
             if folder is not None:
@@ -254,9 +255,6 @@ class Programs(ABC):
         if not tasks:
             raise PunaError(f"{path} holds no tasks; get the official file: {self.where}")
         return path, tasks
-
-    def _fills_gaps(self, tasks: Mapping[str, Task]) -> bool:
-        return self.ask(next(iter(tasks.values()))).suffix is not None
 
     def _file(self, variant: str | None) -> str:
         if variant is None:

@@ -203,14 +203,11 @@ class Sandbox:
             else:
                 found = _judged(self.limits, job, self._place("hold"), self._place("test"))
         except OSError as error:  # no more processes, no more memory, a sandbox that was killed from outside
-            for place in self._places_of_this_thread():
+            for place in vars(self._thread).values():
                 place.close()
             found = ("sandbox", str(error), "")
         verdict, detail, printed = found
         return Judgement(verdict, detail, time.monotonic() - started, printed[-SHOWN_CHARACTERS:])
-
-    def _places_of_this_thread(self) -> "list[_Place]":
-        return [place for place in vars(self._thread).values() if isinstance(place, _Place)]
 
     def _place(self, role: str) -> "_Place":
         """The sandbox that the calling thread has for one half of its judgements."""

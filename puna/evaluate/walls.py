@@ -76,7 +76,8 @@ def walled_python(cleanup: contextlib.ExitStack) -> tuple[list[str], str]:
     bubblewrap, version, features = _bubblewrap()
     stage = _stage(cleanup)
     command = [*_ordinary_user(), bubblewrap, *_walls(features), *_view(stage)]
-    command += ["--remount-ro", "/", "--", _executable(), "-s", "-S", "-P", "-B", "-c", START]
+    executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    command += ["--remount-ro", "/", "--", executable, "-s", "-S", "-P", "-B", "-c", START]
     return command, version
 
 
@@ -217,10 +218,6 @@ def _prefixes() -> list[str]:
     """Folders of this Python that the host folders do not hold already."""
     prefixes = dict.fromkeys(os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix))
     return [prefix for prefix in prefixes if not any(Path(prefix).is_relative_to(folder) for folder in HOST_FOLDERS)]
-
-
-def _executable() -> str:
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def _is_open(path: Path) -> bool:

@@ -7,6 +7,7 @@ heads are found with -1, so a layer does not know whether it holds all of them. 
 dtype where they are used: fp32 master weights compute in bf16 by setting `compute_dtype`, and gradients arrive in fp32.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -302,11 +303,6 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, *, se
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(_seed_of(name, seed))
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0, config.initializer_range, generator=generator)
-
-
-def _seed_of(name: str, seed: int) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

@@ -76,11 +76,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _gathered(x, dim, group)
+        parts = torch.empty(group.size() * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+        _all_gather(parts, x.contiguous(), group=group)
+        return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _summed_part(grad, ctx.dim, ctx.group), None, None
+        parts = grad.unflatten(ctx.dim, (ctx.group.size(), -1)).movedim(ctx.dim, 0).contiguous()
+        part = torch.empty_like(parts[0])
+        _reduce_scatter(part, parts.flatten(0, 1), group=ctx.group)
+        return part, None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -93,19 +98,6 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gathered, scattered = ctx.dims
         return _exchanged(grad, scattered, gathered, ctx.group), None, None, None
-
-
-def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    parts = torch.empty(group.size() * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
-    _all_gather(parts, x.contiguous(), group=group)
-    return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
-
-
-def _summed_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
-    part = torch.empty_like(parts[0])
-    _reduce_scatter(part, parts.flatten(0, 1), group=group)
-    return part
 
 
 def _exchanged(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGroup) -> Tensor:

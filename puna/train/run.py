@@ -145,16 +145,14 @@ class _Run:
                 "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
 
     def validate(self, rows: Sequence[Row]) -> float:
-        """Mean loss over the targets of the first rows, in the order they lie; nan where they have none."""
+        """Mean loss over the targets of the first `validation.rows` rows; nan where they have none."""
         layout, per_pass = self.ranks.layout, self.recipe.micro_batch_rows
         if layout.pp > 1:
             per_pass *= layout.micro_batches  # a pipeline takes as many as in a step
-        last = min(len(rows), self.recipe.validation.rows)
+        n_rows, first = min(len(rows), self.recipe.validation.rows), self.ranks.dp_rank * per_pass
         loss, n_targets = 0.0, 0
-        for start in range(
-            self.ranks.dp_rank * per_pass, last + self.ranks.dp_rank * per_pass, layout.dp_size * per_pass
-        ):
-            batch = stack(rows[i] if i < last else _blank(rows[0]) for i in range(start, start + per_pass))
+        for start in range(first, first + n_rows, layout.dp_size * per_pass):  # as often on every rank
+            batch = stack(rows[i] if i < n_rows else _blank(rows[0]) for i in range(start, start + per_pass))
             more_loss, more_targets = summed_loss(self.model, batch, micro_batch_rows=self.recipe.micro_batch_rows)
             loss, n_targets = loss + more_loss, n_targets + more_targets
         return loss / n_targets if n_targets else math.nan

@@ -18,17 +18,7 @@ from puna.story import FILE
 from puna.testing import write_tiny_tasks
 
 MODULES = ("argparse", "ast", "calendar", "cmd", "codecs", "configparser", "copy", "csv", "dis", "doctest", "enum")
-MODULES += (
-    "fractions",
-    "ftplib",
-    "functools",
-    "gettext",
-    "glob",
-    "heapq",
-    "inspect",
-    "locale",
-    "optparse",
-)
+MODULES += ("fractions", "ftplib", "functools", "gettext", "glob", "heapq", "inspect", "locale", "optparse")
 
 
 @pytest.fixture(scope="module")

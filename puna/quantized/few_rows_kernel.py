@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from puna.devices import early_launch, has_tensor_memory
 
@@ -113,13 +112,13 @@ def _multiply(
     is_row, is_output = row < n_rows, output < n_outputs
     weight_place = output.to(tl.int64)[:, None] * weight_row
     if IS_EARLY:  # the beginning of the weights comes while the kernel before ends
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
         line = tl.minimum(output, n_outputs - 1).to(tl.int64)[:, None] * weight_row
         line += tl.minimum(tl.arange(0, LINES) * LINE, depth - 1)[None, :]
         _fetch(weight + line)
         if IS_GATED:
             _fetch(second + line)
-        gdc_wait()
+        tl.extra.cuda.gdc_wait()
     total, ups = tl.zeros([OUTPUTS, ROWS], tl.float32), tl.zeros([OUTPUTS, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, depth, DEPTH):

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from puna.devices import early_launch
 
@@ -53,8 +52,8 @@ def _launch_rows(x: Tensor, norm: Tensor | None, out: Tensor, scales: Tensor | N
 @triton.jit
 def _rows(x, norm, out, scales, width, eps, CHANNELS: tl.constexpr, IS_EARLY: tl.constexpr):
     if IS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS)
     is_channel = channel < width
     numbers = tl.load(x + row * width + channel, mask=is_channel, other=0.0)

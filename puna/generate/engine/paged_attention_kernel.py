@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from puna.devices import early_launch
 
@@ -131,8 +130,8 @@ def _attend(
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, IS_SPLIT: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if IS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
@@ -199,8 +198,8 @@ def _join(
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if IS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, CHANNELS)
     is_split, is_channel = split < splits, channel < WIDTH

@@ -7,7 +7,6 @@ torch would launch a dozen a layer for it, of some microseconds each, in which n
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from puna.devices import early_launch
 
@@ -41,8 +40,8 @@ def _rotate(
     HALF: tl.constexpr, CHANNELS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if IS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     is_channel = channel < HALF

@@ -186,7 +186,6 @@ class Programs(ABC):
             chat_template(template)
         how = _how(protocol, samples_per_task)
         path, tasks = self.tasks(data, variant)
-        fills_gaps = self.ask(next(iter(tasks.values()))).suffix is not None
         given = [] if samples is None else read_samples(samples, tasks)
         most = max_tokens or self.max_tokens
         with ExitStack() as stack:
@@ -195,18 +194,23 @@ class Programs(ABC):
             options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": batch, "how": how}
             if server is not None:
                 complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
+            if samples is not None:
+                answers: dict[str, Any] = {"file": Path(samples).name, "sha256": sha256_of(samples)}
+            else:
+                answers = {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
+                of_model = {"dtype": dtype, "cache_dtype": cache_dtype}
+                answers |= {name: str(value) for name, value in of_model.items() if value is not None}
+                if self.ask(next(iter(tasks.values()))).suffix is not None:  # gaps are filled in
+                    answers["order"] = order
+                    if order == "spm" and complete is None:  # a server, or a function, does it in its own way
+                        answers["healed"] = True
             settings = {
                 "puna": puna.__version__,
                 "benchmark": self.name,
                 **_named(complete, name, weights),
                 **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
                 "data": {"file": path.name, "sha256": sha256_of(path)},
-                "answers": {"file": Path(samples).name, "sha256": sha256_of(samples)}
-                if samples is not None
-                else {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
-                | ({} if dtype is None else {"dtype": str(dtype)})
-                | ({} if cache_dtype is None else {"cache_dtype": cache_dtype})
-                | (_gap_settings(order, complete) if fills_gaps else {}),
+                "answers": answers,
             }
             folder = None if output is None else Path(output)
             if folder is not None:
@@ -270,12 +274,6 @@ def _named(complete: Completes | None, name: str | None, weights: str | None) ->
         return {"model": complete.model, "server": complete.url}
     named = {} if name is None else {"model": name}
     return named | ({} if weights is None else {"weights": weights})
-
-
-def _gap_settings(order: str, complete: Completes | None) -> dict[str, Any]:
-    """How gaps are put; a server, or a function, does it in its own way; None is the model here."""
-    is_healed = order == "spm" and complete is None
-    return {"order": order} | ({"healed": True} if is_healed else {})
 
 
 def _completer(stack: ExitStack, model: Any, tokenizer: Any, options: dict[str, Any]) -> Completes:

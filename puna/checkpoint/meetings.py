@@ -85,9 +85,13 @@ class Meetings:
             raise reply.error from own
         return reply
 
+    def agree(self, work: Callable[[], T], decide: Callable[[list[T]], R]) -> R:
+        """As `hold`, with one decision for all."""
+        return self.hold(work, lambda results: [decide(results)] * self.size)
+
     def first(self, work: Callable[[], R]) -> R:
         """Rank 0 works and tells all."""
-        return self.hold(lambda: None, lambda _: [work()] * self.size)
+        return self.agree(lambda: None, lambda _: work())
 
     def _gather(self, value: Any) -> list[Any] | None:
         values = [None] * self.size if self.is_first else None

@@ -155,17 +155,17 @@ class Checkpoints:
         self.wait()
         path, parts = Path(path), _parts(state)
 
-        def check(asked: list[dict[str, dict[str, str]]]) -> list[dict[str, Any]]:
+        def check(asked: list[dict[str, dict[str, str]]]) -> dict[str, Any]:
             for part in sorted({part for of_rank in asked for part in of_rank}):
                 _check_fits(path, part, [of_rank.get(part, {}) for of_rank in asked])
-            return [read_meta(path)] * self._meetings.size
+            return read_meta(path)
 
         def read() -> None:
             for part, content in parts.items():
                 read_sharded(path / part, content)
                 state.update(content)
 
-        meta = self._meetings.hold(lambda: {part: forms(content) for part, content in parts.items()}, check)
+        meta = self._meetings.agree(lambda: {part: forms(content) for part, content in parts.items()}, check)
         self._meetings.hold(read)
         return meta
 
@@ -177,10 +177,10 @@ class Checkpoints:
         if self._has_room:
             return True
 
-        def scarcest(rooms: list[tuple[int, int]]) -> list[tuple[int, int]]:
-            return [max(rooms, key=lambda room: room[0] - ROOM_SHARE * room[1])] * self._meetings.size
+        def scarcest(rooms: list[tuple[int, int]]) -> tuple[int, int]:
+            return max(rooms, key=lambda room: room[0] - ROOM_SHARE * room[1])
 
-        needed, free = self._meetings.hold(lambda: (_copies_bytes(state), free_host_bytes()), scarcest)
+        needed, free = self._meetings.agree(lambda: (_copies_bytes(state), free_host_bytes()), scarcest)
         has_room = needed <= ROOM_SHARE * free
         if not has_room and self._has_room is None and self._meetings.is_first:
             progress.say(
@@ -221,12 +221,12 @@ class Checkpoints:
         meetings, path = self._meetings, _path(self.run_dir, step)
         aside = path.with_name(path.name + ASIDE)
 
-        def make_room(parts: list[list[str]]) -> list[list[str]]:
+        def make_room(parts: list[list[str]]) -> list[str]:
             _clear_leftovers(aside.parent)
             aside.mkdir(parents=True)
-            return [sorted({part for of_rank in parts for part in of_rank})] * meetings.size
+            return sorted({part for of_rank in parts for part in of_rank})
 
-        def finish(files: list[dict[str, Any]]) -> list[None]:
+        def finish(files: list[dict[str, Any]]) -> None:
             written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
             write_manifest(aside, step, meta, written)
             _put_in_place(aside, path)
@@ -234,12 +234,11 @@ class Checkpoints:
                 _prune(aside.parent, step, self._keep, self._keep_every)
             except OSError as error:  # the checkpoint itself is there
                 progress.say(f"checkpoints that need not be kept could not be removed: {error}")
-            return [None] * meetings.size
 
         try:
-            for part in meetings.hold(lambda: list(staged.result()), make_room):
+            for part in meetings.agree(lambda: list(staged.result()), make_room):
                 write_sharded(aside / part, staged.result().get(part, {}), meetings)
-            meetings.hold(lambda: fingerprints(aside, meetings.rank), finish)
+            meetings.agree(lambda: fingerprints(aside, meetings.rank), finish)
         except BaseException as error:
             if meetings.is_first:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -122,12 +122,8 @@ def write_sharded(path: Path, values: dict[str, Any], meetings: Meetings) -> Non
         with _plain_errors(path):
             return writer.write_data(planner.finish_plan(share), planner).wait()
 
-    def finish(results: list[Any]) -> list[None]:
-        writer.finish(metadata, results)
-        return [None] * meetings.size
-
     share: Any = meetings.hold(plan, share_out)
-    meetings.hold(write, finish)
+    meetings.agree(write, lambda results: writer.finish(metadata, results))
 
 
 def read_sharded(path: Path, content: dict[str, Any]) -> None:

@@ -149,6 +149,14 @@ def after_last_line(data: bytes) -> int:
     return data.rfind(b"\n") + 1
 
 
+def decoded(span: Span, data: bytes) -> str | LeftOut:
+    """The bytes of a span as text, without a byte order mark; or that they are not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        return LeftOut(span.id, span.source, "not UTF-8", f"byte {span.start + error.start}")
+
+
 def json_lines(data: bytes, first: int) -> Iterator[tuple[int, Any]]:
     """Number and content of every line that is not blank; the error in place of the content where it is not JSON.
 

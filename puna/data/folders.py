@@ -1,7 +1,7 @@
 """Which files a source holds, in an order that depends on nothing but their names."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,12 @@ class Found(NamedTuple):
     refused: str | None = None
 
 
-def files_of(source: Path, *, respect_gitignore: bool = False) -> Iterator[Found]:
+def files_of(source: Path, *, suffixes: Sequence[str] = (), respect_gitignore: bool = False) -> Iterator[Found]:
     """Files of a folder and of the folders in it, or the one file that `source` is.
 
     Args:
         source: a file or a folder. Links inside it are not followed, so that nothing is read twice.
+        suffixes: of the files of a folder to take, e.g. ".txt"; none: take all.
         respect_gitignore: leave out what .gitignore files name, those above the source included, up to its repository's
             root.
 
@@ -44,7 +45,9 @@ def files_of(source: Path, *, respect_gitignore: bool = False) -> Iterator[Found
     if not source.exists():
         raise PunaError(f"{source} does not exist")
     if source.is_dir():
-        yield from _walk(source, "", _rules_above(source.resolve()) if respect_gitignore else None)
+        for file in _walk(source, "", _rules_above(source.resolve()) if respect_gitignore else None):
+            is_other = suffixes and not file.refused and file.path.suffix not in suffixes
+            yield file._replace(refused=f"not a {' or '.join(suffixes)} file") if is_other else file
     else:
         yield Found(source, _as_text(source.name), source.stat().st_size)
 

@@ -275,6 +275,13 @@ def test_lines_are_documents_named_by_their_number(tmp_path, small_pieces):
     }
 
 
+def test_files_with_other_endings_in_a_folder_are_left_out(tmp_path):
+    write(tmp_path, {"a.jsonl": '{"text": "x"}\n', "b.py": '{"text": "y"}\n'})
+    assert documents_of("jsonl", tmp_path) == {"a.jsonl:1": "x"}
+    assert reasons_of("jsonl", tmp_path) == {"b.py": "not a .jsonl or .ndjson or .json file"}
+    assert documents_of("jsonl", tmp_path / "b.py") == {"b.py:1": "y"}  # a file that is named is taken
+
+
 def test_a_field_can_be_named(tmp_path):
     write(tmp_path, {"a.jsonl": '{"code": "x", "text": "y"}\n'})
     assert documents_of("jsonl", tmp_path / "a.jsonl", field="code") == {"a.jsonl:1": "x"}

@@ -72,9 +72,9 @@ _IN_ALPACA_WORDS = ("alpaca", "vicuna")
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """Pieces of whole records, with the number of the first as state: of a line, or of an element of the array."""
-    for file in files_of(source):
-        if file.refused or (source.is_dir() and file.path.suffix not in (".json", ".jsonl", ".ndjson")):
-            yield LeftOut(file.name, source.name, file.refused or "not a .json or .jsonl file")
+    for file in files_of(source, suffixes=(".json", ".jsonl", ".ndjson")):
+        if file.refused:
+            yield LeftOut(file.name, source.name, file.refused)
             continue
         number = 1
         is_array = _is_array(file.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.data.corpora import TEXT_OPTIONS, Option
-from puna.data.documents import Document, LeftOut, Span, checksum
+from puna.data.documents import Document, LeftOut, Span, checksum, decoded
 from puna.data.folders import files_of
 from puna.errors import UsageError
 
@@ -142,15 +142,13 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
     if reason := _refused(data):
         yield LeftOut(span.id, span.source, reason)
         return
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        yield LeftOut(span.id, span.source, "not UTF-8", f"byte {error.start}")
-        return
-    if _is_minified(text):
+    text = decoded(span, data)
+    if isinstance(text, LeftOut):
+        yield text
+    elif _is_minified(text):
         yield LeftOut(span.id, span.source, "minified")
-        return
-    yield Document(span.id, span.source, text, language=language_of(span.id))
+    else:
+        yield Document(span.id, span.source, text, language=language_of(span.id))
 
 
 def language_of(name: str) -> str | None:

@@ -20,9 +20,9 @@ _USUAL_FIELDS = ("text", "content")
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """Pieces of whole lines, with the number of the first line as state."""
-    for file in files_of(source):
-        if file.refused or (source.is_dir() and file.path.suffix not in (".jsonl", ".ndjson", ".json")):
-            yield LeftOut(file.name, source.name, file.refused or "not a .jsonl file")
+    for file in files_of(source, suffixes=(".jsonl", ".ndjson", ".json")):
+        if file.refused:
+            yield LeftOut(file.name, source.name, file.refused)
             continue
         line = 1
         for start, data in cut_file(file.path, after_last_line):

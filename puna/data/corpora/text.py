@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.data.corpora import TEXT_OPTIONS
-from puna.data.documents import PIECE_BYTES, Document, LeftOut, Span, checksum, cut_file
+from puna.data.documents import PIECE_BYTES, Document, LeftOut, Span, checksum, cut_file, decoded
 from puna.data.folders import files_of
 
 HELP = "Plain text; a file is a document."
@@ -20,17 +20,15 @@ DISTINCT = False
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """One span a file, or several for a large one."""
     for file in files_of(source):
-        if file.refused:
-            yield LeftOut(file.name, source.name, file.refused)
-        elif file.size == 0:
-            yield LeftOut(file.name, source.name, "empty")
-        else:
-            try:
-                for start, data in cut_file(file.path, _last_place_to_cut):
-                    id = file.name if file.size < PIECE_BYTES else f"{file.name}:{start}"
-                    yield Span(str(file.path), id, source.name, start, start + len(data), checksum(data))
-            except OSError as error:
-                yield LeftOut(file.name, source.name, "unreadable", error.strerror or "")
+        if file.refused or file.size == 0:
+            yield LeftOut(file.name, source.name, file.refused or "empty")
+            continue
+        try:
+            for start, data in cut_file(file.path, _last_place_to_cut):
+                id = file.name if file.size < PIECE_BYTES else f"{file.name}:{start}"
+                yield Span(str(file.path), id, source.name, start, start + len(data), checksum(data))
+        except OSError as error:
+            yield LeftOut(file.name, source.name, "unreadable", error.strerror or "")
 
 
 def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Document | LeftOut]:
@@ -38,12 +36,10 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
     if b"\0" in data:
         yield LeftOut(span.id, span.source, "binary")
         return
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        yield LeftOut(span.id, span.source, "not UTF-8", f"byte {span.start + error.start}")
-        return
-    if text.strip():
+    text = decoded(span, data)
+    if isinstance(text, LeftOut):
+        yield text
+    elif text.strip():
         yield Document(span.id, span.source, text)
     else:
         yield LeftOut(span.id, span.source, "empty")

@@ -100,7 +100,7 @@ def _shared_out(
     takes = getattr(reader, "READ_OPTIONS", ()), getattr(writer, "WRITE_OPTIONS", ())
     if unknown := [name for name in given if name not in (*takes[0], *takes[1])]:
         names = [module.__name__.rpartition(".")[2] for module in (reader, writer)]
-        raise UsageError(f"{unknown[0]} says nothing to reading {names[0]} and writing {names[1]}; leave it out")
+        raise UsageError(f"{unknown[0]} is no option of reading {names[0]} or writing {names[1]}; leave it out")
     for_read, for_write = ({name: given[name] for name in names if name in given} for names in takes)
     return for_read, for_write
 

@@ -198,8 +198,8 @@ def fit(
             raise PunaError(_misfit(name, tensors[name], shape, config))
         if quantization is None and not tensors[name].dtype.is_floating_point:
             raise PunaError(
-                f"{tensors[name].where}: {name} is stored as {dtype_name(tensors[name].dtype)}, but config.json speaks "
-                "of no quantisation; use the checkpoint that it was made from"
+                f"{tensors[name].where}: {name} is stored as {dtype_name(tensors[name].dtype)}, but config.json names "
+                "no quantisation; use the checkpoint that it was made from"
             )
     return {name: tensors[name] for name in shapes}
 

@@ -147,6 +147,6 @@ def _plain_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PunaError(
-            f"another rank left, or did not answer for {PATIENCE.total_seconds() / 3600:g} hours, while all kept a "
-            "checkpoint; its own output says why"
+            f"another rank left, or did not answer for {PATIENCE.total_seconds() / 3600:g} hours, while all worked on "
+            "a checkpoint; its own output says why"
         ) from error

@@ -39,8 +39,8 @@ class Pulse:
         """Raises a PunaError if a rank gives no more signs, as far as this one has heard."""
         if self._silent is not None:
             raise PunaError(
-                f"rank {self._silent} has given no sign of life for {PULSE_SECONDS * MOST_MISSING:g} s, while all kept "
-                "a checkpoint: it was stopped, or its machine is lost"
+                f"rank {self._silent} has given no sign of life for {PULSE_SECONDS * MOST_MISSING:g} s, while all "
+                "worked on a checkpoint: it was stopped, or its machine is lost"
             )
 
     def _beat(self) -> None:

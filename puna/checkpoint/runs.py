@@ -356,7 +356,7 @@ def _check_shared(folder: Path, meetings: Meetings) -> None:
     def look() -> None:
         if not (folder / name).is_dir():
             raise PunaError(
-                f"a rank does not see what rank 0 keeps in {folder}; run_dir must be on a shared file system"
+                f"a rank does not see what rank 0 writes to {folder}; run_dir must be on a shared file system"
             )
 
     name = Path(meetings.first(make)).name

@@ -172,7 +172,7 @@ def check_range(name: str, values: Tensor, result: Tensor) -> None:
         lost = values[result.isinf().to(values.device) & values.isfinite()]
         if len(lost):
             raise PunaError(
-                f"{name} holds {lost[0].item():g}, and fp16 says nothing beyond "
+                f"{name} holds {lost[0].item():g}, and fp16 has no numbers beyond "
                 f"{torch.finfo(torch.float16).max:,.0f}; take bf16 instead"
             )
 

@@ -62,7 +62,7 @@ class Job:
             if not path.exists():
                 raise PunaError(f"{path} does not exist")
             if not is_spellable(str(path)):
-                raise PunaError(f"{str(path)!r} cannot be spelled in UTF-8, as dataset.json would; rename it")
+                raise PunaError(f"{str(path)!r} is not UTF-8, so that dataset.json cannot hold it; rename it")
         name = self.options.get("template")
         self.template = None if name is None else _checked_layout(name, self.tokenizer)
         if self.options.get("fim_rate"):
@@ -194,13 +194,13 @@ def _checked_layout(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     encoded = template.encode(tokenizer, dialog)
     if template.digest and with_specials_of(template, tokenizer).encode(tokenizer, dialog) != encoded:
         raise PunaError(
-            f"the layout of {template.name} writes begin or end otherwise than the files of {tokenizer.path}, "
-            "with which a tuned model ships it; give the tokenizer of the layout's folder"
+            f"the layout of {template.name} writes BOS or EOS otherwise than the files of {tokenizer.path}, "
+            "with which a tuned model would ship it; give the tokenizer of the layout's folder"
         )
     if not template.digest and _own_layout(tokenizer, dialog) not in (None, encoded):
         say(
-            f"{tokenizer.path.parent} ships another layout of dialogs than {name}; --template {tokenizer.path.parent} "
-            "takes it"
+            f"{tokenizer.path.parent} ships another layout of dialogs than {name}; to take that, give --template "
+            f"{tokenizer.path.parent}"
         )
     if encoded.last_target not in {*tokenizer.control, tokenizer.eos_id}:
         say(

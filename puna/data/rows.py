@@ -84,9 +84,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, dataset: Documents, sequence_length: int) -> None:
         if sequence_length < 2:
-            raise UsageError(
-                f"sequence_length is {sequence_length}; a row needs 2 tokens at least, one to ask for the other"
-            )
+            raise UsageError(f"sequence_length is {sequence_length}; a row needs 2 tokens at least, one and its target")
         self.dataset, self.sequence_length = dataset, sequence_length
         self.total_tokens = int(dataset.starts[-1])
         if self.total_tokens == 0:

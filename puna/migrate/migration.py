@@ -114,7 +114,7 @@ def migrate(
     try:
         settings = Settings(by_type(read_yaml(source), iter(range(MOST_VALUES))))
     except RecursionError:
-        raise PunaError(f"{source} holds itself; it is no configuration of MindFormers") from None
+        raise PunaError(f"{source} refers to itself without end; it is no configuration of MindFormers") from None
     except StopIteration:
         raise PunaError(
             f"{source} has more than {MOST_VALUES:,} values; it is no configuration of MindFormers"

@@ -208,7 +208,7 @@ def schedule(settings: Settings) -> str:
     """The name of the schedule of the learning rate."""
     name = str(settings.get("lr_schedule.type", "CosineWithWarmUpLR"))
     if name not in SCHEDULES:
-        raise UsageError(f"lr_schedule.type {name!r} is none that puna has; choose one of {', '.join(SCHEDULES)}")
+        raise UsageError(f"lr_schedule.type {name!r} is not one that puna has; choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
 
 

@@ -305,7 +305,7 @@ def _refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise PunaError(
             f"the text holds U+{ord(text[error.start]):04X} at character {error.start}, half of a surrogate pair, "
-            'which UTF-8 cannot spell; read its file with errors="replace" or leave it out'
+            'which UTF-8 cannot encode; read its file with errors="replace" or leave it out'
         ) from None
 
 

@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path | str, *, vocab_size: int
             minloglevel=2,
         )
     except UnicodeEncodeError as error:
-        raise PunaError(f"cannot train a vocabulary on text that UTF-8 cannot spell: {error}") from None
+        raise PunaError(f"cannot train a vocabulary on text that UTF-8 cannot encode: {error}") from None
     except (RuntimeError, StopIteration) as error:
         reason = str(error).rpartition("] ")[2].strip(" .\n") or "there is no text"
         raise PunaError(

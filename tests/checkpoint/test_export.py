@@ -47,7 +47,7 @@ def test_weights_that_fp16_cannot_say_are_refused_by_name(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3, 5] = -131_072
     keep_model(tmp_path / "run", model)
-    said = r"lm_head\.weight holds -131072, and fp16 says nothing beyond 65,504; take bf16 instead"
+    said = r"lm_head\.weight holds -131072, and fp16 has no numbers beyond 65,504; take bf16 instead"
     with pytest.raises(PunaError, match=said):
         export(tmp_path / "run", tmp_path / "out", dtype="fp16")
     export(tmp_path / "run", tmp_path / "whole", dtype="bf16")

@@ -140,7 +140,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
 
 def test_codes_are_not_taken_for_weights(folder):
     change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
-    with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as int8, but config\.json speaks of no quantisation"):
+    with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as int8, but config\.json names no quantisation"):
         load_model(folder)
 
 

@@ -557,7 +557,7 @@ def test_a_layout_that_another_tokenizer_would_write_otherwise_is_refused(make, 
         if eos_token == "</s>":
             make(*arguments, template=str(tmp_path / "model"))
         else:
-            with pytest.raises(PunaError, match=r"the layout of .*model writes begin or end otherwise than the files"):
+            with pytest.raises(PunaError, match=r"the layout of .*model writes BOS or EOS otherwise than the files"):
                 make(*arguments, template=str(tmp_path / "model"))
 
 
@@ -648,7 +648,7 @@ def test_what_is_missing_is_named_before_anything_is_made(library, small_tokeniz
     with pytest.raises(PunaError, match="nowhere does not exist"):
         prepare("code", tmp_path / "nowhere", tmp_path / "out", tokenizer=small_tokenizer.path)
     (odd := tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(PunaError, match=r"caf\\udce9' cannot be spelled in UTF-8, .*; rename it"):
+    with pytest.raises(PunaError, match=r"caf\\udce9' is not UTF-8, .*; rename it"):
         prepare("code", odd, tmp_path / "out", tokenizer=small_tokenizer.path)
     with pytest.raises(PunaError, match="nothing does not exist; a tokenizer is"):
         prepare("code", library, tmp_path / "out", tokenizer=tmp_path / "nothing")

@@ -167,7 +167,7 @@ def test_one_ranks_trouble_is_heard_by_all(tmp_path, in_ranks):
     heard, by_the_other = in_ranks(2, meet_trouble, str(tmp_path))
     assert heard == by_the_other
     expected = [
-        "PunaError: a rank does not see what rank 0 keeps in .*; run_dir must be on a shared file system",
+        "PunaError: a rank does not see what rank 0 writes to .*; run_dir must be on a shared file system",
         "OSError: .*No space left on device",
         "PunaError: no room",
         "RuntimeError: rank 1: ValueError: cannot be read",

@@ -394,7 +394,11 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
     [
         ({"model": {"arch": {}}}, PunaError, "has no model.model_config"),
         ({"model.model_config.type": "QwenConfig"}, PunaError, "describes QwenConfig, not LlamaConfig"),
-        ({"lr_schedule.type": "PolynomialWithWarmUpLR"}, UsageError, "'PolynomialWithWarmUpLR' is none that puna has"),
+        (
+            {"lr_schedule.type": "PolynomialWithWarmUpLR"},
+            UsageError,
+            "'PolynomialWithWarmUpLR' is not one that puna",
+        ),
         ({"optimizer.eps": "tiny"}, UsageError, r"optimizer\.eps is 'tiny'; a number was expected"),
         ({"optimizer.beta1": 1.5}, UsageError, r"optimizer\.betas"),
     ],
@@ -429,7 +433,7 @@ def test_a_yaml_that_repeats_itself_without_end_is_refused(tmp_path):
     with pytest.raises(PunaError, match=r"x\.yaml has more than 10,000 values"):
         puna.migrate(tmp_path / "x.yaml")
     (tmp_path / "y.yaml").write_text("a: &a {b: *a}")
-    with pytest.raises(PunaError, match=r"y\.yaml holds itself"):
+    with pytest.raises(PunaError, match=r"y\.yaml refers to itself without end"):
         puna.migrate(tmp_path / "y.yaml")
 
 

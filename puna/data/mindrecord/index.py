@@ -65,7 +65,7 @@ def _tables(record: MindRecord) -> list[str]:
     for i, name in enumerate(record.index_fields):
         type = _SQL_TYPES.get(record.schema.get(name, {}).get("type", ""))
         if type is None or not name.isidentifier():
-            raise PunaError(f"{record.path} lists the column {name!r} in its index, which puna cannot")
+            raise PunaError(f"{record.path} lists the column {name!r} in its index, of a type that puna cannot list")
         columns += [f"INC_{i} INT", f"{name}_0 {type}"]
         keys.append(f"INC_{i}")
     return [

@@ -181,7 +181,7 @@ def _strategy(layout: str, tensors: Mapping[str, StoredTensor], config: ModelCon
     """The layouts of every stage: those of strategy files, or MindFormers' own for these numbers."""
     if "=" not in layout:
         if not Path(layout).exists():
-            raise UsageError(f"layout {layout!r} is neither numbers, as dp=1,mp=8,pp=2, nor files of strategies")
+            raise UsageError(f"layout {layout!r} is neither numbers, as dp=1,mp=8,pp=2, nor strategy files")
         strategy = read_strategies(Path(layout))
         spoken_of = {name for layouts in strategy.values() for name in layouts}
         if lost := [name for name in tensors if name not in spoken_of]:

@@ -113,7 +113,7 @@ def from_fields(fields: Mapping[str, Any], where: str, rope_theta: float | None 
             eos_token_id=fields.get("eos_token_id", 2),
         )
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise PunaError(f"{where}: a value of model.model_config is none that a model can have ({error})") from None
+        raise PunaError(f"{where}: a value of model.model_config is not one that a model can have ({error})") from None
     return replace(config, max_position_embeddings=_trained_context(config))
 
 
@@ -191,7 +191,7 @@ def _recognised(sizes: dict[str, int], where: str, rope_theta: float | None) -> 
     names = [name for name, known in PRESETS.items() if all(getattr(known, key) == n for key, n in sizes.items())]
     if not names:
         raise PunaError(
-            f"{where} is of no size that is known by name, and does not say how many heads it has; "
+            f"{where} has other sizes than all presets, and does not say how many heads it has; "
             "give MindFormers' YAML or a config.json with --config"
         )
     fitting = [name for name in names if rope_theta in (None, PRESETS[name].rope_theta)]
@@ -230,7 +230,7 @@ def _sizes(weights: Mapping[str, StoredTensor], where: str) -> dict[str, int]:
     layers = {int(number) for name in weights if (number := pattern_of(name)[0])}
     if not layers or layers != set(range(len(layers))):
         gap = min(set(range(max(layers, default=0) + 1)) - layers)
-        raise PunaError(f"{where} holds no weights of layer {gap}; it is no whole model")
+        raise PunaError(f"{where} holds no weights of layer {gap}; it is not a whole model")
     embedding = _shape(weights, where, "model.tok_embeddings.embedding_weight")
     first = "model.layers.0"
     if f"{first}.feed_forward.w_gate_hidden.weight" in weights:
@@ -243,7 +243,7 @@ def _sizes(weights: Mapping[str, StoredTensor], where: str) -> dict[str, int]:
 
 def _shape(weights: Mapping[str, StoredTensor], where: str, name: str) -> tuple[int, ...]:
     if name not in weights:
-        raise PunaError(f"{where} lacks {name}; it is no whole model")
+        raise PunaError(f"{where} lacks {name}; it is not a whole model")
     if len(weights[name].shape) != 2:
         raise PunaError(f"{where}: {name} has shape {weights[name].shape}; a matrix was expected")
     return weights[name].shape

@@ -83,7 +83,7 @@ def merge(ranks: Mapping[int, Mapping[str, StoredTensor]], strategy: Strategy, w
     if missing := [rank for rank in expected if rank not in ranks]:
         raise PunaError(f"{where} lacks rank_{missing[0]}; its strategy is for ranks {expected[0]} to {expected[-1]}")
     if more := [rank for rank in ranks if rank not in expected]:
-        raise PunaError(f"{where} holds rank_{more[0]}, of which its strategy files do not speak; add the missing ones")
+        raise PunaError(f"{where} holds rank_{more[0]}, which no strategy file mentions; add the missing ones")
     merged: dict[str, StoredTensor] = {}
     for stage, layouts in sorted(strategy.items()):
         own = {rank: ranks[rank] for rank in range(stage * devices, (stage + 1) * devices)}

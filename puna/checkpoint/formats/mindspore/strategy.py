@@ -119,7 +119,7 @@ def read_strategies(path: Path) -> Strategy:
             for name, layout in layouts.items():
                 if known.setdefault(name, layout) != layout:
                     raise PunaError(
-                        f"{file} cuts {name} otherwise than another file of {path}; give one with --strategy"
+                        f"{file} cuts {name} differently from another file of {path}; give one with --strategy"
                     )
     return strategy
 

@@ -1,4 +1,4 @@
-"""Meetings of the ranks that keep checkpoints together: what one of them cannot do, none of them did.
+"""Meetings of the ranks that save and load checkpoints together: an error of one is raised on all.
 
 A rank that fails alone leaves the others in a collective that never ends. Here all work is done in meetings: every rank
 does its share and then says how it went; what went wrong anywhere is raised everywhere, with the same words. Meetings
@@ -49,7 +49,10 @@ class Meetings:
 
     @classmethod
     def of_run(cls) -> "Meetings":
-        """Of all ranks, over a new group; without a process group of this process alone. Every rank must call it."""
+        """Meetings of all ranks, over a new group, or of this process alone where there is no process group.
+
+        Every rank must call it.
+        """
         return cls(dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None)
 
     @property

@@ -1,4 +1,4 @@
-"""Signs of life: a rank that was stopped, or whose machine is lost, is told from one that works for long.
+"""Heartbeats: they tell a rank that was stopped, or whose machine is lost, from one that only works for long.
 
     rank 0: "7"    rank 1: "7"    rank 2: "4" … "4" … "4"
         looks at 1     looks at 2 ─▶ store: rank 2 is silent ─▶ every rank
@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from puna.errors import PunaError
 
-#: Seconds between two signs, and how many may be missing before a rank is given up.
+#: Seconds between two beats, and how many may be missing before a rank is given up.
 PULSE_SECONDS, MOST_MISSING = 10.0, 60
 
 KEY = "puna/pulse"
 
 
 class Pulse:
-    """The signs of all ranks of a run, from now until the process group or the process ends."""
+    """The heartbeats of all ranks of a run, from now until the process group or the process ends."""
 
     def __init__(self) -> None:
         self._silent: int | None = None
@@ -44,7 +44,7 @@ class Pulse:
             )
 
     def _beat(self) -> None:
-        """Counts the missing ones by its own pulse: whoever was stopped itself has missed nothing."""
+        """Counts missing beats of the next rank by its own: a rank that was stopped itself does not count any."""
         count = missing = 0
         before = b""
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that keeps it

@@ -60,7 +60,7 @@ def clean_quickly(text: bytes) -> bytes | None:
 
 
 class _Unusual(Exception):
-    """Marks stand where these rules cannot tell what the plain ones do."""
+    """Marks lie such that these rules cannot tell what the plain ones would do."""
 
 
 class _Marks:

@@ -241,7 +241,7 @@ class WholeDocumentRows(Rows):
         return _assembled(tokens, targets, lengths)
 
     def _piece_lengths(self, n_pieces: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of all pieces; a document's last one has what the others leave."""
+        """Tokens of each piece; a document's last piece holds what the others leave."""
         lengths = np.full(self._firsts[-1], self.sequence_length)
         is_there = n_pieces > 0
         left = self.dataset.lengths - (n_pieces - 1) * self.sequence_length

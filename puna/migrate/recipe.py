@@ -128,7 +128,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
 
 
 def value_differences(settings: Settings, recipe: Recipe) -> list[str]:
-    """What values of the YAML ask for that a recipe cannot say."""
+    """What the YAML asks for that a recipe cannot express."""
     found = []
     if recipe.model == WEIGHTS and not settings.get("load_checkpoint"):
         found.append(
@@ -143,7 +143,7 @@ def value_differences(settings: Settings, recipe: Recipe) -> list[str]:
 
 
 def _is_same(known: ModelConfig, config: ModelConfig) -> bool:
-    """Whether models of the same sizes compute the same."""
+    """Whether two models of the same sizes also agree in what else decides their outputs."""
     names = ("rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings")
     return all(getattr(known, name) == getattr(config, name) for name in names)
 
@@ -191,7 +191,7 @@ def peak_lr(settings: Settings) -> float:
 
 
 def betas(settings: Settings) -> Any:
-    """Of Adam: one key, or two."""
+    """Adam's betas, which stand in one key or two."""
     pair = settings.get("optimizer.betas")
     if pair is not None:
         return pair
@@ -199,7 +199,7 @@ def betas(settings: Settings) -> Any:
 
 
 def max_grad_norm(settings: Settings) -> float | None:
-    """What gradients are scaled down to; None: they are not."""
+    """The norm that gradients are clipped to; None: they are not clipped."""
     is_clipped = settings.get("runner_wrapper.use_clip_grad", False)
     return settings.number("runner_wrapper.max_grad_norm", 1.0) if is_clipped else None
 
@@ -213,7 +213,7 @@ def schedule(settings: Settings) -> str:
 
 
 def parallel(settings: Settings) -> dict[str, Any]:
-    """The layout."""
+    """The recipe's `parallel`: sizes of the axes, and the schedule."""
     if not settings.get("use_parallel", False):
         return {"dp_shard": 1}
     axes = {
@@ -279,7 +279,7 @@ def recomputed_layers(value: Any, per_stage: int) -> set[int]:
 
 
 def generation(settings: Settings) -> str:
-    """The command that completes a prompt as a YAML for prediction does."""
+    """The command that completes a prompt as a YAML for prediction asks for."""
     model = "model.model_config."
     words = ["puna generate", WEIGHTS, "'def quick_sort(arr):'"]
     words.append(f"--max-tokens {settings.whole(f'{model}max_decode_length', 1024)}")

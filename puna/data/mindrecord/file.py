@@ -248,7 +248,7 @@ def decode_rows(
 def _fields(
     data: Buffer, places: Sequence[tuple[int, int]], blob_fields: Sequence[str], where: str
 ) -> dict[str, list[tuple[int, int]]]:
-    """Where the columns lie in rows of several."""
+    """Where each column lies, in rows of several columns."""
     fields: dict[str, list[tuple[int, int]]] = {name: [] for name in blob_fields}
     for place, stop in places:
         place += LENGTH_BYTES

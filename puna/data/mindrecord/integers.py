@@ -97,7 +97,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def encode_integers(values: NDArray[np.integer]) -> bytes:
-    """The field that holds (n,) values."""
+    """The field that holds these (n,) values, compressed."""
     values = np.ascontiguousarray(values, "<i8")
     size = np.where(values < 0, ~values, values)
     codes = np.searchsorted(_LIMITS, size, side="right")

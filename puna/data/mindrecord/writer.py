@@ -167,5 +167,5 @@ class _Pages:
 
 
 def _sorted(schema: Schema) -> Schema:
-    """By name, and so the fields of each column, as MindSpore writes them."""
+    """The columns, and the fields of each, sorted by name, as MindSpore writes them."""
     return {name: {key: schema[name][key] for key in sorted(schema[name])} for name in sorted(schema)}

@@ -232,7 +232,7 @@ def _note(found: dict[str, Any], number: int, dims: list[int]) -> None:
 
 
 def _dims(data: bytes, start: int, stop: int) -> list[int]:
-    """The numbers of a message that has nothing but a repeated one."""
+    """The numbers of a message whose only field is a repeated number."""
     return [
         wire.signed(dim)
         for number, kind, first, end in wire.fields(data, start, stop)

@@ -115,5 +115,5 @@ def counted_field(number: int, content: bytes | Iterable[bytes]) -> bytes:
 
 
 def counted_key(number: int, size: int) -> bytes:
-    """What stands before `size` counted bytes."""
+    """The key and the size that come before `size` counted bytes."""
     return encoded_varint(number << 3 | COUNTED) + encoded_varint(size)

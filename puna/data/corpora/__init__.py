@@ -55,19 +55,21 @@ class Corpus(Protocol):
         """The documents in the bytes of one span."""
 
 
-SEED = Option("seed", int, 0, "Of the infilling cuts.")
-FIM = Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9.")
-FIM_RATE = Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0.")
-SPM_RATE = Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first.")
-FIM_TOKENS = Option("fim_tokens", int, 4096, "Longer documents are not cut; give the tokens of a row in training.", 2)
-HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; copies go together.")
-NEAR_DUPLICATES = Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch).")
-
 #: Share of documents that Code Llama's training cuts for infilling (arXiv:2308.12950, section 2.3).
 CODE_LLAMA_FIM_RATE = 0.9
 
+HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; copies go together.")
+
 #: What every kind of plain text takes.
-TEXT_OPTIONS = (FIM, FIM_RATE, SPM_RATE, FIM_TOKENS, HELD_OUT, NEAR_DUPLICATES, SEED)
+TEXT_OPTIONS = (
+    Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9."),
+    Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0."),
+    Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first."),
+    Option("fim_tokens", int, 4096, "Longer documents are not cut; give the tokens of a row in training.", 2),
+    HELD_OUT,
+    Option("near_duplicates", bool, False, "Leave out near-duplicates too (needs datasketch)."),
+    Option("seed", int, 0, "Of the infilling cuts."),
+)
 
 
 def kinds() -> list[str]:
@@ -98,14 +100,15 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: given[name] if given.get(name) is not None else option.default for name, option in options.items()}
     for name, value in values.items():
         option = options[name]
-        if value is None or (option.type is float and type(value) is int):
-            pass
-        elif type(value) is not option.type:
+        if value is None:
+            continue
+        if type(value) is not option.type and not (option.type is float and type(value) is int):
             raise UsageError(f"{name} must be {option.type.__name__}, not {value!r}")
-        if option.type is float and value is not None and not 0 <= value <= 1:
+        if option.type is float and not 0 <= value <= 1:
             raise UsageError(f"{name} is a share, between 0 and 1, not {value!r}")
         if option.least is not None and value < option.least:
             raise UsageError(f"{name} is {value}; it must be {option.least} or more")
-    if values.pop("fim", False) and values["fim_rate"] is None:
-        values["fim_rate"] = CODE_LLAMA_FIM_RATE
-    return {name: 0.0 if name == "fim_rate" and value is None else value for name, value in values.items()}
+    fim = values.pop("fim", False)
+    if "fim_rate" in values and values["fim_rate"] is None:
+        values["fim_rate"] = CODE_LLAMA_FIM_RATE if fim else 0.0
+    return values

@@ -97,9 +97,9 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     options = {option.name: option for option in find(kind).OPTIONS}
     if unknown := sorted(given.keys() - options.keys()):
         raise UsageError(f"{kind} takes no option {', '.join(unknown)}; it takes {', '.join(sorted(options))}")
-    values = {name: given[name] if given.get(name) is not None else option.default for name, option in options.items()}
-    for name, value in values.items():
-        option = options[name]
+    values: dict[str, Any] = {}
+    for name, option in options.items():
+        values[name] = value = given[name] if given.get(name) is not None else option.default
         if value is None:
             continue
         if type(value) is not option.type and not (option.type is float and type(value) is int):

@@ -102,7 +102,8 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values[name] = value = given[name] if given.get(name) is not None else option.default
         if value is None:
             continue
-        if type(value) is not option.type and not (option.type is float and type(value) is int):
+        found = type(value)
+        if found is not option.type and not (option.type is float and found is int):
             raise UsageError(f"{name} must be {option.type.__name__}, not {value!r}")
         if option.type is float and not 0 <= value <= 1:
             raise UsageError(f"{name} is a share, between 0 and 1, not {value!r}")

@@ -241,9 +241,11 @@ def test_metas_code_finds_the_feed_forward_width_in_what_we_write(config):
 
 def test_the_tokenizer_goes_along_also_from_the_folder_above(tmp_path):
     folder = write_tiny_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     vocabulary = (folder / "tokenizer.model").read_bytes()
     meta = convert(folder, tmp_path / "llama" / "7B", to="meta")
     assert (meta / "tokenizer.model").read_bytes() == vocabulary
+    assert (meta / "chat_template.jinja").is_file()
     (meta / "tokenizer.model").rename(meta.parent / "tokenizer.model")
     model, tokenizer = load(convert(meta, tmp_path / "back"))
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == vocabulary

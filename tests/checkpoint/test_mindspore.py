@@ -458,10 +458,12 @@ def test_an_option_that_neither_side_takes_is_refused(tmp_path):
         convert(tmp_path / "hf", tmp_path / "meta", to="meta", layout="mp=2")
 
 
-def test_the_tokenizer_goes_along(tmp_path):
+def test_the_tokenizer_goes_along_with_the_layout_of_dialogs(tmp_path):
     folder = write_tiny_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     back = convert(convert(folder, tmp_path / "ms", to="mindspore"), tmp_path / "back")
-    assert (back / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_the_command_takes_its_options(model_ckpt, tmp_path, capsys):

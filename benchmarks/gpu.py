@@ -31,16 +31,13 @@ from puna.data.rows import IGNORE, Row
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
 from puna.model.llama import Llama
-from puna.model.recompute import prepare_layers
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
-from puna.parallel.model import DistributedModel
 from puna.plan.case import Case
 from puna.plan.memory import memory
 from puna.plan.search import weights_of
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory, schemes
-from puna.train.gradients import gradients_of
-from puna.train.optimizer import AdamW
+from puna.train.build import build
 from puna.train.step import train_step
 
 #: Part of the measurements -> its goals on an H200, in words.
@@ -212,14 +209,8 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     recipe = _recipe(case)
     layout = Layout.of(recipe, config, 1)
     started = time.perf_counter()
-    model = _model(recipe, config, layout, device)
-    optimizer = AdamW(model.weights.items(), recipe.optimizer, seed=0)
-    gradients = gradients_of(
-        optimizer,
-        in_backward=recipe.optimizer.in_backward,
-        is_clipped=recipe.optimizer.max_grad_norm is not None,
-        micro_batches=case.micro_batches,
-    )
+    model, gradients = build(recipe, config, Ranks(layout, None, None, None), device)
+    _draw(model.weights)
     batch = _batch(case, config.vocab_size)
     torch.accelerator.synchronize(device)
     seconds, losses = [time.perf_counter() - started], []
@@ -403,19 +394,6 @@ def _recipe(case: Training) -> Recipe:
             **case.fields,
         }
     )
-
-
-def _model(recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device) -> DistributedModel:
-    """A model as a run makes it, with weights drawn on the device."""
-    prepare = partial(
-        prepare_layers, recompute=recipe.recompute, n_recomputed=recipe.recompute_layers, is_compiled=True
-    )
-    model = DistributedModel.build(
-        config, Ranks(layout, None, None, None), recipe.parallel, device, prepare=prepare,
-        dtype=torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32, compute_dtype=torch.bfloat16,
-    )  # fmt: skip
-    _draw(model.weights)
-    return model
 
 
 @torch.no_grad()

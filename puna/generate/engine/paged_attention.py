@@ -90,20 +90,13 @@ def _cpu_kernel(keys: Tensor) -> cpu.Kernel | None:
 
 
 def _attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    lengths: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-    firsts: Tensor | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *scales_and_firsts: Tensor | None
 ) -> Tensor:
     if takes_cuda_kernels(q.device.type) and _has_triton():
         from puna.generate.engine import paged_attention_kernel as cuda
 
-        return cuda.attend_paged(q, keys, values, block_tables, lengths, key_scales, value_scales, firsts)
-    return attend_paged_reference(q, keys, values, block_tables, lengths, key_scales, value_scales)
+        return cuda.attend_paged(q, keys, values, block_tables, lengths, *scales_and_firsts)
+    return attend_paged_reference(q, keys, values, block_tables, lengths, *scales_and_firsts[:2])
 
 
 @cache

@@ -243,6 +243,24 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+class _WrongGuesses:
+    """Guesses that are computed with the newest token and never right: what it costs to check some."""
+
+    first = 7
+
+    def read(self, chunks: list[Any]) -> None:
+        """As `puna.generate.engine.drafts.Drafter`."""
+
+    def guess(self, wanted: list[tuple[Any, int]]) -> None:
+        """Likewise."""
+        for running, most in wanted:
+            running.drafts = [0] * most  # an id that spells nothing
+
+    def next_length(self, length: int, guessed: int, right: int) -> int:
+        """Likewise."""
+        return self.first
+
+
 def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled: bool) -> Iterator[dict[str, Any]]:
     """Tokens a second, and the share of the copy's rate at which weights are read, or of the product's rate."""
     from puna.generate import Sampling
@@ -275,7 +293,13 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         torch.accelerator.synchronize(device)
         return time.perf_counter() - started
 
-    for rows, how in [*((rows, {}) for rows in ROWS), (64, SAMPLED)]:
+    decoding: dict[str, tuple[int, dict[str, float], Any]] = {
+        **{f"{rows} rows decode": (rows, {}, None) for rows in ROWS},
+        "64 rows decode, sampled": (64, SAMPLED, None),
+        "1 rows decode, 7 wrong guesses": (1, {}, _WrongGuesses()),
+    }
+    for work, (rows, how, drafter) in decoding.items():
+        engine._drafter = engine.scheduler.drafter = drafter
         start(rows, 100, **how)
         while any(running.computed < 100 for running in engine.scheduler.running) or engine.scheduler.waiting:
             engine._step()
@@ -283,9 +307,12 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         stop()
         step = statistics.median(seconds)
         assert engine._runner._graphs is not None
-        yield {**case, "work": f"{rows} rows decode{', sampled' if how else ''}", "tokens_per_second": rows / step,
+        size = rows if drafter is None else rows * (1 + drafter.first), drafter is not None
+        recorded = {(rows, has_several) for rows, _, has_several in engine._runner._graphs._graphs}
+        yield {**case, "work": work, "tokens_per_second": rows / step,
                "share_of_copy_rate": read / step / copied, "share_of_product_rate": None,
-               "is_recorded": rows in {size for size, *_ in engine._runner._graphs._graphs}}  # fmt: skip
+               "is_recorded": size in recorded}  # fmt: skip
+    engine._drafter = engine.scheduler.drafter = None
     for prompt in (1024, 4096):
         seconds = []
         for _ in range(4):

@@ -1,7 +1,9 @@
 """What is to be prepared: sources, options, tokenizer and layout, checked; and what looking at the sources finds."""
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -91,6 +93,13 @@ class Job:
         if self.template is not None and self.template.jinja is not None:
             with file_aside(folder / TEMPLATE_FILE, "w") as file:
                 file.write(self.template.jinja)
+
+    def withdraw(self) -> None:
+        """Removes what a job without results has made; not its folder if that is a link, in use, or has folders."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.output / "tokenizer", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.output.rmdir()
 
     @property
     def work(self) -> Path:

@@ -94,7 +94,7 @@ def _work(job: Job, count: int, *, worth_starting: int) -> None:
             size_bytes, units = job.look(start_processes=pool.start, worth_starting=worth_starting)
         except PunaError:  # of a source or an option, which whoever mends it gives anew
             if not any(job.work.glob("unit-*")):
-                shutil.rmtree(job.output)
+                job.withdraw()
             raise
         if units <= worth_starting:
             pool.count = 1

@@ -636,6 +636,21 @@ def test_what_is_refused_at_the_first_look_can_be_given_right_into_the_same_fold
     assert make("code", library / "json", tmp_path / "out", languages="python")["documents"] > 0
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "current"])
+def test_a_refusal_at_the_first_look_leaves_a_folder_that_was_there_as_it_was(
+    library, make, tmp_path, monkeypatch, kind
+):
+    folder = tmp_path / "there"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    output = {"link": tmp_path / "link", "folder": folder, "current": Path()}[kind]
+    with pytest.raises(UsageError, match="pyton not known"):
+        make("code", library / "json", output, languages="pyton")
+    assert [path.name for path in folder.rglob("*")] == ["inner"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_folder_without_anything_usable_says_why(make, tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.py").write_bytes(b"\xff")

@@ -8,6 +8,7 @@ Each rank posts, in the store of the process group, how often it has come.
 """
 
 import contextlib
+import threading
 import time
 from typing import Any
 
@@ -31,7 +32,7 @@ class Attendance:
     def __init__(self, group: Any) -> None:
         self._rank = dist.get_rank(group)
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = store.clone()  # a connection of its own, as the pulse has
+        self._store, self._asking = store.clone(), store.clone()  # connections of their own, as the pulse has
         self._keys = [f"{KEY}/{group.group_name}/{rank}" for rank in range(dist.get_world_size(group))]
         self._times = -1
         self.come()
@@ -49,6 +50,10 @@ class Attendance:
         if seconds < self._said_at:
             return
         self._said_at = 2 * seconds
+        # In a thread that can be left behind: where the store's machine hangs, it never answers.
+        threading.Thread(target=self._tell, args=(seconds,), daemon=True).start()
+
+    def _tell(self, seconds: float) -> None:
         if late := self._late():
             who = f"rank {late[0]}" + (f" and {len(late) - 1} more" if late[1:] else "")
             say(f"waiting for {who} at a checkpoint for {seconds:,.0f} s; its disk may be slow, or hang")
@@ -56,8 +61,8 @@ class Attendance:
     def _late(self) -> list[int]:
         """The ranks that have come least often, if this is the one to say so: the first of the others."""
         with contextlib.suppress(RuntimeError):
-            if self._store.check(self._keys):
-                times = [int(posted) for posted in self._store.multi_get(self._keys)]
+            if self._asking.check(self._keys):
+                times = [int(posted) for posted in self._asking.multi_get(self._keys)]
                 late = [rank for rank, count in enumerate(times) if count == min(times)]
                 if self._rank == next((rank for rank in range(len(times)) if rank not in late), None):
                     return late

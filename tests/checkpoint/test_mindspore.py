@@ -90,6 +90,22 @@ def test_one_slice_of_several_is_refused_with_what_to_name(fixtures, tmp_path):
         convert(fixtures / "distributed/mp2pp2_fp16/rank_0", tmp_path / "out", config="tiny-64")
 
 
+def test_weights_without_rows_are_refused(model_ckpt, tmp_path):
+    content = open_ckpt(model_ckpt)
+    content["model.tok_embeddings.embedding_weight"] = StoredTensor.of(torch.zeros(0, 64))
+    write_ckpt(tmp_path / "empty.ckpt", content)
+    with pytest.raises(PunaError, match=r"makes vocab_size 512, .* make it 0$"):
+        convert(tmp_path / "empty.ckpt", tmp_path / "out", config="tiny-64")
+
+
+def test_of_several_tokens_that_end_a_text_the_one_of_config_json_goes_along(tmp_path, capsys):
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9]}))
+    section = yaml.safe_load((convert(folder, tmp_path / "ms", to="mindspore") / "model.yaml").read_text())
+    assert section["model"]["model_config"]["eos_token_id"] == 2
+    assert "ends texts at 2 alone, not at 7, 9 too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("slices", "whole", "layout"),
     [

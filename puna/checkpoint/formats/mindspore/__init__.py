@@ -111,7 +111,8 @@ def write(
     Raises:
         PunaError: MindFormers' Llama is no such network, or the tensors cannot be cut so.
     """
-    section = to_yaml(without_eot(config, tokenizer), tensors)
+    config = without_eot(config, tokenizer)
+    section = to_yaml(config, tensors)
     renamed = to_mindformers(tensors)
     strategy = None if layout is None else _strategy(layout, renamed, config)
     with folder_aside(folder) as aside:
@@ -123,6 +124,9 @@ def write(
             write_ckpt(aside / "model.ckpt", renamed)
         else:
             _write_slices(aside, renamed, strategy)
+    end, *others = config.eos_token_ids or (None,)
+    if others:
+        say(f"MindFormers' Llama ends texts at {end} alone, not at {', '.join(map(str, others))} too")
 
 
 def _is_mindspore(file: Path) -> bool:

@@ -42,7 +42,8 @@ def config_of(
     for name, size in sizes.items():
         if getattr(config, name) != size:
             whole = getattr(config, name)
-            hint = "" if whole % size else "; of slices, name the folder that holds those of all ranks"
+            is_part = size > 0 and whole % size == 0
+            hint = "; of slices, name the folder that holds those of all ranks" if is_part else ""
             raise PunaError(f"{stated} makes {name} {whole}, but the weights of {where} make it {size}{hint}")
     return config
 
@@ -129,7 +130,7 @@ def feed_forward_width(fields: Mapping[str, Any], hidden: int) -> int:
 
 
 def to_yaml(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
-    """MindFormers' `model:` section for a shape.
+    """MindFormers' `model:` section for a shape; of several tokens that end a text it names the first.
 
     Raises:
         PunaError: its Llama has no such network.
@@ -138,7 +139,6 @@ def to_yaml(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
     more = {
         "rope_scaling other than linear": not linear,
         "a head tied to the embedding": config.tie_word_embeddings,
-        "several eos_token_id": isinstance(config.eos_token_id, list),
     }
     check_plain_llama(config, "MindFormers' Llama", more)
     dtype = next(iter(tensors.values())).dtype
@@ -155,7 +155,7 @@ def to_yaml(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
         "rms_norm_eps": config.rms_norm_eps,
         "theta": config.rope_theta,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": next(iter(config.eos_token_ids), None),
         "pad_token_id": 0,
         "ignore_token_id": -100,
         "param_init_type": dtype_name(dtype),

@@ -378,6 +378,8 @@ def test_of_a_folder_of_wikitext_the_parts_for_measuring_are_left_out_by_name(tm
     assert len(documents_of("wikitext", folder / "wiki" / "wiki.test.tokens")) == 1
     (folder / "wiki" / "wiki.train.tokens").unlink()
     assert len(documents_of("wikitext", folder / "wiki")) == 2
+    (folder / "wiki" / "wiki.train.tokens.zip").write_bytes(b"PK")
+    assert len(documents_of("wikitext", folder / "wiki")) == 2  # nothing was learned from a file that is not read
 
 
 def test_wikitext_with_line_ends_of_windows_is_refused(tmp_path):

@@ -109,14 +109,14 @@ def paragraphs(text: str) -> list[str]:
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """Pieces that begin with a heading; their state says what is open before and what closes behind."""
     files = list(files_of(source, suffixes=(".tokens", ".txt", ".raw")))
-    trained_on = {file.path.parent for file in files if "train" in file.path.name.split(".")}
+    trained_on = {file.path.parent for file in files if not file.refused and "train" in file.path.name.split(".")}
     for file in files:
+        if file.refused or file.size == 0:
+            yield LeftOut(file.name, source.name, file.refused or "empty")
+            continue
         part = next((part for part in MEASURED if part in file.path.name.split(".")), None)
         if part is not None and file.path.parent in trained_on:
             yield LeftOut(file.name, source.name, f"the {part} part (name its file to take it)")
-            continue
-        if file.refused or file.size == 0:
-            yield LeftOut(file.name, source.name, file.refused or "empty")
             continue
         last = _last_closing(file.path)
         opened = ""

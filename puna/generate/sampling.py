@@ -139,7 +139,8 @@ def choose(
 def distribution(logits: Tensor, is_seen: Tensor, sampling: Sampling, counts: Tensor | None = None) -> Tensor:
     """Probability (V,) fp32 with which each token comes next; arguments as for `choose`, temperature above 0."""
     scores = _scores(logits, is_seen, sampling, counts)
-    scores = (scores - scores.max()) / sampling.temperature  # 0 at most, so that no temperature overflows
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)  # fp32 makes 0 of what is far below
+    scores = (scores - scores.max()) / temperature  # 0 at most, so that no temperature overflows
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -math.inf)
     if sampling.top_p < 1:
@@ -157,7 +158,7 @@ def _is_tail(likelihoods: Tensor, most: float) -> Tensor:
     """
     is_tail = likelihoods < most / len(likelihoods)
     others = is_tail.logical_not().nonzero().view(-1)
-    ascending, order = likelihoods[others].sort()
+    ascending, order = likelihoods[others].sort(stable=True)  # of tokens alike, the first ids go, on any device
     together = ascending.cumsum(0) + likelihoods[is_tail].sum()
     is_tail[others[order[:-1][together[:-1] <= most]]] = True
     return is_tail

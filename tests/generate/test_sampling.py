@@ -127,7 +127,7 @@ def test_temperature_zero_takes_the_likeliest_after_the_penalty_whatever_is_draw
 
 def test_a_tiny_temperature_is_greedy_and_not_a_number_out_of_range() -> None:
     logits = logits_of(1, width=1e4)
-    for temperature in (1e-6, 1e-30, 1e-44):
+    for temperature in (1e-6, 1e-30, 1e-44, 5e-324):
         sampling = Sampling(temperature=temperature)
         assert choose(logits, seen([]), sampling, 0.7) == int(logits.argmax())
         assert draw(logits[None], [sampling], [0.7]) == [int(logits.argmax())]
@@ -173,6 +173,17 @@ def test_rows_are_drawn_together_as_one_by_one(seed: int, share: float, sampling
         patch.setattr("puna.generate.engine.drawing.MOST_ROWS", 3)
         found = draw(rows, samplings, shares)
     assert found == [choose(row, seen([]), *each) for row, *each in zip(rows, samplings, shares, strict=True)]
+
+
+def test_of_tokens_alike_top_p_keeps_the_same_ones_together_as_one_by_one() -> None:
+    """In bf16 many are alike; those of the first ids go."""
+    rows = torch.zeros(3, 2000)
+    rows[1:, ::7] = 1.5
+    samplings = [Sampling(temperature=0.8, top_p=top_p) for top_p in (0.01, 0.02, 0.3)]
+    for share in (0.0, 0.4, 0.99):
+        found = draw(rows, samplings, [share] * 3)
+        assert found == [choose(row, rows[0] > 0, each, share) for row, each in zip(rows, samplings, strict=True)]
+        assert found[0] > 1970
 
 
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:

@@ -44,7 +44,7 @@ def _draw(scores: Tensor, samplings: Several[Sampling], shares: Several[float]) 
         is_limited = column([0 < s.top_k < n_ids for s in samplings], torch.bool)
         scores = scores.masked_fill(is_limited & (scores < least), -torch.inf)
     if any(s.top_p < 1 for s in samplings):
-        ascending, order = scores.softmax(1).sort(1)
+        ascending, order = scores.softmax(1).sort(dim=1, stable=True)
         is_tail = ascending.cumsum(1) <= column([1 - s.top_p for s in samplings])
         is_tail[:, -1] = False
         scores = scores.masked_fill(torch.empty_like(is_tail).scatter_(1, order, is_tail), -torch.inf)

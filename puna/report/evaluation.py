@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import puna
 from puna.evaluate.comparing import read_result
 from puna.evaluate.paper import paper_name
 from puna.evaluate.samples import read_lines
@@ -15,7 +16,7 @@ from puna.report import what_runs_here, write_report
 NOT_SHARES = ("bits_per_byte", "perplexity")
 
 #: Fields of a result that the page shows elsewhere, or not at all.
-SHOWN_ELSEWHERE = ("intervals", "paper", "verdicts", "by_position", "cells", "benchmark", "model", "sandbox")
+SHOWN_ELSEWHERE = ("intervals", "paper", "verdicts", "by_position", "cells", "benchmark", "model", "sandbox", "puna")
 
 
 def write_evaluation(folders: Sequence[Path | str], path: Path | str) -> Path:
@@ -186,6 +187,8 @@ def _failures(details: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> list
 def _settings(result: Mapping[str, Any]) -> dict[str, str]:
     """Everything else that the result says of how it came about."""
     settings = {"sandbox": result["sandbox"]} if "sandbox" in result else {}
+    if result.get("puna", puna.__version__) != puna.__version__:
+        settings["puna, of the answers"] = result["puna"]
     for name, value in result.items():
         if name not in SHOWN_ELSEWHERE and not _is_score(value):
             settings[name] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

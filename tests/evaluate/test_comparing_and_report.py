@@ -13,6 +13,7 @@ from puna.cli import run
 from puna.errors import PunaError
 from puna.evaluate import evaluate
 from puna.files import read_json, write_json
+from puna.report import what_runs_here
 from puna.report.evaluation import evaluation_results, write_evaluation
 from puna.testing import write_tiny_tasks
 
@@ -191,6 +192,18 @@ def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
     assert "&lt;b&gt;seen&lt;/b&gt;" in page
     assert 'title="Tiny/1: wrong"' in page
     assert not re.search(r"(src|href)=", page)
+
+
+def test_the_page_names_the_commit_that_ran_here_and_other_versions_of_the_answers(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run_here = evaluation_results([folders[0]])["run"]
+    assert run_here["puna"] == what_runs_here()["puna"]
+    assert "puna, of the answers" not in run_here
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    write_json(copy / "result.json", read_json(copy / "result.json") | {"puna": "0.0.1, 0.0.2"})
+    both = evaluation_results([copy])["run"]
+    assert (both["puna"], both["puna, of the answers"]) == (what_runs_here()["puna"], "0.0.1, 0.0.2")
 
 
 def test_results_of_one_model_stand_side_by_side(folders: tuple[Path, Path]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from puna.checkpoint import is_hub_id, load_config, resolve
+from puna.checkpoint.huggingface import load_tokenizer_of
 from puna.config import Recipe
 from puna.data.loader import Loader
 from puna.data.rows import Rows, open_rows
@@ -79,14 +80,14 @@ def verified_data(recipe: Recipe) -> dict[str, str]:
 
 
 def _check_tokenizer(model: Path, folder: str, sha256: str) -> None:
-    from puna.tokenizer import load_tokenizer
-
     try:
-        own = load_tokenizer(model).sha256
-    except PunaError:
-        say(f"{model} has no tokenizer to compare with that of {folder}, which is used")
+        own = load_tokenizer_of(model)
+    except PunaError as error:
+        say(f"the tokenizer of {model} cannot be compared with that of {folder}, which is used: {error}")
         return
-    if own != sha256:
+    if own is None:
+        say(f"{model} has no tokenizer to compare with that of {folder}, which is used")
+    elif own.sha256 != sha256:
         raise PunaError(
             f"{folder} was prepared with another tokenizer than that of {model}; prepare it again with "
             f"--tokenizer {model}"

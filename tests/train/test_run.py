@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -251,7 +252,7 @@ def test_the_cut_into_micro_batches_does_not_change_the_run(recipe: Make, tmp_pa
 
 def test_recomputation_of_all_layers_or_of_some_changes_nothing(recipe: Make, tmp_path: Path) -> None:
     puna.train(recipe(run_dir=str(tmp_path / "kept")))
-    for mode, layers in [("block", None), ("block", 1), ("selective", None), ("selective", 1), ("offload", 1)]:
+    for mode, layers in itertools.product(("block", "selective", "offload"), (None, 1)):
         run_dir = tmp_path / f"{mode}-{layers}"
         puna.train(recipe(recompute=mode, recompute_layers=layers, run_dir=str(run_dir)))
         assert _numbers(run_dir) == _numbers(tmp_path / "kept"), run_dir
@@ -487,6 +488,26 @@ def test_data_of_a_larger_vocabulary_is_refused(recipe: Make, prepared: Path, tm
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(PunaError, match="prepared with another tokenizer"):
         puna.train(recipe(data={"train": {str(folder): 1.0, str(prepared): 2.0}}))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "start has no tokenizer to compare with that of .*, which is used"),
+        ("{", "the tokenizer of .*start cannot be compared with that of .*, which is used: .*tokenizer.json .*JSON"),
+    ],
+    ids=["none", "damaged"],
+)
+def test_a_tokenizer_that_cannot_be_compared_is_said_with_the_reason(
+    recipe: Make, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None,
+    said: str,
+) -> None:  # fmt: skip
+    start = tmp_path / "start"
+    shutil.copytree(tiny_model_folder, start, ignore=shutil.ignore_patterns("tokenizer*"))
+    if content is not None:
+        (start / "tokenizer.json").write_text(content)
+    puna.train(recipe(start=str(start), steps=2))
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_dialogs_of_several_layouts_are_named(

@@ -88,10 +88,11 @@ def test_a_compiled_model_holds_it_as_one_operation(is_rounded: bool) -> None:
     assert torch.equal(compiled(*arguments), attend_paged_reference(*arguments[:-1]) + 1)
 
 
-def test_the_kernel_is_loaded_only_where_it_is_used() -> None:
-    code = "import sys, puna.generate.engine.paged_attention; print(*sys.modules)"
+def test_the_kernel_and_torchs_compiler_are_loaded_only_where_they_are_used() -> None:
+    code = "import sys, puna.generate; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "puna.generate.engine.paged_attention_kernel" not in loaded
+    assert "puna.generate.engine.paged_attention" in loaded
+    assert not {"puna.generate.engine.paged_attention_kernel", "torch._dynamo"} & set(loaded)
 
 
 @needs_cpu_kernel

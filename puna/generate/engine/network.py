@@ -1,5 +1,6 @@
 """How a model computes a step's tokens, end to end: by its modules, compiled or not, or as few kernels."""
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,7 +39,7 @@ def network_of(model: Llama, cache: PagedCache, *, is_compiled: bool) -> Network
     if not takes_cuda_kernels(cache.device.type):
         return ByModules(model)
     if is_compiled:
-        cache.layer_type = _OutsideCompiledLayers
+        cache.layer_type = _outside_compiled_layers()
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward, options=OPTIONS)
         return ByModules(model, is_compiled=True)
@@ -68,10 +69,13 @@ class ByModules:
         return self.model.lm_head(hidden)
 
 
-class _OutsideCompiledLayers(PagedLayer):
-    """Compiled code calls it and does not look inside, where every layer is another."""
+@functools.cache
+def _outside_compiled_layers() -> type[PagedLayer]:
+    """What compiled code calls and does not look inside, where every layer is another."""
 
-    @torch.compiler.disable
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """As `PagedLayer`."""
-        return super().attend(q, k, v, positions)
+    class OutsideCompiledLayers(PagedLayer):
+        @torch.compiler.disable  # loads torch's compiler, which takes most of a second
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+            return super().attend(q, k, v, positions)
+
+    return OutsideCompiledLayers

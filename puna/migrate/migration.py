@@ -132,7 +132,7 @@ def migrate(
     recipe = recipe_of(settings, where=str(source), rows=counted, is_faithful=faithful)
     steps = _conversion(settings, source, None) + _preparation(settings, recipe, faithful)
     start, how_many = words_to_start(_devices(recipe.parallel))
-    steps.append(f"{start} {output or 'recipe.yaml'}{how_many}")
+    steps.append(f"{start} {shlex.quote(str(output or 'recipe.yaml'))}{how_many}")
     differences = [
         *([] if faithful else DIFFERENCES),
         *value_differences(settings, recipe),

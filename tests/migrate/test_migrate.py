@@ -369,7 +369,7 @@ def test_a_yaml_for_prediction_becomes_a_command(written, capsys):
 
 
 def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, capsys):
-    path, recipe = written({"load_checkpoint": "out/X.ckpt"}), tmp_path / "recipe.yaml"
+    path, recipe = written({"load_checkpoint": "out/X.ckpt"}), tmp_path / "my recipe.yaml"
     assert run(["migrate", str(path), "-o", str(recipe)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{recipe}\n"
@@ -378,7 +378,7 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
     text = recipe.read_text()
     assert f"#   puna convert out/X.ckpt -o weights --config {path}\n" in text
     assert "#   puna prepare mindrecord X.mindrecord -o data/train --tokenizer tokenizer.model\n" in text
-    assert f"#   puna launch {recipe} --nodes 2 --gpus 8\n" in text
+    assert f"#   puna launch '{recipe}' --nodes 2 --gpus 8\n" in text
     assert run(["migrate", str(path), "-o", str(recipe)]) == 1
     capsys.readouterr()
     assert run(["migrate", str(path), "--json"]) == 0

@@ -158,7 +158,9 @@ def _as_it_is(job: Job) -> dict[str, Any]:
         pass
     changed = [path for path, source in job.sources.items() if source != info["sources"].get(path)]
     if changed:
-        raise PunaError(f"{job.output} exists already, and {changed[0]} has changed since; choose another place")
+        raise PunaError(
+            f"{job.output} exists already, and what is read of {changed[0]} has changed since; choose another place"
+        )
     _check_whole(job.output, info)
     say(f"{job.output} is prepared already, from the same sources with the same settings")
     return info

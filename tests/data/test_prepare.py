@@ -477,7 +477,9 @@ def test_a_finished_folder_of_sources_that_changed_is_not_touched(library, make,
     source = shutil.copytree(library / "json", tmp_path / "src")
     make("code", source, tmp_path / "out")
     (source / "new.py").write_text("x = 1\n")
-    with pytest.raises(PunaError, match=r"exists already, and .*src has changed since; choose another place"):
+    with pytest.raises(
+        PunaError, match=r"exists already, and what is read of .*src has changed since; choose another place"
+    ):
         make("code", source, tmp_path / "out")
 
 

@@ -9,7 +9,6 @@ models below. The resolved recipe is stored in the run folder and in every check
 import difflib
 import os
 import re
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,21 +230,6 @@ def load_recipe(
 def recipe_names() -> list[str]:
     """The recipes that ship with puna."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
-
-
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The innermost fields in which two nested mappings differ: dotted name -> both values, None where one lacks it."""
-    first, second = _dotted(one), _dotted(other)
-    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _dotted(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        found |= _dotted(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
-    return found
 
 
 def _read(name: str | Path) -> dict[str, Any]:

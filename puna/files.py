@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -262,3 +262,18 @@ def checksum_of(path: Path | str) -> str:
 def checksum_of_value(value: Any) -> str:
     """Likewise of what JSON can hold, however it is laid out there."""
     return xxhash.xxh3_128(json.dumps(value).encode()).hexdigest()
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The innermost fields in which two nested mappings differ: dotted name -> both values, None where one lacks it."""
+    first, second = _dotted(one), _dotted(other)
+    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _dotted(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= _dotted(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    return found

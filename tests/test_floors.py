@@ -96,3 +96,7 @@ def test_the_help_of_the_command_line_loads_neither_torch_nor_numpy() -> None:
 def test_data_is_prepared_without_torch() -> None:
     loaded = _modules_after("import puna.data.prepare, puna.data.loader, puna.tokenizer, puna.prompts")
     assert "torch" not in loaded
+
+
+def test_answers_are_judged_and_results_compared_without_recipes() -> None:
+    assert {"torch", "pydantic"}.isdisjoint(_modules_after("import puna.evaluate.programs, puna.evaluate.comparing"))

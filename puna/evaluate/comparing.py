@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from puna.config import differing
 from puna.errors import PunaError
 from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.samples import read_lines
-from puna.files import read_json
+from puna.files import differing, read_json
 
 #: What two results have to have in common for their scores to be answers to the same questions.
 SAME = ("benchmark", "variant", "data", "length", "cases", "seed")

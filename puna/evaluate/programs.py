@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import puna
-from puna.config import differing
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
 from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
@@ -33,7 +32,7 @@ from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
 from puna.evaluate.stored import loaded
-from puna.files import check_writable, file_aside, read_json, sha256_of, write_json
+from puna.files import check_writable, differing, file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, check_order
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from puna.checkpoint.manifest import read_meta
 from puna.checkpoint.runs import checkpoints
-from puna.config import Recipe, differing, load_recipe
+from puna.config import Recipe, load_recipe
 from puna.errors import PunaError, UsageError
+from puna.files import differing
 from puna.model.config import ModelConfig
 from puna.progress import say
 from puna.train.inputs import model_config

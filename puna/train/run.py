@@ -107,7 +107,7 @@ class _Run:
         recipe, started = self.recipe, time.monotonic()
         self._introduce()
         numbers: dict[str, Any] = {}
-        skipped_in_a_row = 0
+        not_finite: list[int] = []  # steps in a row
         is_due = False
         with (
             self._metrics() as metrics,
@@ -119,9 +119,9 @@ class _Run:
                 with self._explained(f"in step {self.step + 1}"):
                     numbers = self._take_step()
                 if numbers["targets"]:  # else nothing was tried
-                    skipped_in_a_row = 0 if numbers["is_applied"] else skipped_in_a_row + 1
-                if skipped_in_a_row > MAX_SKIPPED:
-                    self._give_up(skipped_in_a_row)
+                    not_finite = [] if numbers["is_applied"] else [*not_finite, self.step]
+                if len(not_finite) > MAX_SKIPPED:
+                    self._give_up(not_finite)
                 is_last = self.step == recipe.steps
                 if self.valid_rows is not None and (is_last or self.step % recipe.validation.every == 0):
                     with self._explained(f"while the loss on data.valid was measured, after step {self.step}"):
@@ -278,13 +278,12 @@ class _Run:
         if self.ranks.layout.devices > 1:
             say(f"{self.ranks.layout.devices} devices: {self.ranks.layout}")
 
-    def _give_up(self, in_a_row: int) -> None:
+    def _give_up(self, steps: list[int]) -> None:
         path = self.run_dir / "not-finite.json"
-        first = self.step - in_a_row
         if is_first_rank():
-            write_json(path, {step + 1: self.loader.row_numbers(step) for step in range(first, self.step)})
+            write_json(path, {step: self.loader.row_numbers(step - 1) for step in steps})
         raise PunaError(
-            f"loss or gradient was not finite {in_a_row} steps in a row (steps {first + 1} to {self.step}); "
+            f"loss or gradient was not finite {len(steps)} steps in a row (steps {steps[0]} to {steps[-1]}); "
             f"{self.gradients.if_not_finite}, the batches' rows are in {path}. `puna inspect` the rows, or try a lower "
             f"optimizer.peak_lr in {new_run_from(self.run_dir)}"
         )

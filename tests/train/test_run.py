@@ -448,6 +448,17 @@ def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(
     assert all(len(batch) == 4 for batch in rows.values())
 
 
+def test_steps_that_ask_for_nothing_are_none_of_those_that_were_not_finite(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = iter([1, 0, 1, 0, 1, 1])
+    monkeypatch.setattr(run_module, "train_step", lambda *a, **k: StepResult(math.nan, math.nan, next(targets), False))
+    content = recipe()
+    with pytest.raises(PunaError, match=r"not finite 4 steps in a row \(steps 1 to 6\)"):
+        puna.train(content)
+    assert list(read_json(Path(content["run_dir"]) / "not-finite.json")) == ["1", "3", "5", "6"]
+
+
 @pytest.mark.parametrize(
     ("in_backward", "fate"),
     [(False, "the weights were left alone"), (True, "whose own gradient was finite have moved")],

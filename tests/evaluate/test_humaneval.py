@@ -1,4 +1,4 @@
-"""HumanEval: right answers pass, wrong ones and cheats do not, bad files are named."""
+"""HumanEval: right answers pass, wrong ones do not, bad files are named."""
 
 import gzip
 import json

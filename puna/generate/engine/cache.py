@@ -148,9 +148,9 @@ class Seen:
             places = torch.tensor(chunk.running.blocks[: -(-chunk.stop // size)])[:, None] * size + torch.arange(size)
             slots.append(places.flatten()[: chunk.stop])
         together = torch.cat(slots)
-        first, last = together[0].item(), together[-1].item()
-        if last - first == len(together) - 1 and bool((together.diff() == 1).all()):
-            return cls(slice(int(first), int(last) + 1), spans)
+        first = int(together[0])
+        if torch.equal(together, torch.arange(first, first + len(together))):
+            return cls(slice(first, first + len(together)), spans)
         return cls(together.to(cache.device), spans)
 
     @property

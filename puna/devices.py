@@ -7,6 +7,7 @@ about itself needs none.
 
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import platform
@@ -200,6 +201,12 @@ def device_name(device: "torch.device") -> str:
 def takes_cuda_kernels(device_type: str) -> bool:
     """Whether kernels written for CUDA run on devices of a type, e.g. of "cuda" but not of "npu"."""
     return device_type == "cuda"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels written in Triton can be built: it comes with torch's builds for CUDA on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def multiplies_fp8(device: "torch.device") -> bool:

@@ -1,7 +1,6 @@
 """Which of this package's Triton kernels serve a device; asked without loading Triton, which takes a second."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -9,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from puna.devices import multiplies_fp8, takes_cuda_kernels
+from puna.devices import has_triton, multiplies_fp8, takes_cuda_kernels
 
 #: Rows from which torch's own products are left to multiply: each program of the kernel reads all rows.
 MOST_ROWS = 64
@@ -30,4 +29,4 @@ def rounding(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 
 @cache
 def _module(name: str) -> ModuleType | None:
-    return None if importlib.util.find_spec("triton") is None else importlib.import_module(f"puna.quantized.{name}")
+    return importlib.import_module(f"puna.quantized.{name}") if has_triton() else None

@@ -7,7 +7,6 @@ checkpoints need no map. Where a number is rounded by chance (`puna.train.roundi
 device and on many.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from puna.config import Optimizer
-from puna.devices import takes_cuda_kernels
+from puna.devices import has_triton, takes_cuda_kernels
 from puna.errors import PunaError
 from puna.model.optimizer_state import MOMENTS, block_of, is_blockwise, misfit, state_shapes
 from puna.train.low_bit import Blocks, signed_levels, unsigned_levels
@@ -203,7 +202,7 @@ def _is_for_torch(rows: dict[str, Tensor]) -> bool:
 @cache
 def _update_kernel() -> Callable[..., None] | None:
     """The update in one kernel, where Triton is there."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     from puna.train import update_kernel
 

@@ -1,14 +1,13 @@
 """How a model computes a step's tokens, end to end: by its modules, compiled or not, or as few kernels."""
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from puna.devices import takes_cuda_kernels
+from puna.devices import has_triton, takes_cuda_kernels
 from puna.generate.engine.cache import PagedCache, PagedLayer
 from puna.model.llama import Llama
 
@@ -44,7 +43,7 @@ def network_of(model: Llama, cache: PagedCache, *, is_compiled: bool) -> Network
             layer.forward = torch.compile(layer.forward, options=OPTIONS)
         return ByModules(model, is_compiled=True)
     dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-    if dtype.itemsize > 2 or importlib.util.find_spec("triton") is None:
+    if dtype.itemsize > 2 or not has_triton():
         return ByModules(model)
     from puna.generate.engine.cuda_step import CudaStep
 

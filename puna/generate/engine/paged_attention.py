@@ -7,13 +7,10 @@ kernel of `paged_attention_kernel`, on a CPU in bf16 that of `puna.model.layer_k
 `attend_paged_reference`.
 """
 
-import importlib.util
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from puna.devices import takes_cuda_kernels
+from puna.devices import has_triton, takes_cuda_kernels
 from puna.generate.engine.storage import Storage
 from puna.model import layer_kernel as cpu
 
@@ -56,7 +53,7 @@ def attend_paged(
 def most_tokens(keys: Tensor) -> int:
     """How many tokens of a sequence a kernel takes at a time for such keys; 0: there is none."""
     if takes_cuda_kernels(keys.device.type):
-        return MOST_TOKENS if _has_triton() else 1
+        return MOST_TOKENS if has_triton() else 1
     return 0 if _cpu_kernel(keys) is None else 1
 
 
@@ -92,16 +89,11 @@ def _cpu_kernel(keys: Tensor) -> cpu.Kernel | None:
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *scales_and_firsts: Tensor | None
 ) -> Tensor:
-    if takes_cuda_kernels(q.device.type) and _has_triton():
+    if takes_cuda_kernels(q.device.type) and has_triton():
         from puna.generate.engine import paged_attention_kernel as cuda
 
         return cuda.attend_paged(q, keys, values, block_tables, lengths, *scales_and_firsts)
     return attend_paged_reference(q, keys, values, block_tables, lengths, *scales_and_firsts[:2])
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 # Not by torch.library.custom_op, which would load torch's compiler and Triton.

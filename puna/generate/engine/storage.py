@@ -7,7 +7,6 @@ int8 (steps of 1/127 of the greatest) is the finer of both where the numbers of 
 1/16 to 1/8 of each number) does not lose small numbers beside a great one.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from puna.devices import multiplies_fp8, takes_cuda_kernels
+from puna.devices import has_triton, multiplies_fp8, takes_cuda_kernels
 from puna.errors import UsageError
 from puna.model import layer_kernel
 from puna.model.cache import token_bytes as plain_token_bytes
@@ -130,7 +129,7 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 @cache
 def _kernel() -> Callable[..., None] | None:
     """What writes in 8 bits on CUDA devices, where Triton is there."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     from puna.generate.engine import storage_kernel
 

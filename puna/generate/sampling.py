@@ -64,7 +64,7 @@ class Sampling:
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for name, (kind, is_valid, expected) in _RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) or not is_valid(value):
+            if isinstance(value, bool) or not isinstance(value, kind) or not is_valid(value):
                 raise UsageError(f"{name}={value!r} must be {expected}")
 
     @classmethod
@@ -80,19 +80,31 @@ class Sampling:
         return cls(**settings)
 
 
+#: What is added to logits, or multiplied with them, is no greater, nor is its inverse: fp32 still holds the result.
+GREATEST = 1e15
+
+
+def _is_usable(value: float) -> bool:
+    return abs(value) <= GREATEST
+
+
 #: Setting -> its type, whether a value of it is valid, and that in words.
 _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
-    "temperature": ((int, float), lambda value: 0 <= value < math.inf, "0 or more"),
+    "temperature": ((int, float), lambda value: 0 <= value <= GREATEST, f"0 or more, and {GREATEST:.0e} at most"),
     "top_k": (int, lambda value: value >= 0, "0 (all tokens) or more"),
     "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min_p": ((int, float), lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "repetition_penalty": ((int, float), lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
-    "presence_penalty": ((int, float), math.isfinite, "a number"),
-    "frequency_penalty": ((int, float), math.isfinite, "a number"),
+    "repetition_penalty": (
+        (int, float),
+        lambda value: 1 / GREATEST <= value <= GREATEST,
+        f"above 0 (1 changes nothing), from {1 / GREATEST:.0e} to {GREATEST:.0e}",
+    ),
+    "presence_penalty": ((int, float), _is_usable, f"a number of {GREATEST:.0e} at most"),
+    "frequency_penalty": ((int, float), _is_usable, f"a number of {GREATEST:.0e} at most"),
     "logit_bias": (
         Mapping,
-        lambda value: all(isinstance(id, int) and id >= 0 and math.isfinite(add) for id, add in value.items()),
-        "token ids with what is added to their logits",
+        lambda value: all(isinstance(id, int) and id >= 0 and _is_usable(add) for id, add in value.items()),
+        f"token ids with what is added to their logits, {GREATEST:.0e} at most",
     ),
     "logprobs": ((int, NoneType), lambda value: value is None or value >= 0, "None, or how many likeliest tokens"),
     "max_tokens": (int, lambda value: value >= 1, "1 or more"),
@@ -107,9 +119,9 @@ def check_numbers(logits: Tensor) -> None:
     """Refuses logits of any shape that are not numbers.
 
     Raises:
-        PunaError: one of them is NaN.
+        PunaError: one of them is NaN, or infinite where it is not below all others.
     """
-    if logits.isnan().any():
+    if (logits.isnan() | logits.isposinf()).any():
         raise PunaError("the model's logits are not numbers: its weights are damaged, or too large for this dtype")
 
 

@@ -17,7 +17,7 @@ from transformers.generation import (
 
 from puna.errors import PunaError, UsageError
 from puna.generate.engine.drawing import draw
-from puna.generate.sampling import Sampling, check_numbers, choose, distribution
+from puna.generate.sampling import GREATEST, Sampling, check_numbers, choose, distribution
 
 V = 50
 
@@ -186,10 +186,11 @@ def test_of_tokens_alike_top_p_keeps_the_same_ones_together_as_one_by_one() -> N
         assert found[0] > 1970
 
 
-def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_an_error_not_a_token(number: float) -> None:
     logits = logits_of(0)
     check_numbers(logits)
-    logits[3] = math.nan
+    logits[3] = number
     with pytest.raises(PunaError, match="not numbers"):
         check_numbers(logits)
 
@@ -200,6 +201,13 @@ def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
+        ("presence_penalty", 1e300),
+        ("frequency_penalty", -(10**400)),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e300),
+        ("logit_bias", {5: 1e300}),
+        ("logprobs", True),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.01),
@@ -219,6 +227,22 @@ def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
 def test_a_setting_out_of_range_is_named_with_its_value_and_range(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^{field}=.* must be "):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_greatest_penalties_and_biases_leave_numbers(temperature: float, sign: int) -> None:
+    logits, counts = logits_of(0), torch.zeros(V)
+    counts[[3, 4]] = 1e5
+    settings = Sampling(
+        temperature=temperature,
+        presence_penalty=sign * GREATEST,
+        frequency_penalty=sign * GREATEST,
+        repetition_penalty=GREATEST**sign,
+        logit_bias={3: sign * GREATEST, 5: -sign * GREATEST},
+    )
+    id = choose(logits, seen([3, 4, 5]), settings, 0.5, counts)
+    assert id == 5 if sign < 0 else id in set(range(V)) - {3, 4, 5}
 
 
 def test_an_unknown_setting_lists_those_there_are() -> None:

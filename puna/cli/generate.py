@@ -1,5 +1,6 @@
 """`puna generate`: continues texts; and the options that it shares with `puna infill` and `puna chat`."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -284,13 +285,22 @@ def read_text(path: Path) -> str:
     Raises:
         PunaError: it is missing or not UTF-8.
     """
+    return _decoded(_content(path), str(path))
+
+
+def _content(path: Path) -> bytes:
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return content.decode("utf-8-sig")  # Windows begins files with a mark
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
+    return content.removeprefix(codecs.BOM_UTF8)  # Windows begins files with a mark
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise PunaError(f"{path} is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv") from None
+        raise PunaError(f"{where} is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv") from None
 
 
 class Results:
@@ -377,13 +387,16 @@ def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> dict
     if bool(prompts) == (file is not None):
         raise UsageError('give prompts as arguments, or --file with JSON lines, or "-" for standard input')
     if file is None:
-        texts = (read_text(Path("-")) if prompt == "-" else prompt for prompt in prompts)
+        texts = [read_text(Path("-")) if prompt == "-" else prompt for prompt in prompts]
+        for number, text in enumerate(texts, 1):
+            _check_prompt(text, f"prompt {number}")
         return {f"prompt {number}": {"prompt": text} for number, text in enumerate(texts, 1)}
-    lines = [(f"{file}:{number}", line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     records = {}
-    for place, line in lines:
+    for number, line in enumerate(_content(file).split(b"\n"), 1):
+        place = f"{file}:{number}"
         try:
-            records[place] = _record(line, place)
+            if (text := _decoded(line, place)).strip():
+                records[place] = _record(text, place)
         except PunaError as error:
             _leave_out(error, keep_going=keep_going)
     if not records:
@@ -421,11 +434,16 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise PunaError(f"{where} is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise PunaError(f'{where} is not an object with a text "prompt"')
-    if not record["prompt"]:
-        raise PunaError(f"{where} has an empty prompt")
-    if any("\ud800" <= character <= "\udfff" for character in record["prompt"]):
-        raise PunaError(f"{where} has a prompt with half of a surrogate pair, which UTF-8 cannot spell")
+    _check_prompt(record["prompt"], f"the prompt of {where}")
     return record
+
+
+def _check_prompt(text: str, where: str) -> None:
+    if not text:
+        raise PunaError(f"{where} is empty, so there is nothing to continue")
+    half = next((place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise PunaError(f"{where} is not UTF-8 text (character {half} is half of a surrogate pair)")
 
 
 def _last_line(prompt: str) -> str:

@@ -324,13 +324,15 @@ def test_completions_of_another_run_are_neither_taken_up_nor_lost(
 
 def test_a_bad_line_among_prompts_can_be_left_out(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "x"}\n{"prompt"\n{"prompt": "\\ud83d"}\n{"prompt": "y"}\n')
+    source.write_bytes(b'{"prompt": "x"}\n{"prompt"\n{"prompt": "\\ud83d"}\n{"prompt": "caf\xe9"}\n{"prompt": "y"}\n')
     words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "2"]
     assert run(words) == 1
     assert "in.jsonl:2 is not JSON" in (said := capsys.readouterr().err)
     assert "--keep-going" in said
     assert run([*words, "--keep-going"]) == 0
-    assert "in.jsonl:3 has a prompt with half of a surrogate pair" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "in.jsonl:3 is not UTF-8 text (character 0 is half of a surrogate pair)" in said
+    assert "in.jsonl:4 is not UTF-8 text (byte 15)" in said
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["x", "y"]
 
 
@@ -352,6 +354,8 @@ def test_wrong_prompts_are_told_apart_before_the_model_is_loaded(tmp_path: Path,
     file.write_text('{"prompt": "x"}\n{"prompt"\n')
     assert f"{file}:2 is not JSON" in message("--file", str(file), code=1)
     assert "give prompts as arguments" in message("x", "--file", str(file), code=2)
+    assert "prompt 2 is empty, so there is nothing to continue" in message("x", "", code=1)
+    assert "prompt 1 is not UTF-8 text (character 3 is half" in message("caf\udce9", code=1)
     typed(b"caf\xe9")
     assert "- is not UTF-8 text (byte 3)" in message("-", code=1)
     assert "top_p=1.5 must be above 0 and at most 1" in message("x", "--top-p", "1.5", code=2)
@@ -447,7 +451,10 @@ def test_a_file_of_windows_is_read_as_any_other(tmp_path: Path, tiny_model_folde
 def test_an_empty_prompt_in_a_file_is_named_by_its_line(tmp_path: Path, capsys) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n{"prompt": ""}\n')
     assert run(["generate", "nowhere/model", "--file", str(tmp_path / "prompts.jsonl")]) == 1
-    assert "prompts.jsonl:2 has an empty prompt; mend it, or leave it out with --keep-going" in capsys.readouterr().err
+    assert (
+        "prompts.jsonl:2 is empty, so there is nothing to continue; mend it, or leave it out with --keep-going"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])

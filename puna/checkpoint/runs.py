@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from puna import progress
-from puna.checkpoint.manifest import Damaged, check_files, damage, fingerprints, read_meta, write_manifest
+from puna.checkpoint.manifest import Damaged, check_files, fingerprints, read_meta, write_manifest
 from puna.checkpoint.meetings import Meetings
 from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
@@ -384,16 +384,19 @@ def _put_in_place(aside: Path, path: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Removes what need not be kept up to a step.
+
+    Later ones, which could not be read when the run was continued from an earlier step, stay until the run has come to
+    theirs: they may have been sound, and the reading have failed for the moment.
+    """
     paths = checkpoints(folder.parent)
     past = [s for s in paths if s <= step]
     kept = set(past[-max(keep, 1) :])
     if keep_every:
         kept |= {s for before, s in pairwise([0, *past]) if s // keep_every > before // keep_every}
-    for s, path in paths.items():
-        # A later one is left from before the run was continued from an earlier step, because it was damaged.
-        is_spent = s not in kept if s <= step else damage(path) is not None
-        if is_spent:
-            _remove(path)
+    for s in past:
+        if s not in kept:
+            _remove(paths[s])
 
 
 def _remove(path: Path) -> None:

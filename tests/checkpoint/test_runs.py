@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -119,19 +120,37 @@ def test_nothing_but_damaged_ones_is_an_error(tmp_path):
 
 
 def test_a_damaged_one_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
-    for step in (1, 2, 3):
+    for step in (1, 2):
         save(tmp_path, step, some_state(), {"life": 1})
-    for step in (2, 3):
-        (tmp_path / "checkpoints" / f"step-{step:08d}" / "rest" / ".metadata").write_bytes(b"")
+    (tmp_path / "checkpoints" / "step-00000002" / "rest" / ".metadata").write_bytes(b"")
     save(tmp_path, 2, some_state(), {"life": 2}, keep=1)
-    assert list(checkpoints(tmp_path)) == [2]  # the damaged third one no longer stands in the way
+    assert list(checkpoints(tmp_path)) == [2]
     assert Checkpoints(tmp_path).load(Checkpoints(tmp_path).newest(), some_state()) == {"life": 2}
 
 
-def test_a_sound_later_one_is_left_alone(tmp_path):
+def test_a_later_one_stays_until_the_run_has_come_to_its_step(tmp_path):
     for step in (9, 5, 6):
         save(tmp_path, step, some_state(), {}, keep=1)
     assert list(checkpoints(tmp_path)) == [6, 9]
+    save(tmp_path, 10, some_state(), {}, keep=1)
+    assert list(checkpoints(tmp_path)) == [10]
+
+
+def test_one_whose_reading_failed_for_the_moment_is_not_lost(tmp_path, monkeypatch):
+    for step in (1, 3):
+        save(tmp_path, step, some_state(), {})
+    read = manifest.checksum_of
+
+    def stale(path: Path) -> str:
+        if "step-00000003" in str(path):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(manifest, "checksum_of", stale)
+        assert Checkpoints(tmp_path).newest(say=lambda _: None).name == "step-00000001"
+        save(tmp_path, 2, some_state(), {})
+    assert Checkpoints(tmp_path).newest(say=pytest.fail).name == "step-00000003"
 
 
 def test_a_save_that_was_killed_is_ignored_and_cleared_away_by_the_next(tmp_path):

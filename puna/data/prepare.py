@@ -29,6 +29,9 @@ from puna.files import ASIDE, file_aside, read_json, try_lock, write_json
 from puna.garbage import seldom_collected
 from puna.progress import Progress, say
 
+#: In the folder of work: what is being made there, and who is at it.
+SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
+
 #: Units of two megabytes that this process finishes in about the time that fresh processes take to start.
 UNITS_WORTH_PROCESSES = 6
 
@@ -69,8 +72,11 @@ def prepare(
     if (job.output / DATASET_FILE).exists():
         return _as_it_is(job)
     began = time.monotonic()
-    _claim(job)
+    _check_place(job)
     with _alone(job):
+        if (job.output / DATASET_FILE).exists():  # another process has finished it meanwhile
+            return _as_it_is(job)
+        _claim(job)
         job.save_tokenizer(job.output / "tokenizer")
         try:
             _work(job, count, worth_starting=1 if workers or can_be_copied() else UNITS_WORTH_PROCESSES)
@@ -105,19 +111,12 @@ def _work(job: Job, count: int, *, worth_starting: int) -> None:
                 progress.advance(unit.size_bytes / 1e6)
 
 
-def _claim(job: Job) -> None:
-    """Makes the folder this job's, or makes sure that it is.
-
-    Raises:
-        PunaError: it holds something else, or the same with other settings.
-    """
-    settings_file = job.work / "settings.json"
-    if settings_file.exists():
-        _check_same(job, read_json(settings_file), "is being made")
-        return
-    if job.output.exists() and (not job.output.is_dir() or any(map(_is_something, job.output.rglob("*")))):
-        raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
-    write_json(settings_file, job.settings)
+def _check_place(job: Job) -> None:
+    """Refuses a folder that holds something else, before anything is made there."""
+    if job.output.exists() and not (job.work / SETTINGS_FILE).exists():
+        lock = job.work / LOCK_FILE  # of a process that was killed before it wrote more
+        if not job.output.is_dir() or any(_is_something(path) for path in job.output.rglob("*") if path != lock):
+            raise PunaError(f"{job.output} exists already and is not a prepared folder; choose another place")
 
 
 def _is_something(path: Path) -> bool:
@@ -128,10 +127,20 @@ def _is_something(path: Path) -> bool:
 @contextlib.contextmanager
 def _alone(job: Job) -> Iterator[None]:
     """Keeps other processes from preparing the same folder meanwhile, until this process ends in whatever way."""
-    with open(job.work / "lock", "wb") as lock:
+    job.work.mkdir(parents=True, exist_ok=True)
+    with open(job.work / LOCK_FILE, "wb") as lock:
         if try_lock(lock) is False:
             raise PunaError(f"{job.output} is being prepared by another process; wait for it, or stop it")
         yield
+
+
+def _claim(job: Job) -> None:
+    """Makes the folder this job's; a PunaError where it was begun with other settings. Only for who is alone."""
+    settings_file = job.work / SETTINGS_FILE
+    if settings_file.exists():
+        _check_same(job, read_json(settings_file), "is being made")
+    else:
+        write_json(settings_file, job.settings)
 
 
 def _check_same(job: Job, found: dict[str, Any], how: str) -> None:

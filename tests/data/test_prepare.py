@@ -437,6 +437,30 @@ def test_two_do_not_prepare_the_same_folder_at_once(library, make, tmp_path, und
     assert bytes_of(tmp_path / "out") == undisturbed
 
 
+def test_one_that_comes_second_does_not_say_what_is_made(library, make, tmp_path, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "try_lock", lambda _: False)  # the first has just begun, and written nothing yet
+        with pytest.raises(PunaError, match="out is being prepared by another process"):
+            make("code", library, tmp_path / "out", **{**OPTIONS, "held_out": 0.5})
+    make("code", library, tmp_path / "out", **OPTIONS)
+    assert bytes_of(tmp_path / "out") == undisturbed
+
+
+def test_one_that_comes_when_the_first_has_just_finished_does_nothing(library, make, tmp_path, capsys, monkeypatch):
+    check = preparing._check_place
+
+    def overtaken(job):
+        check(job)
+        monkeypatch.setattr(preparing, "_check_place", check)
+        make("code", library / "json", tmp_path / "out")
+
+    monkeypatch.setattr(preparing, "_check_place", overtaken)
+    info = make("code", library / "json", tmp_path / "out")
+    assert info == read_json(tmp_path / "out/dataset.json")
+    assert capsys.readouterr().err.count("prepared already") == 1
+    assert not (tmp_path / "out/unfinished").exists()
+
+
 # --- the folder that is there already
 
 

@@ -11,6 +11,7 @@ model and one tensor more. Every tensor of the model must be there and every ten
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,7 @@ def load(
     device: torch.device | str = "cpu",
     share: Callable[[ModelConfig], Share] | None = None,
     for_inference: bool = False,
+    context: int | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
@@ -63,6 +65,8 @@ def load(
         share: gives the part of the model to load, e.g. `puna.parallel.inference.Share`; None: the whole.
         for_inference: lay weights out as products without gradients read them fastest: bf16 on a CPU multiplies up to
             twice as fast, but such a model can be neither trained nor saved.
+        context: tokens that the model may see; None: those of its config.json, which are what it was trained on. Code
+            Llama, where that says 16,384, was measured up to 100,000 (arXiv:2308.12950, section 3.3).
 
     Returns:
         The model, and the tokenizer or None if the folder has none.
@@ -73,6 +77,8 @@ def load(
     """
     folder = resolve(folder)
     config, quantization = load_quantized_config(folder)
+    if context is not None:
+        config = replace(config, max_position_embeddings=context)
     tokenizer = load_tokenizer_of(folder)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)

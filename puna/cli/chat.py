@@ -13,6 +13,7 @@ import typer
 from puna.cli import app
 from puna.cli.generate import (
     CacheDtype,
+    ContextTokens,
     Device,
     Dtype,
     MaxTokens,
@@ -56,6 +57,7 @@ def chat(
     stop: Stop = None,
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
+    context_tokens: ContextTokens = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -67,7 +69,7 @@ def chat(
     from puna.generate import chat as answer
 
     settings = checked_settings(context)
-    loaded, tokenizer = open_model(model, dtype, device)
+    loaded, tokenizer = open_model(model, dtype, device, context_tokens)
     layout = _template(template, resolve(model), tokenizer)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)

@@ -38,6 +38,14 @@ CacheDtype = Annotated[
     str | None,
     typer.Option(help="int8 or fp8: room for twice the tokens, by slightly other logits; default: the model's."),
 ]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=2,
+        help="Tokens that the model may see; default: config.json's. Code Llama reads 100000 where that says 16384.",
+    ),
+]
 Nproc = Annotated[
     int | None, typer.Option(help="Processes to start on this machine, one a device; they share the model.")
 ]
@@ -85,6 +93,7 @@ def generate(
         bool, typer.Option("--healing", help="Split the end of a prompt anew: a word may go on as one token.")
     ] = False,
     cache_dtype: CacheDtype = None,
+    context_tokens: ContextTokens = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -104,16 +113,16 @@ def generate(
     settings = checked_settings(context)
     check_one_source(lookup=lookup, draft=draft)
     with processes(device):
-        loaded, tokenizer = open_model(model, dtype, device)
+        loaded, tokenizer = open_model(model, dtype, device, context_tokens)
         longest = loaded.config.max_position_embeddings
         records = of_first_rank(_those_that_fit(asked_for, tokenizer, longest, keep_going=keep_going))
-        guesses = {"lookup": lookup, "draft": None if draft is None else open_draft(draft, tokenizer, dtype, device)}
+        guesser = None if draft is None else open_draft(draft, tokenizer, dtype, device, context_tokens)
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
-        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **guesses, **settings}
-        options["cache_dtype"] = cache_dtype
+        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **settings}
+        options |= {"lookup": lookup, "draft": guesser, "cache_dtype": cache_dtype}
         weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
-        asked = [model, weights, dtype, cache_dtype, n, healing, settings, records]
+        asked = [model, weights, dtype, cache_dtype, longest, n, healing, settings, records]
         with Results(output if is_first else None, asked, total) as results:
             _complete(loaded, tokenizer, records, results, on_text, options)
     if not is_first:
@@ -219,7 +228,7 @@ def processes(device: str | None) -> Iterator[None]:
         yield
 
 
-def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama, Tokenizer]":
+def open_model(name: str, dtype: str | None, device: str | None, context: int | None) -> "tuple[Llama, Tokenizer]":
     """Loads a model that comes with its tokenizer; of several `processes`, each loads its share.
 
     Raises:
@@ -235,7 +244,7 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
 
     folder, place = resolve(name), rank_device(pick_device(device))
     share = Share if dist.is_initialized() else None
-    model, tokenizer = load(folder, dtype=dtype, device=place, share=share, for_inference=True)
+    model, tokenizer = load(folder, dtype=dtype, device=place, share=share, for_inference=True, context=context)
     if tokenizer is None:
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype
@@ -246,7 +255,9 @@ def open_model(name: str, dtype: str | None, device: str | None) -> "tuple[Llama
     return model, tokenizer
 
 
-def open_draft(name: str, tokenizer: "Tokenizer", dtype: str | None, device: str | None) -> "Llama":
+def open_draft(
+    name: str, tokenizer: "Tokenizer", dtype: str | None, device: str | None, context: int | None
+) -> "Llama":
     """Loads a small model that guesses for a large one; of several processes, each loads the whole of it.
 
     Raises:
@@ -256,7 +267,8 @@ def open_draft(name: str, tokenizer: "Tokenizer", dtype: str | None, device: str
     from puna.devices import pick_device
     from puna.parallel.mesh import rank_device
 
-    draft, its = load(resolve(name), dtype=dtype, device=rank_device(pick_device(device)), for_inference=True)
+    place = rank_device(pick_device(device))
+    draft, its = load(resolve(name), dtype=dtype, device=place, for_inference=True, context=context)
     shared = range(0 if its is None else min(its.vocab_size, tokenizer.vocab_size))
     if its is not None and any(its.piece(id) != tokenizer.piece(id) for id in shared):
         raise UsageError(f"{name} splits texts into other tokens than the model; a draft shares the model's vocabulary")
@@ -414,7 +426,9 @@ def _those_that_fit(
         if length < context:
             fitting.append(record)
         else:
-            error = PunaError(f"{place} has {length} tokens and the model's context {context}; shorten it")
+            error = PunaError(
+                f"{place} has {length} tokens and the model's context {context}; shorten it, or raise --context"
+            )
             _leave_out(error, keep_going=keep_going)
     if records and not fitting:
         raise PunaError(f"no prompt leaves room for a completion in the model's context of {context} tokens")

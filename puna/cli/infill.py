@@ -11,6 +11,7 @@ from puna.cli import app
 from puna.cli.generate import (
     AsJson,
     CacheDtype,
+    ContextTokens,
     Device,
     Dtype,
     MaxTokens,
@@ -64,6 +65,7 @@ def infill(
     stop: Stop = None,
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
+    context_tokens: ContextTokens = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -82,7 +84,7 @@ def infill(
     check_order(order)
     with processes(device):
         before, behind = of_first_rank((before, behind))
-        loaded, tokenizer = open_model(model, dtype, device)
+        loaded, tokenizer = open_model(model, dtype, device, context_tokens)
         budget = prompt_room(loaded, max_tokens) if budget is None else budget
         kept_before, kept_behind = cut_around_gap(tokenizer, before, behind, budget)
         if (kept_before, kept_behind) != (before, behind):

@@ -21,8 +21,13 @@ class Stored:
             resolve(self.name)
 
 
-def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def loaded(model: Any, tokenizer: Any, *, context: int | None = None) -> tuple[Any, Any]:
     """Model and tokenizer: those of a `Stored` one, which is loaded now, or the ones given.
+
+    Args:
+        model: a `Stored` one, or one in memory.
+        tokenizer: the model's; None: its folder's.
+        context: tokens that a `Stored` one may see; None: those of its config.json.
 
     Raises:
         PunaError: it cannot be loaded.
@@ -33,7 +38,7 @@ def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
         from puna.checkpoint import load
 
         name = model.name
-        model, its_own = load(model.name, dtype=model.dtype, device=model.device, for_inference=True)
+        model, its_own = load(model.name, dtype=model.dtype, device=model.device, for_inference=True, context=context)
         tokenizer = tokenizer or its_own
     if tokenizer is None:
         raise UsageError(

@@ -153,3 +153,8 @@ def test_a_real_model_is_asked(loaded: tuple[Any, Any]) -> None:
     assert set(result["cells"]) == {"300@0.0", "300@0.2", "300@0.4"}
     with pytest.raises(UsageError, match="but the model's context is"):
         evaluate("key_retrieval", model, tokenizer=tokenizer, length=10**9)
+
+
+def test_a_stored_model_is_asked_beyond_the_context_that_it_was_trained_on(tiny_model_folder: Path) -> None:
+    result = evaluate("key_retrieval", str(tiny_model_folder), length=2100, cases=1)
+    assert set(result["cells"]) == {"2100@0.0", "2100@0.2", "2100@0.4"}

@@ -296,6 +296,26 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
     assert "no prompt leaves room" in capsys.readouterr().err
 
 
+def test_a_longer_context_than_the_files_is_an_option(tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:
+    model, tokenizer = puna.load(tiny_model_folder, context=4000)
+    text = "x 1 " * 700
+    assert 2048 < (length := len(tokenizer.encode(text, bos=True))) < 3990
+    words = [str(tiny_model_folder), "--max-tokens", "6"]
+    assert run(["generate", *words, text]) == 1
+    assert f"prompt 1 has {length} tokens and the model's context 2048; shorten it, or raise --context" in (
+        capsys.readouterr().err
+    )
+    longer = [*words, "--context", "4000"]
+    assert run(["generate", *longer, text, "--draft", str(tiny_model_folder)]) == 0
+    assert capsys.readouterr().out == continued((model, tokenizer), text, max_tokens=6) + "\n"
+    assert run(["infill", *longer, "--prefix", text]) == 0
+    captured = capsys.readouterr()
+    assert "the model sees the last" not in captured.err
+    assert captured.out == puna.infill(model, tokenizer, text, "", max_tokens=6).text + "\n"
+    typed(text.encode())
+    assert run(["chat", *longer, "--template", "codellama"]) == 0
+
+
 @pytest.mark.parametrize("changed", ["prompts", "options", "weights"])
 def test_completions_of_another_run_are_neither_taken_up_nor_lost(
     tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch, changed: str

@@ -85,7 +85,7 @@ def evaluate(
     if model is None:
         raise UsageError("key_retrieval scores a model; give one")
     lines = _lines(None if corpus is None else Path(corpus), seed)
-    model, tokenizer = loaded(model, tokenizer)
+    model, tokenizer = loaded(model, tokenizer, context=length)
     context = model.config.max_position_embeddings
     lengths = [length] if length else [one for one in LENGTHS if one <= context] or [context]
     if max(lengths) > context:

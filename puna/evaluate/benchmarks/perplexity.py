@@ -55,7 +55,7 @@ def evaluate(
     if model is None:
         raise UsageError("perplexity scores a model; give one")
     documents = unseen_documents("perplexity", corpus, max_documents, seed)
-    model, tokenizer = loaded(model, tokenizer)
+    model, tokenizer = loaded(model, tokenizer, context=length)
     every = [tokenizer.encode(document.text or "", bos=True) for document in documents]
     length = length or _usual_length([len(tokens) for tokens in every], model.config.max_position_embeddings)
     if length > model.config.max_position_embeddings:

@@ -4,7 +4,8 @@ One interface, `Tokenizer`, over two backends: SentencePiece for `tokenizer.mode
 Hugging Face `tokenizers` for `tokenizer.json`. Three promises hold for both:
 
 - text never becomes a control token: `</s>`, ` <PRE>` or `<|eot_id|>` in a file are letters like any others;
-- decoding what was encoded gives the same text, byte for byte (where the vocabulary can spell every byte);
+- decoding what was encoded gives the same text, byte for byte (where the vocabulary can spell every byte and does
+  not normalise);
 - an id that the vocabulary does not have is an error, never a guess.
 
 The way of `"def f"` through Code Llama's vocabulary:

@@ -2,7 +2,9 @@
 
 Like `sentence_piece`, this edits the file's content before the library sees it, so that the promises of `Tokenizer`
 hold: puna itself puts the space in front of a text (or not), special tokens are not looked for in a text, and merges
-that would spell a control piece letter by letter are removed.
+that would spell a control piece letter by letter are removed. Added pieces written `<|…|>` are control pieces, whatever
+the file calls them: Qwen2.5-Coder's infilling markers are not special there. What cannot be promised is that text comes
+back as it was from a vocabulary that normalises it, as Qwen's does (NFC).
 
 Two families are known by their decoder: byte-level vocabularies (GPT-2, Llama 3, Qwen, DeepSeek) write each byte as a
 character of its own; Llama-like ones write a space as U+2581 and unknown characters as `<0xE2>` pieces.
@@ -26,6 +28,9 @@ COMMON_NAMES = {
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
 }
 
+#: How control pieces are written; DeepSeek's bars are full-width.
+_MARKER = re.compile(r"<([|\uff5c]).+\1>")
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -39,7 +44,8 @@ class HuggingFaceTokenizer(Tokenizer):
         adds_leading_space, adds_space_after_control = _take_leading_space_out(content)
         content["added_tokens"] = content.get("added_tokens") or []
         for token in content["added_tokens"]:
-            token["special"] = token.get("special") or token["content"] in MARKERS
+            is_marker = token["content"] in MARKERS or _MARKER.fullmatch(token["content"])
+            token["special"] = bool(token.get("special") or is_marker)
         control_pieces = _take_control_pieces_out(content)
         self._backend = _backend(content, path)
         ids = self._backend.get_vocab(with_added_tokens=True)

@@ -106,6 +106,19 @@ def test_byte_level_ids_are_the_librarys_own(byte_level):
     ]
 
 
+@pytest.mark.parametrize("marker", ["<|fim_prefix|>", "<\uff5cfim\u2581begin\uff5c>"])
+def test_an_added_marker_is_a_control_token_even_where_the_file_does_not_call_it_special(byte_level, tmp_path, marker):
+    backend = tokenizers.Tokenizer.from_file(str(byte_level.path))
+    backend.add_tokens([marker])
+    byte_level.save(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.id_of(marker) in backend.encode(f"x {marker}").ids
+    assert tokenizer.id_of(marker) not in tokenizer.encode(f"x {marker}")
+    assert tokenizer.decode(tokenizer.encode(f"x {marker}")) == f"x {marker}"
+    assert tokenizer.id_of("<think>") in tokenizer.encode("<think>")  # text, which a user may write
+
+
 def test_special_ids_come_from_the_file_beside_it(byte_level, tmp_path):
     assert (byte_level.bos_id, byte_level.eos_id, byte_level.unk_id) == (0, 1, None)
     byte_level.save(tmp_path)

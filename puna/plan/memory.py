@@ -186,6 +186,9 @@ class _Rank:
         self.root = sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
         self.own = sum(n * self.parts[kind].own for kind, n in self.kinds.items())
         self._largest = max(self.parts[kind].largest for kind in self.kinds)
+        #: Layers of the rank's other stages: in a pipeline a backward pass leaves their weights whole until they run
+        #: forward again. With one round of micro-batches that is when most activations are gone.
+        self._left_whole = self.n_layers - self.size if self.sums_whole and layout.micro_batches > layout.pp else 0
         self.unit = min(case.recipe.parallel.layers_per_unit, self.size)
         is_sum = self.sums_whole or (layout.micro_batches > 1 and not case.recipe.optimizer.in_backward)
         self.gradient_bytes = 4 if is_sum else case.weights.weight_bytes  # what comes in bf16 is summed in fp32
@@ -273,7 +276,8 @@ class _Rank:
 
     def _loss(self, accumulates: bool) -> Moment:
         """The loss or the gradient of the head, whichever takes more."""
-        shared = {**self._always, **self._gathered(0), "gradients": self._gradients(0, accumulates)}
+        whole = self._left_whole if accumulates else 0
+        shared = {**self._always, **self._gathered(whole), "gradients": self._gradients(0, accumulates)}
         at_loss, after = self._logits(), 2 * (self._head_gradient() + self.hidden)
         if at_loss >= after:
             return Moment.of("the loss", {**shared, "logits and head": at_loss})
@@ -295,7 +299,7 @@ class _Rank:
         rows["gradients"] = self._gradients(done, accumulates)
         if case.is_sharded:
             whole = min(self.size - done, 2 * self.unit)
-            rows |= self._gathered(whole + done if self.sums_whole else whole)
+            rows |= self._gathered(whole + done + self._left_whole if self.sums_whole else whole)
             if done and not self.sums_whole:  # sums of the unit before are under way
                 rows["communication buffers"] += (c + 4) * self.unit * self.parts["layer"].gathered
             rows["logits and head"] = self._head_gradient() if self.has_head else 0

@@ -43,6 +43,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp_replicate 2, dp_shard 2": (4, {"dp_replicate": 2}),
     "cp 2": (2, {"cp": 2, "micro_batch_rows": 2}),
     "pp 2, interleaved": (2, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}),
+    "pp 2, dp_shard 2, interleaved, short rows": (
+        4,
+        {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2, "sequence_length": 64, "batch_tokens": 1024},
+    ),
+    "pp 2, cp 2, interleaved": (
+        8,
+        {"pp": 2, "cp": 2, "schedule": "interleaved", "stages_per_rank": 2, "sequence_length": 128},
+    ),
     "pp 2, zero-bubble": (2, {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}),
     "pp 2, dp_shard 2, zero-bubble": (4, {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}),
     "pp 2, dp_shard 2, blocks recomputed": (4, {"pp": 2, "recompute": "block"}),

@@ -271,6 +271,25 @@ def test_an_error_in_a_step_reaches_every_stream(model: Llama, tokenizer: Tokeni
         asyncio.run(read())
 
 
+def test_a_stream_whose_begin_fails_is_told_and_the_next_one_runs(
+    model: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=256)
+
+    async def read() -> str:
+        return "".join([piece async for piece in engine.stream("def f", max_tokens=4)])
+
+    def lost(_: object) -> str:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("puna.generate.engine.engine.mark_in_memory", lost)
+        with pytest.raises(RuntimeError, match="device lost"):
+            asyncio.run(asyncio.wait_for(read(), 60))
+    [expected] = engine.generate(["def f"], Sampling(max_tokens=4))
+    assert asyncio.run(asyncio.wait_for(read(), 60)) == expected.text
+
+
 @pytest.mark.parametrize("name", ["max_rows", "block_tokens", "cache_tokens"])
 def test_an_engine_without_room_is_refused(model: Llama, name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}=0 must be 1 or more"):

@@ -187,8 +187,6 @@ class Engine:
 
     def _serve(self) -> None:
         """Takes steps for `stream` while there is work."""
-        with self._lock:
-            self._look_at_weights()
         while True:
             with self._lock:
                 self._let_in()
@@ -216,8 +214,9 @@ class Engine:
         while self._incoming:
             running = self._incoming.popleft()
             try:
+                self._look_at_weights()
                 self.scheduler.add(running)
-            except PunaError as error:
+            except Exception as error:  # it alone meets it
                 assert running.on_end is not None
                 running.on_end(error)
 

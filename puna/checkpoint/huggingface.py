@@ -281,7 +281,8 @@ def save_model(model: Llama, folder: Path | str, *, tokenizer: Tokenizer | None 
     """Writes a model, and its tokenizer if given, in Hugging Face layout; the folder appears when it is whole.
 
     Raises:
-        PunaError: the folder exists, or the model is quantised or was loaded for inference.
+        PunaError: the folder exists, the model is quantised or was loaded for inference, or the tokenizer has ids that
+            it has no embedding for.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise PunaError("a quantised model is not saved from memory; copy the folder that it was loaded from")
@@ -305,13 +306,15 @@ def write_model(
         folder: empty, best one that takes its place when it is whole (`puna.files.folder_aside`).
         config: the model's shape.
         tensors: exactly the model's.
-        tokenizer: goes along; None: none does.
+        tokenizer: goes along; None: none does. Markers that the model has no embeddings for are dropped from it.
         quantization: how the tensors are quantised; None: they are not.
 
     Raises:
-        PunaError: the tensors are not those of the model.
+        PunaError: the tensors are not those of the model, or the tokenizer has ids that it has no embedding for.
     """
     tensors = fit(config, tensors, quantization)
+    if tokenizer is not None:
+        tokenizer.check_vocab_size(config.vocab_size)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     fields = without_eot(config, tokenizer).to_json()
     if quantization is not None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puna.checkpoint import convert, load, load_config, load_model, resolve, save_model
+from puna.checkpoint import convert, load, load_config, load_model, quantize, resolve, save_model
 from puna.checkpoint.huggingface import build_model, parameter_shapes
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError, UsageError
 from puna.model.config import preset
 from puna.testing import tiny_model, write_tiny_model
+from puna.tokenizer import load_tokenizer, train_tokenizer
+from puna.tokenizer.base import SPACE_MARK
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -301,6 +303,28 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
     shutil.copy(folder / "tokenizer.model", tmp_path / "small")
     with pytest.raises(PunaError, match="gives ids up to"):
         load(tmp_path / "small")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_saved_with_it(tmp_path):
+    tokenizer = load_tokenizer(write_tiny_model(tmp_path / "model"))
+    with pytest.raises(PunaError, match="gives ids up to"):
+        save_model(tiny_model(vocab_size=300), tmp_path / "small", tokenizer=tokenizer)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("write", [convert, quantize])
+def test_markers_without_embeddings_end_no_text_of_what_is_written(tmp_path, write):
+    """The folders of Code Llama 34B and Python: markers were added to the tokenizer, and none to the model."""
+    tokenizer = train_tokenizer([Path(__file__).read_text()], tmp_path / "tokenizer", vocab_size=512, infilling=False)
+    save_model(tiny_model(vocab_size=512), tmp_path / "model", tokenizer=tokenizer)
+    added = {f"{SPACE_MARK}<{name}>": 512 + i for i, name in enumerate(("PRE", "MID", "SUF", "EOT"))}
+    (tmp_path / "model/added_tokens.json").write_text(json.dumps(added))
+    assert load_tokenizer(tmp_path / "model").infilling.eot_id == 515
+    write(tmp_path / "model", tmp_path / "written")
+    written = json.loads((tmp_path / "written/generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": 2}
+    model, tokenizer = load(tmp_path / "written")
+    assert (tokenizer.vocab_size, tokenizer.infilling, model.config.eos_token_ids) == (512, None, (2,))
 
 
 def test_nothing_is_overwritten(folder):

@@ -26,16 +26,16 @@ def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
     if not (model.normalizer_spec.add_dummy_prefix and only_merges(model)):
         return
     bos, eos, unk = (tokenizer.piece(id) for id in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id or 0))
-    control = dict.fromkeys([unk, bos, eos, *(tokenizer.piece(id) for id in sorted(tokenizer.control))])
-    write_json(folder / "tokenizer.json", _content(model, list(control), bos, unk))
+    ids = {piece: id for id in range(tokenizer.vocab_size) if (piece := tokenizer.piece(id))}
+    control = dict.fromkeys([unk, bos, eos, *(piece for piece, id in ids.items() if id in tokenizer.control)])
+    write_json(folder / "tokenizer.json", _content(model, ids, list(control), bos, unk))
     if not (folder / "tokenizer_config.json").exists():
         names = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
         write_json(folder / "tokenizer_config.json", config)
 
 
-def _content(model: Any, control: list[str], bos: str, unk: str) -> dict[str, Any]:
-    ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
+def _content(model: Any, ids: dict[str, int], control: list[str], bos: str, unk: str) -> dict[str, Any]:
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     begin, first, second = ({"SpecialToken": {"id": bos, "type_id": 0}}, *(_sequence(name) for name in "AB"))
     return {
@@ -81,7 +81,7 @@ def _sequence(name: str) -> dict[str, Any]:
 
 def _merges(model: Any, ids: dict[str, int], control: set[str]) -> list[list[str]]:
     """Every pair of pieces that makes up another one, ordered by that one's score, the highest first."""
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL and piece.piece in ids}
     merges = []
     for piece in sorted(scores.keys() - control, key=lambda piece: (-scores[piece], ids[piece])):
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

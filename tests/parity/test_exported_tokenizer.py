@@ -1,5 +1,6 @@
 """The tokenizer of a folder that puna wrote, opened by transformers: the ids that SentencePiece gives."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from puna.checkpoint import save_model
 from puna.testing import tiny_model, write_tiny_model
-from puna.tokenizer import Tokenizer, load_tokenizer
+from puna.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: Text as code has it: runs of spaces, tabs and newlines, digits, letters, characters beyond the vocabulary.
 CODE = st.lists(
@@ -59,6 +60,24 @@ def test_the_markers_of_infilling_are_known_by_name(small):
     marks = ours.infilling
     assert theirs.convert_tokens_to_ids(names) == [marks.prefix_id, marks.suffix_id, marks.middle_id, marks.eot_id]
     assert_same(ours, theirs, "x = 1 <EOT> <PRE>")
+
+
+def test_pieces_that_were_added_after_the_models_own_have_their_ids(tmp_path):
+    train_tokenizer([Path(__file__).read_text()], tmp_path / "own", vocab_size=400)
+    (tmp_path / "own/added_tokens.json").write_text(json.dumps({"[PAD]": 400, "<|im_end|>": 403}))
+    ours = load_tokenizer(tmp_path / "own")
+    save_model(tiny_model(vocab_size=404), tmp_path / "model", tokenizer=ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.convert_tokens_to_ids(["[PAD]", "<|im_end|>"]) == [400, 403]
+    assert theirs.encode("[PAD]<|im_end|>", add_special_tokens=False) == [400, 403]
+    assert_same(ours, theirs, "return x  # in [brackets]")
+
+
+def test_markers_of_a_vocabulary_that_the_model_has_no_embedding_for_are_left_out(code_llama_tokenizer, tmp_path):
+    ours = load_tokenizer(code_llama_tokenizer.path)
+    save_model(tiny_model(vocab_size=32_000), tmp_path / "model", tokenizer=ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert_same(ours, theirs, "x <PRE> y <EOT>")
 
 
 def assert_same(ours: Tokenizer, theirs: transformers.PreTrainedTokenizerBase, text: str) -> None:

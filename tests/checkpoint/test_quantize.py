@@ -39,7 +39,7 @@ def quantized(folder, tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_completions_are_those_of_the_dequantised_weights(folder, quantized, scheme):
     """Activations stay as they are, so that the plain network with the weights that are left must say the same."""
-    model = load_model(quantized[scheme])
+    model = load_model(quantized[scheme], dtype="fp32")
     plain = load_model(folder)
     stored = load_file(f"{quantized[scheme]}/model.safetensors")
     for name, layer in model.named_modules():
@@ -102,15 +102,20 @@ def test_biases_go_along(tmp_path):
     torch.nn.init.normal_(bias)
     save_model(model, tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "out", scheme="int4")
-    assert torch.equal(load_model(tmp_path / "out").model.layers[1].self_attn.k_proj.bias, bias)
+    assert torch.equal(load_model(tmp_path / "out", dtype="fp32").model.layers[1].self_attn.k_proj.bias, bias)
 
 
-@pytest.mark.parametrize(("stored", "computed"), [("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
-def test_a_quantised_model_computes_in_the_dtype_of_its_other_weights_but_never_in_fp16(tmp_path, stored, computed):
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize("stored", ["fp16", "bf16", "fp32"])
+def test_a_quantised_model_computes_in_bf16_where_that_is_fast_and_never_in_fp16(
+    tmp_path, monkeypatch, stored, has_units
+):
+    monkeypatch.setattr("puna.checkpoint.huggingface.has_fast_bf16", lambda _: has_units)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     save_model(tiny_model(**SHAPE).to(dtypes[stored]), tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "out", scheme="int4")
     model = load_model(tmp_path / "out")
+    computed = "fp32" if stored == "fp32" and not has_units else "bf16"
     assert model.compute_dtype == model(torch.tensor([[1, 2]])).dtype == dtypes[computed]
     assert load_model(tmp_path / "out", dtype="fp32").compute_dtype == torch.float32
     with pytest.raises(UsageError, match="quantised weights are multiplied in bf16 or fp32"):

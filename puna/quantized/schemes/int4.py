@@ -20,8 +20,8 @@ from puna.quantized.linear import Form, QuantizedLinear
 #: Shares of a group's range that its codes may span.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
-#: Rows of activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the codes
-#: once for a few rows, but multiplies slowly (benchmarks/quantised_products.py).
+#: Rows of 16-bit activations up to which torch's packed product is faster on a CPU than a dequantised one: it reads the
+#: codes once for a few rows, but multiplies slowly (benchmarks/quantised_products.py). In fp32 it is slower for any.
 PACKED_ROWS = 128
 
 #: Outputs whose codes torch's kernels for AVX-512 interleave, and blocks of so many that are dequantised at once: few
@@ -108,7 +108,7 @@ class Linear(QuantizedLinear):
             out = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.packed, self.group_size, self.scales_and_zeros)
             return out.to(x.dtype)
         scales_and_zeros = self.scales_and_zeros.to(x.dtype)
-        if len(x) > PACKED_ROWS and self._is_interleaved:
+        if self._is_interleaved and (len(x) > PACKED_ROWS or x.dtype == torch.float32):
             return self._dequantised_product(x, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, scales_and_zeros)
 

@@ -82,7 +82,9 @@ def generate(
     stop_ids: Annotated[list[int] | None, typer.Option("--stop-id", help="End at this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind EOS and EOT.")] = False,
     seed: Seed = 0,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Completions that run at a time.")] = 64,
+    batch_rows: Annotated[
+        int | None, typer.Option(min=1, help="Most completions that run at a time; default: as memory allows.")
+    ] = None,
     lookup: Annotated[
         bool, typer.Option("--lookup", help="Guess what repeats and check it: the same text, sooner.")
     ] = False,
@@ -119,8 +121,10 @@ def generate(
         guesser = None if draft is None else open_draft(draft, tokenizer, dtype, device, context_tokens)
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
-        options: dict[str, Any] = {"n": n, "batch_rows": batch_rows, "healing": healing, **settings}
+        options: dict[str, Any] = {"n": n, "healing": healing, **settings}
         options |= {"lookup": lookup, "draft": guesser, "cache_dtype": cache_dtype}
+        if batch_rows is not None:
+            options["batch_rows"] = batch_rows
         weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
         asked = [model, weights, dtype, cache_dtype, longest, n, healing, settings, records]
         with Results(output if is_first else None, asked, total) as results:

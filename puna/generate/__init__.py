@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from puna.errors import PunaError
 from puna.generate.engine import Engine
+from puna.generate.engine.engine import MAX_ROWS
 from puna.generate.gap import gap_prompt
 from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
@@ -45,7 +46,7 @@ def generate(
     on_text: OnText | None = None,
     on_completion: OnCompletion | None = None,
     n: int = 1,
-    batch_rows: int = 64,
+    batch_rows: int = MAX_ROWS,
     lookup: bool = False,
     draft: Llama | None = None,
     cache_dtype: str | None = None,
@@ -61,7 +62,7 @@ def generate(
         on_text: is given (number of the prompt, piece of text) while the text grows.
         on_completion: is given (number of the prompt, completion) once it is finished.
         n: completions of each prompt, with seeds `seed`, `seed + 1` and so on; prompts are counted over all of them.
-        batch_rows: completions that run at a time.
+        batch_rows: most completions that run at a time; fewer do where memory is short.
         lookup: guess from what stands in the text already what comes next, and check the guesses together: faster
             where a text repeats itself, as edits do; the completions are the same.
         draft: a small model of the same vocabulary that guesses instead, e.g. 7B for 34B: faster where few prompts run.

@@ -112,6 +112,16 @@ def test_every_schedule_gives_the_tokens_of_the_plain_loop(
             assert running.sequence.completion() == expected
 
 
+@pytest.mark.parametrize(("cache_tokens", "most"), [(2000, 200), (500, 50)])
+def test_as_many_sequences_run_at_a_time_as_there_are_blocks_for(model: Llama, cache_tokens: int, most: int) -> None:
+    engine, rows = Engine(model, cache_tokens=cache_tokens, block_tokens=10), []
+    compute = engine._runner.compute
+    engine._runner.compute = lambda chunks: rows.append(len(chunks)) or compute(chunks)  # type: ignore
+    engine.generate([[1, id] for id in range(3, 203)], Sampling(max_tokens=6, ignore_eos=True))
+    assert max(rows) == most
+    assert_all_free(engine)
+
+
 def test_texts_streams_and_stops_are_those_of_the_loop(model: Llama, tokenizer: Tokenizer) -> None:
     prompts = ["def add(a, b):", "import os\n", "class Thing", "for i in range("] * 3
     samplings = [Sampling(max_tokens=30, temperature=0.9, seed=i, stop=("e", "\n\n")) for i in range(len(prompts))]

@@ -29,6 +29,9 @@ from puna.tokenizer import Tokenizer
 #: Tokens of a block of the cache.
 BLOCK_TOKENS = 32
 
+#: Most sequences that run at a time, where memory has room for so many.
+MAX_ROWS = 256
+
 #: Tokens of a step on a CPU, and elsewhere: enough for products at full speed, few enough that decoding does not wait.
 STEP_TOKENS = {"cpu": 512}
 STEP_TOKENS_ELSEWHERE = 4096
@@ -52,7 +55,7 @@ class Engine:
     Args:
         model: on its device.
         tokenizer: spells texts and knows EOS and EOT; None: ids alone.
-        max_rows: most sequences that run at a time.
+        max_rows: most sequences that run at a time; fewer do where the cache has no blocks for them.
         cache_tokens: tokens that the cache holds; None: as many as memory allows.
         step_tokens: most tokens of a step; None: what suits the device.
         block_tokens: tokens of a block: what prompts that begin alike share, and a power of two of 16 or more on CUDA.
@@ -71,7 +74,7 @@ class Engine:
         model: Llama,
         tokenizer: Tokenizer | None = None,
         *,
-        max_rows: int = 64,
+        max_rows: int = MAX_ROWS,
         cache_tokens: int | None = None,
         step_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,

@@ -15,19 +15,18 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from puna.checkpoint.attendance import Attendance
-from puna.checkpoint.pulse import Pulse
+from puna.checkpoint.heartbeat import Heartbeat
 from puna.errors import PunaError, UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 #: How long a rank may write or read while the others wait. One that dies is noticed at once, and one that gives no sign
-#: of life after some minutes (`puna.checkpoint.pulse`); who is waited for is said (`puna.checkpoint.attendance`).
+#: of life after some minutes; who is waited for is said (`puna.checkpoint.heartbeat`).
 PATIENCE = timedelta(hours=2)
 
-#: Seconds between two looks at whether all others are alive.
-LOOK_SECONDS = 1.0
+#: Seconds between two checks that all others are alive.
+CHECK_SECONDS = 1.0
 
 
 class Meetings:
@@ -44,8 +43,7 @@ class Meetings:
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self._pulse = Pulse() if self.size > 1 else None
-        self._attendance = Attendance(group) if self.size > 1 else None
+        self._heartbeat = Heartbeat(group) if self.size > 1 else None
 
     @classmethod
     def of_run(cls) -> "Meetings":
@@ -108,9 +106,7 @@ class Meetings:
 
     def _wait_for(self, collective: Callable[[], Any]) -> None:
         """Takes part in a collective, in a thread that can be left behind in it."""
-        assert self._pulse is not None
-        assert self._attendance is not None
-        self._attendance.come()
+        assert self._heartbeat is not None
         done: Future[None] = Future()
 
         def take_part() -> None:
@@ -120,9 +116,9 @@ class Meetings:
                 done.set_exception(error)
 
         threading.Thread(target=take_part, daemon=True).start()
-        while not wait([done], LOOK_SECONDS).done:
-            self._pulse.check()
-            self._attendance.look()
+        with self._heartbeat.in_collective():
+            while not wait([done], CHECK_SECONDS).done:
+                self._heartbeat.check()
         with _plain_errors():
             done.result()
 

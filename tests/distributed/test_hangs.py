@@ -45,13 +45,12 @@ def test_the_error_says_the_last_collective_of_the_rank_that_waits_and_of_the_on
 SAVING = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from puna.checkpoint import attendance, pulse
+from puna.checkpoint import heartbeat
 from puna.checkpoint.runs import Checkpoints
 from puna.errors import PunaError
 from puna.parallel.mesh import process_group
 
-pulse.PULSE_SECONDS, pulse.MOST_MISSING = 0.1, 20
-attendance.FIRST_SECONDS = 1.0
+heartbeat.BEAT_SECONDS, heartbeat.MOST_MISSING, heartbeat.FIRST_SECONDS = 0.1, 20, 1.0
 
 class Hindered(Checkpoints):
     def _stage(self, state, **options):

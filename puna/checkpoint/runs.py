@@ -39,6 +39,9 @@ from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
 from puna.files import ASIDE, sync_folder
 
+#: The folder of a run's checkpoints, in the run's.
+CHECKPOINTS = "checkpoints"
+
 #: The share of a host's free memory that copies of the state may take: training needs some, too.
 ROOM_SHARE = 0.8
 
@@ -285,7 +288,7 @@ def newest_sound(
     if tried:
         raise PunaError(
             f"every checkpoint in {_folder(run_dir)} is damaged or cannot be read; the lines above say why. "
-            f"Where none can be mended, remove the folder to start the run afresh"
+            f"Where none can be mended, start afresh in another run_dir"
         )
     return None
 
@@ -319,7 +322,7 @@ def _parts(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _folder(run_dir: Path | str) -> Path:
-    return Path(run_dir) / "checkpoints"
+    return Path(run_dir) / CHECKPOINTS
 
 
 def _path(run_dir: Path | str, step: int) -> Path:

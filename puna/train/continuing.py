@@ -1,6 +1,7 @@
 """Whether a run goes on as it is asked to: under this recipe, with this model, from this data.
 
     recipe.yaml               check_recipe       steps: 100 -> 200 is the same run, seed: 0 -> 1 would be another
+    metrics.jsonl             check_presence     a run whose checkpoints are out of sight is not begun afresh
     checkpoints/…/run.json    check_checkpoint   the model's shape and the data's fingerprints are those of the save
 
 What would make it another run is refused; the message says how a new one begins with its weights.
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from puna.checkpoint.manifest import read_meta
-from puna.checkpoint.runs import checkpoints
+from puna.checkpoint.runs import CHECKPOINTS, checkpoints
 from puna.config import Recipe, load_recipe
 from puna.errors import PunaError, UsageError
-from puna.files import differing
+from puna.files import ASIDE, differing
 from puna.model.config import ModelConfig
 from puna.progress import say
 from puna.train.inputs import model_config
+from puna.train.metrics import read_metrics
 
 #: The resolved recipe, in the run's folder.
 RECIPE = "recipe.yaml"
@@ -52,6 +54,25 @@ def config_of_run(recipe: Recipe, run_dir: Path) -> ModelConfig:
             raise
         say(f"{error}; the model is that of {saved[-1]}")
         return ModelConfig.from_json(read_meta(saved[-1])["model_config"], str(saved[-1]))
+
+
+def check_presence(run_dir: Path, save_every: int) -> None:
+    """Refuses to begin a run afresh where one has saved whose checkpoints are out of sight.
+
+    Raises:
+        PunaError: they lead to a disk that is not there, or a run of `save_every` steps or more has none.
+    """
+    folder = run_dir / CHECKPOINTS
+    if folder.is_symlink() and not folder.exists():
+        raise PunaError(f"{folder} leads to {folder.readlink()}, which is not there; bring it back, or remove the link")
+    if checkpoints(run_dir) or any(folder.glob(f"step-*{ASIDE}")):  # what is aside was killed in its first save
+        return
+    last = max((numbers["step"] for numbers in read_metrics(run_dir)), default=0)
+    if last >= save_every:
+        raise PunaError(
+            f"{run_dir} holds {last:,} steps of a run but none of its checkpoints; bring them back, or choose another "
+            f"run_dir"
+        )
 
 
 def check_recipe(before: Recipe, now: Recipe) -> None:

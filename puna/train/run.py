@@ -40,7 +40,15 @@ from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device,
 from puna.progress import Progress, say
 from puna.train.build import build
 from puna.train.claim import Claim, only_run_in
-from puna.train.continuing import RECIPE, check_checkpoint, check_recipe, config_of_run, new_run_from, recipe_before
+from puna.train.continuing import (
+    RECIPE,
+    check_checkpoint,
+    check_presence,
+    check_recipe,
+    config_of_run,
+    new_run_from,
+    recipe_before,
+)
 from puna.train.inputs import check_data, open_data, open_loader, verified_data, weights_folder
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
@@ -68,6 +76,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if device.type == "cpu":
             check_host_memory(recipe, config, layout)
         with only_run_in(run_dir) as claim:
+            check_presence(run_dir, (before or recipe).checkpoint.every)
             if before is not None:
                 check_recipe(before, recipe)
             with explained("while the model was made", recipe, device):

@@ -548,6 +548,33 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_a_run_that_has_saved_is_not_begun_afresh_where_its_checkpoints_are_out_of_sight(
+    recipe: Make, tmp_path: Path
+) -> None:
+    content = recipe(steps=4, checkpoint={"every": 2})
+    run_dir = Path(puna.train(content)["run_dir"])
+    written = (run_dir / "metrics.jsonl").read_bytes()
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(PunaError, match="holds 4 steps of a run but none of its checkpoints; bring them back, or"):
+        puna.train({**content, "steps": 5, "checkpoint": {"every": 100}})
+    (run_dir / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(PunaError, match=r"checkpoints leads to .*/disk, which is not there; bring it back"):
+        puna.train({**content, "steps": 5})
+    assert (run_dir / "metrics.jsonl").read_bytes() == written
+    (tmp_path / "elsewhere").rename(tmp_path / "disk")
+    assert puna.train({**content, "steps": 5})["step"] == 5
+    assert len(read_metrics(run_dir)) == 5
+
+
+def test_a_run_that_was_killed_in_its_first_save_begins_afresh(recipe: Make) -> None:
+    content = recipe(steps=4, checkpoint={"every": 2})
+    run_dir = Path(puna.train(content)["run_dir"])
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints/step-00000002.aside").mkdir(parents=True)
+    puna.train(content)
+    assert list(checkpoints(run_dir)) == [2, 4]
+
+
 def test_what_a_run_goes_on_with_is_written_down_and_a_rate_that_jumps_is_said(
     recipe: Make, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from puna.checkpoint.meetings import Meetings
+from puna.checkpoint.collectives import Collectives
 from puna.errors import PunaError
 from puna.files import checksum_of, checksum_of_value, read_json, write_json
 
@@ -47,22 +47,22 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     return read_json(Path(path) / MANIFEST)["meta"]
 
 
-def damage(path: Path, part: str = "", meetings: Meetings | None = None) -> str | None:
+def damage(path: Path, part: str = "", ranks: Collectives | None = None) -> str | None:
     """What is wrong with the files of a checkpoint or of a part of it, in a few words; None if they are as written.
 
     Args:
         path: the checkpoint's folder.
         part: the beginning of the names of the files to check.
-        meetings: of ranks that all ask, and share the files among themselves; None: this process checks all of them.
+        ranks: all ask, and share the files among themselves; None: this process checks all of them.
     """
-    meetings = meetings or Meetings()
-    reasons: list[str | None] = meetings.hold(lambda: _damage_of_share(path, part, meetings))
+    ranks = ranks or Collectives()
+    reasons: list[str | None] = ranks.all_gather(lambda: _damage_of_share(path, part, ranks))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def check_files(path: Path, part: str = "", meetings: Meetings | None = None) -> None:
+def check_files(path: Path, part: str = "", ranks: Collectives | None = None) -> None:
     """Raises `Damaged` where there is `damage`; arguments likewise."""
-    if (reason := damage(path, part, meetings)) is not None:
+    if (reason := damage(path, part, ranks)) is not None:
         raise _damaged(path, reason)
 
 
@@ -98,7 +98,7 @@ def _damaged(path: Path, reason: str) -> Damaged:
     return Damaged(f"{path} is damaged ({reason})")
 
 
-def _damage_of_share(path: Path, part: str, meetings: Meetings) -> str | None:
+def _damage_of_share(path: Path, part: str, ranks: Collectives) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         files = manifest["files"]
@@ -107,7 +107,7 @@ def _damage_of_share(path: Path, part: str, meetings: Meetings) -> str | None:
             return f"{MANIFEST} has other bytes than were written"
         names = [name for name in files if name.startswith(part)]
         names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size
-        for name in names[meetings.rank :: meetings.size]:
+        for name in names[ranks.rank :: ranks.size]:
             expected = files[name]
             if not (path / name).exists():
                 return f"{name} is missing"

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from puna import progress
+from puna.checkpoint.collectives import Collectives
 from puna.checkpoint.manifest import Damaged, check_files, fingerprints, read_meta, write_manifest
-from puna.checkpoint.meetings import Meetings
 from puna.devices import free_host_bytes, page_locked
 from puna.errors import PunaError
 from puna.files import ASIDE, sync_folder
@@ -70,13 +70,13 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path | str, *, keep: int = 3, keep_every: int | None = None) -> None:
         self.run_dir, self._keep, self._keep_every = Path(run_dir), keep, keep_every
-        self._meetings = Meetings.of_run()
+        self._ranks = Collectives.of_run()
         self._copies: dict[str, Tensor] = {}
         self._has_room: bool | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        if self._meetings.size > 1:
-            _check_shared(_folder(self.run_dir), self._meetings)
+        if self._ranks.size > 1:
+            _check_shared(_folder(self.run_dir), self._ranks)
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Waits for the save before, copies the state, and writes it in the background.
@@ -101,7 +101,7 @@ class Checkpoints:
         try:
             staged.set_result(self._stage(state, is_copied=has_room))
         except Exception as error:
-            staged.set_exception(error)  # raised in the background, in a meeting with the other ranks
+            staged.set_exception(error)  # raised in the background, where the other ranks hear of it
         self._saving = self._writer.submit(self._write, step, staged, copy.deepcopy(meta))
         if not has_room:
             concurrent.futures.wait([self._saving])  # errors are raised by `wait`, as always
@@ -132,11 +132,11 @@ class Checkpoints:
         self.wait()
 
         def sound(path: Path) -> Path:
-            check_files(path, meetings=self._meetings)
+            check_files(path, ranks=self._ranks)
             return path
 
-        steps = partial(self._meetings.first, lambda: list(checkpoints(self.run_dir)))
-        return newest_sound(self.run_dir, steps, sound, say if self._meetings.is_first else lambda _: None)
+        steps = partial(self._ranks.broadcast, lambda: list(checkpoints(self.run_dir)))
+        return newest_sound(self.run_dir, steps, sound, say if self._ranks.is_first else lambda _: None)
 
     def load(self, path: Path | str, state: dict[str, Any]) -> dict[str, Any]:
         """Fills `state` in place from a checkpoint of any layout, to the last bit.
@@ -168,8 +168,8 @@ class Checkpoints:
                 read_sharded(path / part, content)
                 state.update(content)
 
-        meta = self._meetings.agree(lambda: {part: forms(content) for part, content in parts.items()}, check)
-        self._meetings.hold(read)
+        meta = self._ranks.all_reduce(lambda: {part: forms(content) for part, content in parts.items()}, check)
+        self._ranks.all_gather(read)
         return meta
 
     def _find_room(self, state: dict[str, Any]) -> bool:
@@ -183,9 +183,9 @@ class Checkpoints:
         def scarcest(rooms: list[tuple[int, int]]) -> tuple[int, int]:
             return max(rooms, key=lambda room: room[0] - ROOM_SHARE * room[1])
 
-        needed, free = self._meetings.agree(lambda: (_copies_bytes(state), free_host_bytes()), scarcest)
+        needed, free = self._ranks.all_reduce(lambda: (_copies_bytes(state), free_host_bytes()), scarcest)
         has_room = needed <= ROOM_SHARE * free
-        if not has_room and self._has_room is None and self._meetings.is_first:
+        if not has_room and self._has_room is None and self._ranks.is_first:
             progress.say(
                 f"training waits while checkpoints are written: copies of the state would take {needed / 2**30:,.1f} "
                 f"GiB of a host's memory, which has {free / 2**30:,.1f} GiB free"
@@ -221,7 +221,7 @@ class Checkpoints:
         """Writes a checkpoint, then removes those that need not be kept; in the background of every rank."""
         from puna.checkpoint.sharded import write_sharded
 
-        meetings, path = self._meetings, _path(self.run_dir, step)
+        ranks, path = self._ranks, _path(self.run_dir, step)
         aside = path.with_name(path.name + ASIDE)
 
         def make_room(parts: list[list[str]]) -> list[str]:
@@ -239,11 +239,11 @@ class Checkpoints:
                 progress.say(f"checkpoints that need not be kept could not be removed: {error}")
 
         try:
-            for part in meetings.agree(lambda: list(staged.result()), make_room):
-                write_sharded(aside / part, staged.result().get(part, {}), meetings)
-            meetings.agree(lambda: fingerprints(aside, meetings.rank), finish)
+            for part in ranks.all_reduce(lambda: list(staged.result()), make_room):
+                write_sharded(aside / part, staged.result().get(part, {}), ranks)
+            ranks.all_reduce(lambda: fingerprints(aside, ranks.rank), finish)
         except BaseException as error:
-            if meetings.is_first:
+            if ranks.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
                 progress.say(f"{path.name} could not be saved: {error}")  # now, while there is time to make room
             raise
@@ -349,12 +349,12 @@ def _copied(values: Tensor, kept: Tensor | None) -> Tensor:
     return kept.copy_(values, non_blocking=True)
 
 
-def _check_shared(folder: Path, meetings: Meetings) -> None:
+def _check_shared(folder: Path, ranks: Collectives) -> None:
     """Makes sure that every rank sees a folder that rank 0 makes."""
 
     def make() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix="meeting-", suffix=ASIDE, dir=folder)
+        return tempfile.mkdtemp(prefix="seen-by-all-", suffix=ASIDE, dir=folder)
 
     def look() -> None:
         if not (folder / name).is_dir():
@@ -362,11 +362,11 @@ def _check_shared(folder: Path, meetings: Meetings) -> None:
                 f"a rank does not see what rank 0 writes to {folder}; run_dir must be on a shared file system"
             )
 
-    name = Path(meetings.first(make)).name
+    name = Path(ranks.broadcast(make)).name
     try:
-        meetings.hold(look)
+        ranks.all_gather(look)
     finally:
-        if meetings.is_first:
+        if ranks.is_first:
             os.rmdir(folder / name)
 
 

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.serialization import skip_data
 
-from puna.checkpoint.meetings import Meetings
+from puna.checkpoint.collectives import Collectives
 from puna.checkpoint.tensors import Extent, StoredTensor, start_of_values
 
 #: The form of values that are not tensors.
@@ -97,20 +97,20 @@ def local_piece(tensor: Tensor) -> Piece | None:
     return Piece(values, tuple(chunk.offsets), tuple(tensor.shape))
 
 
-def write_sharded(path: Path, values: dict[str, Any], meetings: Meetings) -> None:
+def write_sharded(path: Path, values: dict[str, Any], ranks: Collectives) -> None:
     """Writes pieces and plain values by their names, synced; every rank calls it with its own.
 
     Args:
         path: the folder, on a file system that all ranks share.
         values: what several ranks hold alike is written by one of them.
-        meetings: of the ranks that write together.
+        ranks: those that write together.
     """
     planner, writer = _PiecesPlanner(flatten_state_dict=False), FileSystemWriter(path, per_thread_copy_ahead=0)
     metadata = Metadata({})
 
     def plan() -> Any:
-        planner.set_up_planner(values, is_coordinator=meetings.is_first)
-        writer.set_up_storage_writer(meetings.is_first)
+        planner.set_up_planner(values, is_coordinator=ranks.is_first)
+        writer.set_up_storage_writer(ranks.is_first)
         return writer.prepare_local_plan(planner.create_local_plan())
 
     def share_out(plans: list[Any]) -> list[Any]:
@@ -122,8 +122,8 @@ def write_sharded(path: Path, values: dict[str, Any], meetings: Meetings) -> Non
         with _plain_errors(path):
             return writer.write_data(planner.finish_plan(share), planner).wait()
 
-    share: Any = meetings.hold(plan, share_out)
-    meetings.agree(write, lambda results: writer.finish(metadata, results))
+    share: Any = ranks.reduce_scatter(plan, share_out)
+    ranks.all_reduce(write, lambda results: writer.finish(metadata, results))
 
 
 def read_sharded(path: Path, content: dict[str, Any]) -> None:

@@ -80,8 +80,8 @@ def test_a_rank_that_is_stopped_at_a_checkpoint_is_given_up_and_one_that_is_slow
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", SAVING, tmp_path / "run", tmp_path / "said", hindered]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environments = [{**os.environ, **meeting, "RANK": str(rank)} for rank in range(2)]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environments = [{**os.environ, **rendezvous, "RANK": str(rank)} for rank in range(2)]
     ranks = [subprocess.Popen(command, env=each, stderr=subprocess.PIPE, text=True) for each in environments]
     try:
         _, err = ranks[0].communicate(timeout=60)

@@ -1,8 +1,8 @@
-"""Meetings of the ranks that save and load checkpoints together: an error of one is raised on all.
+"""Collectives of the ranks that save and load checkpoints together: an error of one is raised on all.
 
-A rank that fails alone leaves the others in a collective that never ends. Here all work is done in meetings: every rank
-does its share and then says how it went; what went wrong anywhere is raised everywhere, with the same words. Meetings
-have a gloo group of their own, so that they may be held in the background of training and its collectives.
+A rank that fails alone leaves the others in a collective that never ends. Here all work is done in collectives: every
+rank does its share and then says how it went; what went wrong anywhere is raised everywhere, with the same words. They
+have a gloo group of their own, so that they may go on in the background of training and its collectives.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ PATIENCE = timedelta(hours=2)
 CHECK_SECONDS = 1.0
 
 
-class Meetings:
-    """Meetings of the ranks of a run, or of one process with itself.
+class Collectives:
+    """Collectives of the ranks of a run, or of one process alone.
 
     Args:
         group: joins the ranks, with a backend for the CPU; None: this process needs nobody.
@@ -46,8 +46,8 @@ class Meetings:
         self._heartbeat = Heartbeat(group) if self.size > 1 else None
 
     @classmethod
-    def of_run(cls) -> "Meetings":
-        """Meetings of all ranks, over a new group, or of this process alone where there is no process group.
+    def of_run(cls) -> "Collectives":
+        """Those of all ranks, over a new group, or of this process alone where there is no process group.
 
         Every rank must call it.
         """
@@ -58,26 +58,25 @@ class Meetings:
         """Whether this is rank 0, which does what is done once."""
         return self.rank == 0
 
-    def hold(self, work: Callable[[], T], decide: Callable[[list[T]], list[R]] | None = None) -> R:
+    def reduce_scatter(self, work: Callable[[], T], reduce: Callable[[list[T]], list[R]]) -> R:
         """Every rank works, rank 0 decides on what came out, and each gets its part of the decision.
 
         Args:
             work: this rank's share.
-            decide: from every rank's result to what each is told; None: each is told all results.
+            reduce: from every rank's result to what each is told.
 
         Raises:
-            Exception: `work` failed somewhere, or `decide` did; every rank raises it.
+            Exception: `work` failed somewhere, or `reduce` did; every rank raises it.
         """
-        choose: Callable[[list[T]], list[Any]] = decide or (lambda results: [results] * self.size)
         if self.size == 1:
-            return choose([work()])[0]
+            return reduce([work()])[0]
         own, result = _attempt(work, self.rank)
         results = self._gather(result)
         replies: list[Any] | None = None
         if results is not None:
             failures: list[Any] = [result for result in results if isinstance(result, _Failure)]
             if not failures:
-                own, replies = _attempt(lambda: choose(results), self.rank)
+                own, replies = _attempt(lambda: reduce(results), self.rank)
                 failures = [replies] if isinstance(replies, _Failure) else []
             if failures:
                 replies = failures[:1] * self.size
@@ -86,13 +85,17 @@ class Meetings:
             raise reply.error from own
         return reply
 
-    def agree(self, work: Callable[[], T], decide: Callable[[list[T]], R]) -> R:
-        """As `hold`, with one decision for all."""
-        return self.hold(work, lambda results: [decide(results)] * self.size)
+    def all_reduce(self, work: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
+        """As `reduce_scatter`, with one decision for all."""
+        return self.reduce_scatter(work, lambda results: [reduce(results)] * self.size)
 
-    def first(self, work: Callable[[], R]) -> R:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
+        """As `all_reduce`; each is told all results."""
+        return self.all_reduce(work, lambda results: results)
+
+    def broadcast(self, work: Callable[[], R]) -> R:
         """Rank 0 works and tells all."""
-        return self.agree(lambda: None, lambda _: work())
+        return self.all_reduce(lambda: None, lambda _: work())
 
     def _gather(self, value: Any) -> list[Any] | None:
         values = [None] * self.size if self.is_first else None

@@ -213,8 +213,16 @@ class Tokenizer(ABC):
         Only for text that puna or a template wrote, never for text from users. Start and stop include the blanks beside
         a piece where the vocabulary says that it takes them along.
         """
+        before = 0
         for match in self._control_pattern.finditer(text):
-            yield *match.span(), self._ids[match[match.lastindex or 0]]
+            (start, stop), id = match.span(), self._ids[match[0]]
+            takes_left, takes_right = self._control_strips.get(id, (False, False))
+            while takes_left and start > before and text[start - 1].isspace():
+                start -= 1
+            while takes_right and stop < len(text) and text[stop].isspace():
+                stop += 1
+            before = stop
+            yield start, stop, id
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Makes sure that a model with this many embeddings has one for every id that can come out of `encode`.
@@ -272,12 +280,8 @@ class Tokenizer(ABC):
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        alternatives = []
-        written = [i for i in self.control if self._pieces[i]]
-        for i in sorted(written, key=lambda i: len(self._pieces[i]), reverse=True):
-            left, right = self._control_strips.get(i, (False, False))
-            alternatives.append(r"\s*" * left + f"({re.escape(self._pieces[i])})" + r"\s*" * right)
-        return re.compile("|".join(alternatives) or "(?!)")
+        pieces = filter(None, (self._pieces[i] for i in self.control))
+        return re.compile("|".join(map(re.escape, sorted(pieces, key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def _sorted_spellings(self) -> list[tuple[bytes, int]]:

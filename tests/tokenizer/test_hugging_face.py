@@ -1,6 +1,7 @@
 """tokenizer.json: the same promises as SentencePiece's, and the library's own ids."""
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -201,3 +202,22 @@ def test_control_tokens_take_the_blanks_along_that_the_file_says(byte_level, tmp
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     tokenizer = load_tokenizer(tmp_path)
     assert list(tokenizer.find_controls("a<|turn|> \nb<|end|> ")) == [(1, 11, 2), (12, 19, 1)]
+
+
+@pytest.fixture(scope="module")
+def stripping(byte_level, tmp_path_factory):
+    """One control token takes the blanks on its left along, one those on its right, one both."""
+    content = json.loads(byte_level.path.read_text())
+    for token, sides in zip(content["added_tokens"], (["lstrip"], ["rstrip"], ["lstrip", "rstrip"]), strict=False):
+        token.update(dict.fromkeys(sides, True))
+    path = tmp_path_factory.mktemp("stripping") / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    path.with_name("tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return load_tokenizer(path)
+
+
+@given(text=st.lists(st.sampled_from(["<|begin|>", "<|end|>", "<|turn|>", " ", "\n", "\xa0", "a", "<|"])).map("".join))
+def test_control_tokens_are_found_as_one_pattern_with_their_blanks_would(stripping, text):
+    pattern = re.compile(r"\s*(<\|begin\|>)|(<\|end\|>)\s*|\s*(<\|turn\|>)\s*")
+    expected = [(*match.span(), match.lastindex - 1) for match in pattern.finditer(text)]
+    assert list(stripping.find_controls(text)) == expected

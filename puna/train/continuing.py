@@ -26,8 +26,8 @@ RECIPE = "recipe.yaml"
 
 #: Fields that may change when a run continues, and all below them; any other change would make it another run.
 MAY_CHANGE = {
-    "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile", "data.valid",
-    "validation", "checkpoint", "log", "device",
+    "model", "start", "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile",
+    "data.valid", "validation", "checkpoint", "log", "device",
 }  # fmt: skip
 
 
@@ -76,20 +76,26 @@ def check_presence(run_dir: Path, save_every: int) -> None:
 
 
 def check_recipe(before: Recipe, now: Recipe) -> None:
-    """Refuses to continue a run under a recipe that would make it another run."""
-    changed = _differences(before.model_dump(), now.model_dump())
-    was, order = list(before.data.weights), list(now.data.weights)
-    if was != order and sorted(was) == sorted(order):  # whose turn it is, and the order of each one's rows, follow it
-        changed.append(f"data.train: {', '.join(was)} -> {', '.join(order)}")
+    """Refuses to continue a run under a recipe that would make it another run.
+
+    Where the data lies may change: `check_checkpoint` knows it by its fingerprints.
+    """
+    fields = (recipe.model_dump(exclude={"data": {"train"}}) for recipe in (before, now))
+    changed = _differences(*fields)
     may_change = MAY_CHANGE
     if now.arithmetic == "mindformers":
         may_change = may_change - {"micro_batch_rows"}  # whose means its loss is the mean of
     free = tuple(name + end for name in may_change for end in ".:")
     forbidden = [change for change in changed if not change.startswith(free)]
+    was, weights = list(before.data.weights.items()), list(now.data.weights.items())
+    if was != weights:
+        changed.append(f"data.train: {before.data.train} -> {now.data.train}")
+        if [weight for _, weight in was] != [weight for _, weight in weights]:
+            forbidden.append(changed[-1])
     if forbidden:
         raise UsageError(
-            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or remove "
-            f"that folder, or begin {new_run_from(now.run_dir)}"
+            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or begin "
+            f"{new_run_from(now.run_dir)}"
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")
@@ -105,7 +111,8 @@ def check_checkpoint(
         meta: what was saved beside its state.
         recipe: of the run.
         config: the model's shape now.
-        fingerprints: of the data that is learned from, by folder.
+        fingerprints: of the data that is learned from, by folder, in the order of the mixture: whose turn it is, and
+            the order of each one's rows, follow that.
 
     Raises:
         PunaError: the model's shape, or a folder's data, is not what it was.
@@ -117,11 +124,13 @@ def check_checkpoint(
             f"{recipe.start or recipe.model} is another model than when {checkpoint} was saved "
             f"({'; '.join(changed)}); put its config.json back as it was, or begin {new_run_from(recipe.run_dir)}"
         )
-    for folder, fingerprint in meta.get("data", {}).items():
-        if fingerprints.get(folder) != fingerprint:
+    saved = meta.get("data", {})  # saves of earlier versions have none
+    for (folder, fingerprint), (was, fingerprint_then) in zip(fingerprints.items(), saved.items(), strict=False):
+        if fingerprint != fingerprint_then:
+            then = "" if was == folder else f" {was} did"
             raise PunaError(
-                f"{folder} holds other data than when {checkpoint} was saved; prepare it again as it was, or begin "
-                f"{new_run_from(recipe.run_dir)}"
+                f"{folder} holds other data than{then} when {checkpoint} was saved; name or prepare it as it was, or "
+                f"begin {new_run_from(recipe.run_dir)}"
             )
 
 

@@ -23,6 +23,7 @@ import torch
 
 from puna import devices
 from puna.checkpoint.huggingface import fit
+from puna.checkpoint.manifest import read_meta
 from puna.checkpoint.runs import Checkpoints, checkpoints
 from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
@@ -103,6 +104,8 @@ class _Run:
         keep = recipe.checkpoint
         self.checkpoints = Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every)
         checkpoint = self.checkpoints.newest()
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, read_meta(checkpoint), recipe, config, self.fingerprints)
         self.model, self.gradients = build(recipe, self.config, ranks, device)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -259,7 +262,6 @@ class _Run:
 
     def _restore(self, checkpoint: Path) -> None:
         meta = self.checkpoints.load(checkpoint, self._state())
-        check_checkpoint(checkpoint, meta, self.recipe, self.config, self.fingerprints)
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
         say(f"continuing {self.run_dir} from step {self.step}")
         was, now = (_rate(recipe, self.step + 1) for recipe in (load_recipe(meta["recipe"]), self.recipe))

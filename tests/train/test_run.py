@@ -586,8 +586,6 @@ def test_what_a_run_goes_on_with_is_written_down_and_a_rate_that_jumps_is_said(
     assert result["valid_loss"] > 0
     written = load_recipe(Path(result["run_dir"]) / "recipe.yaml")
     assert (written.steps, written.data.valid) == (4, str(prepared))
-    with pytest.raises(UsageError, match=r"data\.train: "):
-        puna.train({**content, "data": {"train": str(tmp_path)}})
 
 
 def test_a_run_keeps_its_precision_where_the_recipe_leaves_it_open(recipe: Make) -> None:
@@ -646,16 +644,50 @@ def test_a_run_that_is_killed_as_it_begins_has_its_whole_tokenizer_in_the_end(
     assert sorted(file.name for file in (run_dir / "tokenizer").iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize(("weights", "change"), [([1, 3], "data.train: "), ([3], "data.train.")])
-def test_another_mixture_is_refused_in_a_run_folder_and_so_is_another_order_of_it(
-    recipe: Make, prepared: Path, tmp_path: Path, weights: list[int], change: str
+def test_a_run_goes_on_where_its_data_and_first_weights_have_moved_or_are_spelled_otherwise(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_random_folder(tmp_path / "data", seed=1)
+    save_model(tiny_model(), tmp_path / "start")
+    content = recipe(steps=2, data={"train": "data"}, start="start", schedule={"name": "constant"})
+    puna.train({**content, "steps": 6, "run_dir": str(tmp_path / "whole")})
+    puna.train(content)
+    puna.train({**content, "steps": 3, "data": {"train": "data/"}})
+    puna.train({**content, "steps": 4, "data": {"train": {f"{tmp_path}/data": 1.0}}})
+    (tmp_path / "data").rename(tmp_path / "data2")
+    (tmp_path / "start").rename(tmp_path / "start2")
+    capsys.readouterr()
+    puna.train({**content, "steps": 6, "data": {"train": "data2"}, "start": "start2"})
+    said = capsys.readouterr().err
+    assert "continuing with changes: start: start -> start2; steps: 4 -> 6; data.train: {" in said
+    assert "} -> data2\n" in said
+    _assert_same_weights(_weights(content["run_dir"]), _weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("weights", [[1, 3], [3], [3, 2]])
+def test_another_mixture_is_refused_in_a_run_folder(
+    recipe: Make, prepared: Path, tmp_path: Path, weights: list[int]
 ) -> None:
     (tmp_path / "data").mkdir()
     folders = [str(prepared), str(write_random_folder(tmp_path / "data", seed=1))]
     puna.train(recipe(data={"train": dict(zip(folders, [3, 1], strict=True))}, steps=2))
-    others = dict(zip(folders[::-1] if len(weights) > 1 else folders, weights, strict=False))
-    with pytest.raises(UsageError, match=re.escape(f"holds a run of another recipe ({change}")):
+    others = dict(zip(folders, weights, strict=False))
+    with pytest.raises(
+        UsageError, match=r"holds a run of another recipe \(data\.train: .*\); choose .*, or begin a new"
+    ):
         puna.train(recipe(data={"train": others}, steps=3))
+
+
+def test_a_mixture_in_another_order_is_refused_though_its_shares_are_the_same(
+    recipe: Make, prepared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    folders = [str(prepared), str(write_random_folder(tmp_path / "data", seed=1))]
+    puna.train(recipe(data={"train": dict.fromkeys(folders, 1)}, steps=2))
+    with pytest.raises(PunaError, match=f"{folders[1]} holds other data than {folders[0]} did when"):
+        puna.train(recipe(data={"train": dict.fromkeys(folders[::-1], 1)}, steps=3))
 
 
 def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, tmp_path: Path) -> None:
@@ -667,6 +699,10 @@ def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, t
     with pytest.raises(PunaError, match=r"another model than when .*step-00000002 was saved \(rope_theta: 1000000"):
         puna.train(recipe(model=str(model), steps=3))
     write_json(model / "config.json", fields)
+    with pytest.raises(
+        PunaError, match=r"tiny-128 is another model than when .*step-00000002 was saved \(vocab_size: 512 -> 4096; hid"
+    ):
+        puna.train(recipe(model="tiny-128", steps=3))
     assert puna.train(recipe(model=str(model), steps=3))["step"] == 3
 
 

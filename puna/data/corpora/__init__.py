@@ -11,6 +11,7 @@ where `options` maps the name of every option to its value. Nothing here imports
 HELP and OPTIONS of all kinds to build its own help.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,7 @@ def kinds() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+@functools.cache  # asked for every document
 def find(kind: str) -> Corpus:
     """The kind of this name.
 

@@ -301,6 +301,19 @@ def test_a_wrong_field_is_told_at_once_with_those_there_are(tmp_path, field, wan
         documents_of("jsonl", tmp_path / "a.jsonl", field=field)
 
 
+@pytest.mark.parametrize("head", ["\n \n", '{"_meta": 1}\n', '{"text": null}\n', "# made by hand\n", "3\n"])
+def test_a_head_without_text_is_not_the_end_of_the_file(tmp_path, head):
+    write(tmp_path, {"a.jsonl": head + '{"text": "x"}\n', "b.jsonl": '{"other": 1}\n', "0.jsonl": "\n\n"})
+    assert list(documents_of("jsonl", tmp_path).values()) == ["x"]
+
+
+@pytest.mark.parametrize("content", ["# a\n# b\n", '[{"text": "x"}]', '[\n{"text": "x"},\n{"text": "y"}\n]\n', "3\n"])
+def test_what_is_not_one_object_a_line_is_told_at_once(tmp_path, content):
+    write(tmp_path, {"a.jsonl": content})
+    with pytest.raises(PunaError, match="this kind wants one object a line"):
+        documents_of("jsonl", tmp_path)
+
+
 def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path):
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n")
     assert list(reasons_of("jsonl", tmp_path / "lines.jsonl").values()) == ["not JSON"]

@@ -1,6 +1,5 @@
 """JSON lines; a field of a line is a document."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ _USUAL_FIELDS = ("text", "content")
 
 def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
     """Pieces of whole lines, with the number of the first line as state."""
+    is_checked = False
     for file in files_of(source, suffixes=(".jsonl", ".ndjson", ".json")):
         if file.refused:
             yield LeftOut(file.name, source.name, file.refused)
             continue
         line = 1
         for start, data in cut_file(file.path, after_last_line):
-            if start == 0:
-                _check_field(file.path, data, options["field"])
+            is_checked = is_checked or _is_of_this_kind(file.path, data, options["field"])
             yield Span(str(file.path), file.name, source.name, start, start + len(data), checksum(data), line)
             line += data.count(b"\n")
 
@@ -55,14 +54,22 @@ def _text_of(record: Any, field: str | None) -> str | None:
     return next((record[name] for name in fields if isinstance(record.get(name), str)), None)
 
 
-def _check_field(path: Path, data: bytes, field: str | None) -> None:
-    """Looks at the first line, so that a wrong field is found at once and not line by line."""
-    try:
-        first = json.loads(data.lstrip().partition(b"\n")[0])
-    except (ValueError, RecursionError) as error:
-        raise PunaError(f"{path}: the first line is not JSON ({error}); this kind wants one object a line") from None
-    if not isinstance(first, dict):
-        raise PunaError(f"{path}: the first line is not a JSON object; this kind wants one object a line")
-    if _text_of(first, field) is None:
+def _is_of_this_kind(path: Path, data: bytes, field: str | None) -> bool:
+    """Looks at the first lines, so that a wrong field is found at once and not line by line; False: all are blank.
+
+    Raises:
+        PunaError: they are an array, or none of them is JSON.
+        UsageError: none of them has the field.
+    """
+    if data.lstrip().startswith(b"["):
+        raise PunaError(f"{path} holds an array; this kind wants one object a line")
+    records = [record for _, record in json_lines(data, 1)]
+    if not records or any(_text_of(record, field) is not None for record in records):
+        return bool(records)
+    first = next((record for record in records if not isinstance(record, Exception)), records[0])
+    if isinstance(first, Exception):
+        raise PunaError(f"{path}: the first lines are not JSON ({first}); this kind wants one object a line")
+    if isinstance(first, dict):
         wanted = f"field {field!r}" if field else " or ".join(map(repr, _USUAL_FIELDS))
         raise UsageError(f"{path}: no text in {wanted}; name the field with --field: it has {', '.join(sorted(first))}")
+    raise PunaError(f"{path}: the first line is not a JSON object; this kind wants one object a line")

@@ -155,6 +155,8 @@ class Engine:
     async def stream(self, prompt: Several[int] | str, **sampling: Any) -> AsyncIterator[str]:
         """The text of a completion while it grows; leaving the loop cancels it and frees its blocks within a step.
 
+        A loop that is left by `break` cancels it where nothing else keeps the stream; who does calls its `aclose`.
+
         Args:
             prompt: as for `generate`.
             sampling: the fields of `Sampling`.

@@ -13,6 +13,7 @@ SentencePiece's Python offers no switch for what Code Llama needs, but its file 
 One character would still be lost, U+2581, which SentencePiece reads as a space: `Tokenizer` carries it around.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,9 +84,13 @@ def read_model(path: Path) -> Any:
     Raises:
         PunaError: the file is not one, or is cut off.
     """
-    model = model_pb2.ModelProto()
+    model, content = model_pb2.ModelProto(), path.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/=]+ 0\n", content):
+        raise PunaError(
+            f"{path} is a vocabulary of tiktoken, as Llama 3's; take the Hugging Face version's tokenizer.json"
+        )
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(content)
     except DecodeError:
         model.Clear()
     if not model.pieces:

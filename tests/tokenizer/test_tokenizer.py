@@ -224,6 +224,12 @@ def test_a_cut_off_model_is_refused(small_tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_vocabulary_of_tiktoken_says_what_to_take_instead(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")  # as in Meta's folder of Llama 3
+    with pytest.raises(PunaError, match=r"of tiktoken, .* take the Hugging Face version's tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_trained_vocabulary_has_llamas_layout_and_settings(small_tokenizer):
     model = read_model(small_tokenizer.path)
     assert [piece.piece for piece in model.pieces[:4]] == ["<unk>", "<s>", "</s>", "<0x00>"]

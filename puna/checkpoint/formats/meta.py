@@ -1,4 +1,4 @@
-"""Meta's own files: `params.json` and `consolidated.NN.pth`, one a rank of its model parallelism.
+"""Meta's own files, up to Llama 2: `params.json` and `consolidated.NN.pth`, one a rank of its model parallelism.
 
 Three things differ from the Hugging Face layout. Names. Rotary pairs: Meta turns channels (2i, 2i + 1), Hugging Face
 channels (i, i + H/2), so the rows of q and k are put in another order within each head. And every rank holds a slice:
@@ -42,7 +42,10 @@ NAMES: dict[str, str] = {
 }
 
 #: Meta's model parallelism splits weights along the dims of `puna.model.split`, and the embedding along this one.
-EMBEDDING_DIM = 1  # of (V, D); 0 since Llama 3
+EMBEDDING_DIM = 1  # of (V, D)
+
+#: Llama 3 has another vocabulary, in another format, and cuts the embedding otherwise; it is known by either of these.
+OF_LLAMA_3 = {"vocab_size": 128_256, "use_scaled_rope": True}
 
 #: Tensors that are left out: tables that are computed anew.
 SKIPPED = ("rope.freqs",)
@@ -56,11 +59,10 @@ KNOWN_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_
     "ffn_dim_multiplier",
     "max_seq_len",
     "max_batch_size",
-    "use_scaled_rope",
 }
 
 #: Rope theta -> context length of the family that has it; `params.json` does not say the length.
-CONTEXT_LENGTHS = {1e4: 4096, 5e5: 8192, 1e6: 16384}
+CONTEXT_LENGTHS = {1e4: 4096, 1e6: 16384}
 
 
 def recognises(folder: Path) -> bool:
@@ -84,7 +86,7 @@ def read(folder: Path, rope_theta: float | None) -> tuple[ModelConfig, dict[str,
     for name in ranks[0]:
         if name not in SKIPPED:
             hf_name, dim = _translated(name, folder)
-            tensors[hf_name] = _merged(name, [_slice_of(name, rank, folder) for rank in ranks], dim, params)
+            tensors[hf_name] = _merged(name, [_slice_of(name, rank, folder) for rank in ranks], dim)
     for rank in ranks[1:]:
         for name in rank:
             if name not in ranks[0]:
@@ -145,10 +147,12 @@ def _params(path: Path, rope_theta: float | None) -> dict[str, Any]:
     params = read_json(path)
     if missing := [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]:
         raise PunaError(f"{path} lacks {', '.join(missing)}")
+    if any(params.get(name) == value for name, value in OF_LLAMA_3.items()):
+        raise PunaError(
+            f"{path} is of Llama 3, which puna does not read in Meta's files; convert the Hugging Face version"
+        )
     if unknown := [name for name in params if name not in KNOWN_FIELDS]:
         raise PunaError(f"{path} has the field {unknown[0]!r}, which puna does not know")
-    if params.get("use_scaled_rope"):
-        raise PunaError(f"{path} scales positions by factors that it does not state; convert the Hugging Face version")
     stated = params.setdefault("rope_theta", rope_theta)
     if stated is None:
         raise PunaError(
@@ -175,14 +179,12 @@ def _slice_of(name: str, rank: dict[str, StoredTensor], folder: Path) -> StoredT
     return rank[name]
 
 
-def _merged(name: str, slices: list[StoredTensor], dim: int | None, params: dict[str, Any]) -> StoredTensor:
+def _merged(name: str, slices: list[StoredTensor], dim: int | None) -> StoredTensor:
     first = slices[0]
     if dim is None:
         return one_of_copies(name, slices)
     if len(slices) == 1:
         return first
-    if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
-        dim = 0
     shape = list(first.shape)
     shape[dim] = sum(piece.shape[dim] for piece in slices)
     return StoredTensor(tuple(shape), first.dtype, first.where, lambda: torch.cat([p.read() for p in slices], dim))

@@ -11,7 +11,6 @@ model and one tensor more. Every tensor of the model must be there and every ten
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,9 +76,7 @@ def load(
             the model has no embedding for.
     """
     folder = resolve(folder)
-    config, quantization = load_quantized_config(folder)
-    if context is not None:
-        config = replace(config, max_position_embeddings=context)
+    config, quantization = load_quantized_config(folder, context=context)
     tokenizer = load_tokenizer_of(folder)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
@@ -244,7 +241,7 @@ def load_config(folder: Path | str, *, rope_theta: float | None = None) -> Model
 
 
 def load_quantized_config(
-    folder: Path | str, *, rope_theta: float | None = None
+    folder: Path | str, *, rope_theta: float | None = None, context: int | None = None
 ) -> tuple[ModelConfig, Quantization | None]:
     """As `load_config`, of weights that may be quantised: says how."""
     path = Path(folder) / "config.json"
@@ -255,6 +252,8 @@ def load_quantized_config(
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise PunaError(f"{path} is not a JSON object")
+    if context is not None:
+        fields["max_position_embeddings"] = context
     quantized = fields.get("quantization_config")
     quantization = Quantization.from_json(quantized, str(path)) if quantized else None
     config = ModelConfig.from_json(fields, str(path), rope_theta=rope_theta)

@@ -263,6 +263,16 @@ def test_load_gives_the_model_and_its_tokenizer(tmp_path):
     }
 
 
+def test_a_longer_context_than_the_files_is_taken_where_attention_has_no_window(folder):
+    model, _ = load(folder, context=9000)
+    assert model.config.max_position_embeddings == 9000
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"model_type": "mistral", "sliding_window": 2048}))
+    assert load(folder)[0].config.max_position_embeddings == 2048
+    with pytest.raises(PunaError, match=r"sliding_window 2048 is shorter than the context \(9000\)"):
+        load(folder, context=9000)
+
+
 def test_a_model_without_an_end_is_saved_without_one(tmp_path):
     save_model(tiny_model(eos_token_id=None), tmp_path / "model")
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())

@@ -51,7 +51,7 @@ def evaluate(
     max_documents: Annotated[int | None, typer.Option(min=1, help="Most documents of the corpus.  [200]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is drawn at random.  [0]")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Prompts completed together.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Answers written at a time.  [64, of a server 8]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time.  [one a core]")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes that answer, one a device.")] = None,
     cache_dtype: CacheDtype = None,

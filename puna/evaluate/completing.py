@@ -7,7 +7,7 @@ r"""What a benchmark asks of a model, and what answers: a model's engine, with a
 A prompt that is too long for the model loses what is far from the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,11 +30,15 @@ class Ask:
     question: str | None = None
 
 
-class Completes(Protocol):
-    """Whatever gives each ask an answer; each answer has a seed of its own, so batches change nothing."""
+#: Called with the number of an ask and its answer, once that is there.
+OnAnswer = Callable[[int, str], None]
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-        """The answers, in the order of the asks."""
+
+class Completes(Protocol):
+    """Whatever gives each ask an answer; each answer has a seed of its own, so what is beside it changes nothing."""
+
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> Any:
+        """Gives every answer to `on_answer` as it comes, in any order."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ PROTOCOLS = {
 }
 
 
+#: Answers that a model writes at a time by default.
+ROWS = 64
+
+
 class Completer:
     """Answers by a model; of a prompt longer than its context allows, what is far from the answer is cut off.
 
@@ -61,7 +69,7 @@ class Completer:
         tokenizer: the model's.
         max_tokens: most tokens of an answer.
         stop: an answer that continues or fills in ends before the first of these.
-        batch_rows: prompts that are completed together.
+        batch_rows: answers that are written at a time; where one ends, the next begins.
         how: greedy by default.
         template: a chat template's name, or a folder that ships one: questions are asked in its layout.
         order: of an infilling prompt; in spm order the end of the prefix is healed (`puna.generate.gap`).
@@ -98,18 +106,35 @@ class Completer:
         self.longest_prompt = max(1, prompt_room(model, max_tokens))
         self.cut_prompts = 0
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int] | None = None, **changes: Any) -> list[str]:
-        """The answers; `changes` are other fields of the sampling for these, e.g. fewer `max_tokens`."""
-        from puna.generate import Engine
+    def __call__(
+        self,
+        asks: Sequence[Ask],
+        seeds: Sequence[int] | None = None,
+        on_answer: OnAnswer | None = None,
+        **changes: Any,
+    ) -> list[str]:
+        """The answers, in the order of the asks; each is given to `on_answer` once it is there.
 
+        `changes` are other fields of the sampling for these, e.g. fewer `max_tokens`.
+        """
+        from puna.generate import Completion, Engine
+
+        if not asks:
+            return []
         if self._engine is None:
             self._engine = Engine(self.model, self.tokenizer, max_rows=self.batch_rows, cache_dtype=self._cache_dtype)
-        asked = [self._asked(ask) for ask in asks]
+        prompts = {ask: self._asked(ask) for ask in dict.fromkeys(asks)}
+        asked = [prompts[ask] for ask in asks]
         tokens = [tokens for tokens, _ in asked]
         samplings = [
             replace(how, seed=seed, **changes) for (_, how), seed in zip(asked, seeds or [0] * len(asks), strict=True)
         ]
-        return [completion.text for completion in self._engine.generate(tokens, samplings)]
+
+        def tell(number: int, completion: Completion) -> None:
+            if on_answer is not None:
+                on_answer(number, completion.text)
+
+        return [completion.text for completion in self._engine.generate(tokens, samplings, on_completion=tell)]
 
     def _asked(self, ask: Ask) -> "tuple[list[int], Sampling]":
         """The prompt's tokens, and how they are completed."""

@@ -4,7 +4,7 @@ A benchmark is a subclass of `Programs` that says what its tasks ask, where an a
 rest is here, the same for all. Generation and judging overlap, and what an `output` folder holds is not done again:
 
     tasks ──▶ Ask ──Completer──▶ Sample ──▶ samples.jsonl
-                    in batches      │
+                                    │
                                     └─▶ Job ──Sandbox──▶ Judgement ──▶ verdicts.jsonl ──▶ pass@k
                                              at the same time
 """
@@ -23,11 +23,11 @@ from typing import Any, Literal
 import puna
 from puna.errors import PunaError, UsageError
 from puna.evaluate.answers import code_of, cut
-from puna.evaluate.completing import PROTOCOLS, Ask, Completer, Completes, How
+from puna.evaluate.completing import PROTOCOLS, ROWS, Ask, Completer, Completes, How
 from puna.evaluate.judging import Judge
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
-from puna.evaluate.remote import RemoteCompleter
+from puna.evaluate.remote import REQUESTS, RemoteCompleter
 from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.spread import Replicas, Spread
@@ -137,7 +137,7 @@ class Programs(ABC):
         seed: int = 0,
         template: str | None = None,
         order: Literal["psm", "spm"] = "psm",
-        batch: int = 8,
+        batch: int | None = None,
         cache_dtype: str | None = None,
         max_tokens: int | None = None,
         workers: int | None = None,
@@ -161,7 +161,7 @@ class Programs(ABC):
             seed: of the samples; each has random numbers of its own.
             template: a chat template's name, or a folder that ships one: tasks are put as questions in its layout.
             order: of infilling prompts.
-            batch: how many prompts the model completes at once.
+            batch: how many answers are written at a time; by default `ROWS`, and `REQUESTS` of a server.
             cache_dtype: as for `Completer`.
             max_tokens: an answer's greatest length, other than the benchmark's.
             workers: how many judgements run at once; by default one a core.
@@ -190,7 +190,8 @@ class Programs(ABC):
         with ExitStack() as stack:
             # Before a large model is loaded: is there a sandbox, is the server there, is the folder this run's?
             sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
-            options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": batch, "how": how}
+            rows = batch or (ROWS if server is None else REQUESTS)
+            options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": rows, "how": how}
             if server is not None:
                 complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
             if samples is not None:
@@ -222,9 +223,8 @@ class Programs(ABC):
             judge = Judge(lambda sample: self.job(tasks[sample.task_id], sample), sandbox, log)
             if complete is not None:
                 written = stack.enter_context(Log(folder and folder / SAMPLES))
-                many = model.count if isinstance(model, Replicas) else 1
                 wanted = _Wanted(tasks, how.samples, seed)
-                given = wanted.samples(self, complete, written, judge, batch=batch * many, is_chat=template is not None)
+                given = wanted.samples(self, complete, written, judge, is_chat=template is not None)
             generated = time.monotonic()
             for sample in given:
                 judge.submit(sample)
@@ -306,27 +306,26 @@ class _Wanted:
         self.tasks, self.count, self.seed = tasks, count, seed
 
     def samples(
-        self, benchmark: Programs, complete: Completes, log: Log, judge: Judge, *, batch: int, is_chat: bool
+        self, benchmark: Programs, complete: Completes, log: Log, judge: Judge, *, is_chat: bool
     ) -> list[Sample]:
         """All of them, in the order of the tasks; those of the log are not asked for again."""
         found = {(line["task_id"], line["number"]): read_sample(line, SAMPLES) for line in log.lines}
         asks = {task.task_id: benchmark.ask(task) for task in self.tasks.values()}
-        # Prompts of similar length go together, so that little is padded.
-        order = sorted(self.tasks, key=lambda task_id: len(asks[task_id].prefix))
-        every = [(task_id, number) for task_id in order for number in range(self.count)]
+        every = [(task_id, number) for task_id in self.tasks for number in range(self.count)]
         left = [one for one in every if one not in found]
         for sample in found.values():
             judge.submit(sample)
         with Progress("completing", len(left), "answers") as progress:
-            for start in range(0, len(left), batch):
-                some = left[start : start + batch]
-                answers = complete([asks[task_id] for task_id, _ in some], [self._seed(*one) for one in some])
-                for one, answer in zip(some, answers, strict=True):
-                    found[one] = sample = benchmark.sample(self.tasks[one[0]], answer, is_chat=is_chat)
-                    log.append({**sample.record(), "number": one[1], **({"answer": answer} if is_chat else {})})
-                    judge.submit(sample)
-                progress.advance(len(some))
-        return [found[task_id, number] for task_id in self.tasks for number in range(self.count)]
+
+            def keep(index: int, answer: str) -> None:
+                task_id, number = left[index]
+                found[task_id, number] = sample = benchmark.sample(self.tasks[task_id], answer, is_chat=is_chat)
+                log.append({**sample.record(), "number": number, **({"answer": answer} if is_chat else {})})
+                judge.submit(sample)
+                progress.advance()
+
+            complete([asks[task_id] for task_id, _ in left], [self._seed(*one) for one in left], keep)
+        return [found[one] for one in every]
 
     def _seed(self, task_id: str, number: int) -> int:
         digest = hashlib.blake2b(f"{self.seed}\0{task_id}\0{number}".encode(), digest_size=8).digest()

@@ -13,14 +13,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from puna.errors import PunaError, UsageError
-from puna.evaluate.completing import PROTOCOLS, Ask, How
+from puna.evaluate.completing import PROTOCOLS, Ask, How, OnAnswer
 
 #: OpenAI's API takes no more stop strings; what is written beyond the others is cut here all the same.
 MOST_STOPS = 4
+
+#: Requests at once by default: a server may have few places, and one that waits too long for its turn fails.
+REQUESTS = 8
 
 #: Seconds before a request is made a second time, a third …; then it is given up.
 PAUSE_SECONDS = (1.0, 4.0, 15.0)
@@ -78,13 +81,22 @@ class RemoteCompleter:
         if stop and not is_chat:  # an answer in chat may well hold such a text
             self._settings["stop"] = list(stop[:MOST_STOPS])
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-        """The answers."""
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer | None = None) -> list[str]:
+        """The answers, in the order of the asks; each is given to `on_answer` once it is there."""
         if not self._fills_gaps and any(ask.suffix is not None for ask in asks):
             self._check_suffix()
             self._fills_gaps = True
         with ThreadPoolExecutor(self._batch_rows) as threads:
-            return list(threads.map(self._answer, asks, seeds))
+            answers = [threads.submit(self._answer, *one) for one in zip(asks, seeds, strict=True)]
+            number = {answer: i for i, answer in enumerate(answers)}
+            try:
+                for answer in as_completed(answers):
+                    text = answer.result()
+                    if on_answer is not None:
+                        on_answer(number[answer], text)
+                return [answer.result() for answer in answers]
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)  # after an error, what is under way is enough
 
     def _answer(self, ask: Ask, seed: int) -> str:
         request = self._settings | {"seed": seed % 2**31}
@@ -140,10 +152,11 @@ class RemoteCompleter:
 
 
 def _body(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(500).decode(errors="replace")
-    except BROKEN_OFF as why:
-        return str(why)
+    with error:  # which holds the connection
+        try:
+            return error.read(500).decode(errors="replace")
+        except BROKEN_OFF as why:
+            return str(why)
 
 
 def _text(choice: Any, get: Any) -> str:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from puna.errors import PunaError, UsageError
-from puna.evaluate.completing import Ask
+from puna.evaluate.completing import Ask, OnAnswer
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Spread:
             self._processes.append(process)
         self.cut_prompts = 0
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-        """The answers, in the order of the asks."""
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer | None = None) -> list[str]:
+        """The answers, in the order of the asks; each is given to `on_answer` once all of its process are there."""
         count = len(self._pipes)
         for rank, pipe in enumerate(self._pipes):
             with contextlib.suppress(OSError):  # it has ended; what it said before is read below
@@ -66,6 +66,9 @@ class Spread:
             texts, cut = self._received(rank)
             answers[rank::count] = texts
             self.cut_prompts += cut
+            for number, text in enumerate(texts):
+                if on_answer is not None:
+                    on_answer(rank + number * count, text)
         return answers
 
     def _received(self, rank: int) -> tuple[list[str], int]:

@@ -16,7 +16,7 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.answers import cut
 from puna.evaluate.benchmarks.humaneval import STOPS, HumanEval
-from puna.evaluate.completing import Ask
+from puna.evaluate.completing import Ask, OnAnswer
 from puna.evaluate.programs import Task
 from puna.evaluate.samples import Sample, read_samples
 from puna.evaluate.sandbox import Job, Limits, Sandbox
@@ -121,17 +121,18 @@ def test_samples_are_scored_and_the_result_says_how(data: Path, bubblewrap: str,
 def test_a_model_completes_the_prompts_as_they_are_and_is_cut_at_the_stop_strings(
     data: Path, bubblewrap: str, tmp_path: Path
 ) -> None:
-    asked: list[list[str]] = []
+    asked: list[str] = []
     known = {task["prompt"]: task["canonical_solution"] for task in TASKS}
 
-    def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-        asked.append([ask.prefix for ask in asks])
-        return [known[ask.prefix] + "\nprint('more' +\n" for ask in asks]
+    def complete(asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> None:
+        for number, ask in enumerate(asks):
+            asked.append(ask.prefix)
+            on_answer(number, known[ask.prefix] + "\nprint('more' +\n")
 
     output = tmp_path / "run"
-    result = evaluate("humaneval", complete=complete, data=data, output=output, batch=1)
+    result = evaluate("humaneval", complete=complete, data=data, output=output)
     assert result["pass@1"] == 1.0
-    assert sorted(map(len, asked)) == [1, 1]
+    assert asked == [task["prompt"] for task in TASKS]
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [(sample["task_id"], sample["completion"]) for sample in samples] == [
         (task["task_id"], task["canonical_solution"]) for task in TASKS

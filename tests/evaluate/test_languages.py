@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate, languages
 from puna.evaluate.benchmarks.humaneval_x import HumanEvalX
 from puna.evaluate.benchmarks.multipl_e import FILES, MultiPLE
+from puna.evaluate.completing import Ask, OnAnswer
 from puna.evaluate.languages import LANGUAGES, LIMITS
 from puna.evaluate.programs import Task
 from puna.evaluate.samples import Sample
@@ -183,7 +184,11 @@ def test_a_model_is_scored_in_another_language(shared: Path, bubblewrap: str, tm
     path = tmp_path / "humaneval-sh.jsonl"
     with open(shared / "data/multipl-e/humaneval-sh.jsonl") as file:
         path.write_text("".join(line for line in file if "HumanEval_23_" in line))
-    options: dict[str, Any] = {"data": path, "complete": lambda asks, seeds: [COMPLETIONS["sh"]["passed"] + "\n}\n"]}
+
+    def complete(asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> None:
+        on_answer(0, COMPLETIONS["sh"]["passed"] + "\n}\n")
+
+    options: dict[str, Any] = {"data": path, "complete": complete}
     result = evaluate("multipl_e", **options)
     assert (result["variant"], result["pass@1"], result["paper"]["7B"]) == ("sh", 1.0, {"pass@1": 0.12})
     with pytest.raises(UsageError, match="leave --template out"):

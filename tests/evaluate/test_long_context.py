@@ -128,7 +128,7 @@ def test_a_model_that_reads_finds_all_and_one_that_reads_half_finds_those(
     class Reads:
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        def __call__(self, asks: Sequence[Ask]) -> list[str]:
+        def __call__(self, asks: Sequence[Ask], **_: object) -> list[str]:
             return [self.key(ask.prefix) for ask in asks]
 
         def key(self, text: str) -> str:

@@ -15,7 +15,7 @@ import puna
 from puna.errors import PunaError, UsageError
 from puna.evaluate import evaluate
 from puna.evaluate.benchmarks import names
-from puna.evaluate.completing import PROTOCOLS, Ask, Completer
+from puna.evaluate.completing import PROTOCOLS, Ask, Completer, OnAnswer
 from puna.evaluate.judging import Judge
 from puna.evaluate.paper import paper_name, table
 from puna.evaluate.samples import Log, Sample
@@ -30,27 +30,30 @@ def data(tmp_path: Path) -> Path:
 
 
 class Answers:
-    """Answers task i with `return SEED % 4`, and is killed before the batch number `killed_at`."""
+    """Answers with `return SEED % 4`, the last ask first, and is killed when it has given `killed_at` answers."""
 
     def __init__(self, killed_at: int | None = None) -> None:
         self.asked: list[str] = []
-        self.killed_at, self.batches = killed_at, 0
+        self.killed_at, self.calls = killed_at, 0
 
-    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-        if self.batches == self.killed_at:
-            raise KeyboardInterrupt
-        self.batches += 1
+    def __call__(self, asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> None:
+        self.calls += 1
         self.asked += [ask.prefix for ask in asks]
-        return [f"    return {seed % 4}\n" for seed in seeds]
+        for given, number in enumerate(reversed(range(len(asks)))):
+            if given == self.killed_at:
+                raise KeyboardInterrupt
+            on_answer(number, f"    return {seeds[number] % 4}\n")
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_answers_and_verdicts(
     bubblewrap: str, data: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"data": data, "protocol": "sample", "samples_per_task": 5, "batch": 3}
-    whole = evaluate("humaneval", complete=Answers(), output=tmp_path / "whole", **options)
+    options: dict[str, Any] = {"data": data, "protocol": "sample", "samples_per_task": 5}
+    once = Answers()
+    whole = evaluate("humaneval", complete=once, output=tmp_path / "whole", **options)
+    assert (once.calls, len(once.asked)) == (1, 20)  # no answer waits for others
     with pytest.raises(KeyboardInterrupt):
-        evaluate("humaneval", complete=Answers(killed_at=3), output=tmp_path / "killed", **options)
+        evaluate("humaneval", complete=Answers(killed_at=9), output=tmp_path / "killed", **options)
     samples = tmp_path / "killed/samples.jsonl"
     assert len(samples.read_text().splitlines()) == 9
     samples.write_text(samples.read_text()[:-20])  # the last line was being written
@@ -152,20 +155,20 @@ def test_answers_of_a_model_in_memory_are_not_those_of_the_same_after_training(
 def test_each_answer_has_a_seed_of_its_own_that_depends_on_task_and_number_alone(
     bubblewrap: str, data: Path, tmp_path: Path
 ) -> None:
-    def seeds(batch: int) -> dict[str, list[int]]:
+    def seeds(samples_per_task: int) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
 
-        def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
-            for ask, seed in zip(asks, seeds, strict=True):
+        def complete(asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> None:
+            for number, (ask, seed) in enumerate(zip(asks, seeds, strict=True)):
                 found.setdefault(ask.prefix, []).append(seed)
-            return ["    return 1\n"] * len(asks)
+                on_answer(number, "    return 1\n")
 
-        evaluate("humaneval", complete=complete, data=data, protocol="sample", samples_per_task=3, batch=batch)
+        evaluate("humaneval", complete=complete, data=data, protocol="sample", samples_per_task=samples_per_task)
         return found
 
-    first, second = seeds(1), seeds(5)
-    assert first == second
-    assert len({seed for some in first.values() for seed in some}) == 12
+    first, second = seeds(3), seeds(5)
+    assert first == {task: some[:3] for task, some in second.items()}
+    assert len({seed for some in second.values() for seed in some}) == 20
 
 
 def test_protocols_are_the_papers(tiny_model_folder: Path) -> None:
@@ -215,10 +218,10 @@ def test_an_instruct_model_is_asked_in_its_layout_and_its_code_taken_out_of_the_
     ids, _ = completer._asked(Ask("def f(x):\n", question="Write f."))
     assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("[INST] Write f. [/INST]", bos=True))
 
-    def complete(asks: Sequence[Ask], seeds: Sequence[int]) -> list[str]:
+    def complete(asks: Sequence[Ask], seeds: Sequence[int], on_answer: OnAnswer) -> None:
         assert all("```python\ndef f" in (ask.question or "") for ask in asks)
-        numbers = [ask.prefix[5] for ask in asks]
-        return [f"Of course!\n```python\ndef f{i}(x):\n    return {i}\n```\nGood luck." for i in numbers]
+        for number, i in enumerate(ask.prefix[5] for ask in asks):
+            on_answer(number, f"Of course!\n```python\ndef f{i}(x):\n    return {i}\n```\nGood luck.")
 
     result = evaluate("humaneval", complete=complete, data=data, template="codellama", output=tmp_path / "run")
     assert result["pass@1"] == 1.0
@@ -297,3 +300,29 @@ def test_a_timeout_is_judged_once_more_before_it_counts() -> None:
         judge.submit(Sample("task", program))
     assert [judgement.verdict for judgement in judge.finish().values()] == ["passed", "timeout", "wrong"]
     assert [list(rest) for rest in verdicts.values()] == [[], [], []]
+
+
+def test_where_an_answer_ends_the_next_begins(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = puna.load(tiny_model_folder)
+    steps, given, asks, seeds = [0], [], [Ask(f"def f{i}(x):\n") for i in range(16)], list(range(16))
+
+    def completer(rows: int) -> Completer:
+        return Completer(model, tokenizer, max_tokens=60, stop=("q",), batch_rows=rows, how=PROTOCOLS["sample"])
+
+    def step(engine: puna.generate.Engine, computed: Any = puna.generate.Engine._step) -> Any:
+        steps[0] += 1
+        return computed(engine)
+
+    alone, lengths = completer(1), []
+    monkeypatch.setattr(puna.generate.Engine, "_step", step)
+    answers = []
+    for ask, seed in zip(asks, seeds, strict=True):
+        before = steps[0]
+        answers += alone([ask], [seed])
+        lengths.append(steps[0] - before)
+    longest_of_pairs = sum(max(lengths[i : i + 2]) for i in range(0, 16, 2))
+    steps[0] = 0
+    assert completer(2)(asks, seeds, lambda number, text: given.append((number, text))) == answers
+    assert steps[0] < 0.9 * longest_of_pairs
+    assert sorted(given) == list(enumerate(answers))
+    assert given != sorted(given)

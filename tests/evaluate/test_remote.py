@@ -96,6 +96,27 @@ def test_what_is_asked_is_what_the_protocol_says(server: FakeServer) -> None:
     assert (infill["prompt"], infill["suffix"], infill["seed"]) == ("a", "b", 7)
 
 
+def test_an_answer_is_given_as_it_comes_and_the_next_ask_takes_its_place() -> None:
+    class Turns(RemoteCompleter):
+        """The first ask is answered once the last is asked."""
+
+        last_is_asked = threading.Event()
+
+        def _answer(self, ask: Ask, seed: int) -> str:
+            if ask.prefix == "0":
+                assert self.last_is_asked.wait(20)
+            elif ask.prefix == "4":
+                self.last_is_asked.set()
+            return ask.prefix
+
+    given: list[tuple[int, str]] = []
+    complete = Turns("http://nowhere", "model", max_tokens=1, stop=(), batch_rows=2)
+    answers = complete([Ask(f"{i}") for i in range(5)], [0] * 5, lambda *one: given.append(one))
+    assert answers == ["0", "1", "2", "3", "4"]
+    assert given[0] == (1, "1")
+    assert sorted(given) == list(enumerate(answers))
+
+
 def test_a_question_goes_to_the_chat_without_stop_strings(server: FakeServer) -> None:
     assert "return 1" in completer(server, is_chat=True)([Ask("def", question="Write it.")], [0])[0]
     ((path, request),) = server.requests

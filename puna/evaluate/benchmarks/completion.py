@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import PunaError, UsageError
-from puna.evaluate.completing import Ask, Completer
+from puna.evaluate.completing import ROWS, Ask, Completer
 from puna.evaluate.corpus import checksum, document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
 from puna.evaluate.pass_at_k import bootstrap
@@ -90,7 +90,7 @@ def evaluate(
     cases: int = 200,
     max_documents: int = 200,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = ROWS,
     max_tokens: int = 64,
     cache_dtype: str | None = None,
     output: Path | str | None = None,
@@ -104,7 +104,7 @@ def evaluate(
         cases: how many lines are asked for, and a quarter as many blocks; fewer where the documents have fewer.
         max_documents: how many documents are taken, in the order of a hash of seed and id.
         seed: of the choice of documents, lines and blocks.
-        batch: prompts that are completed together.
+        batch: lines or blocks that are written at a time.
         max_tokens: most tokens of a line; a block has `BLOCK_TOKENS` times as many.
         cache_dtype: as for `Completer`.
         output: a folder for every case with its completion.
@@ -131,8 +131,8 @@ def evaluate(
     )
     line = partial(complete, max_tokens=max_tokens, stop=("\n",))
     scored = {
-        "": _completed(lines, line, batch, _first_line),
-        "block_": _completed(blocks, complete, batch, _block),
+        "": _completed(lines, line, _first_line),
+        "block_": _completed(blocks, complete, _block),
     }
     completed = time.monotonic()
     surprises = _surprises(model, tokenizer, documents)
@@ -278,17 +278,11 @@ def _block(case: Case, text: str) -> str:
     return "\n".join(_deeper(text.split("\n"), case.indent))
 
 
-def _completed(cases: list[Case], complete: Callable[[list[Ask]], list[str]], batch: int, cut: Any) -> list[Scored]:
-    """What the model writes for every case; the longest prompts go first, so that one without room is said at once."""
-    order = sorted(range(len(cases)), key=lambda i: -len(cases[i].prompt))
-    texts = [""] * len(cases)
+def _completed(cases: list[Case], complete: Callable[..., list[str]], cut: Any) -> list[Scored]:
+    """What the model writes for every case."""
     with Progress("completing", len(cases), f"{cases[0].kind}s" if cases else "") as progress:
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
-            for i, text in zip(some, complete([Ask(cases[i].prompt) for i in some]), strict=True):
-                texts[i] = cut(cases[i], text)
-            progress.advance(len(some))
-    return [Scored(case, text) for case, text in zip(cases, texts, strict=True)]
+        texts = complete([Ask(case.prompt) for case in cases], on_answer=lambda *_: progress.advance())
+    return [Scored(case, cut(case, text)) for case, text in zip(cases, texts, strict=True)]
 
 
 def _surprises(model: Any, tokenizer: Any, documents: "Sequence[Document]") -> list[tuple[float, int, int]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from puna.data.documents import Document
 from puna.errors import PunaError, UsageError
-from puna.evaluate.completing import Ask, Completer
+from puna.evaluate.completing import ROWS, Ask, Completer
 from puna.evaluate.corpus import choose_documents, read_documents
 from puna.evaluate.paper import table
 from puna.evaluate.stored import loaded
@@ -64,7 +64,7 @@ def evaluate(
     length: int | None = None,
     cases: int = 64,
     seed: int = 0,
-    batch: int = 1,
+    batch: int = ROWS,
     cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Share of the keys that the model finds, by the length of the prompt and the place of the key.
@@ -76,7 +76,7 @@ def evaluate(
         length: tokens of a prompt; by default each of `LENGTHS` that fits the model's context.
         cases: prompts of each length and position.
         seed: of keys and code.
-        batch: prompts that are completed together.
+        batch: prompts that are read and answered at a time, as far as memory has room for them.
         cache_dtype: as for `Completer`.
 
     Returns:
@@ -96,17 +96,13 @@ def evaluate(
     with Progress("retrieving", len(lengths) * len(POSITIONS) * cases, "keys") as progress:
         for one in lengths:
             for position in POSITIONS:
-                found = 0
-                for start in range(0, cases, batch):
-                    numbers = range(start, min(cases, start + batch))
-                    keys = [random.Random(f"{seed} {one} {position} {i}").randint(10, 99) for i in numbers]
-                    prompts = [
-                        prompt(tokenizer, lines, key, one - ANSWER_TOKENS, position, f"{seed} {i}")
-                        for key, i in zip(keys, numbers, strict=True)
-                    ]
-                    answers = complete([Ask(text) for text in prompts])
-                    found += sum(is_found(key, answer) for key, answer in zip(keys, answers, strict=True))
-                    progress.advance(len(numbers))
+                keys = [random.Random(f"{seed} {one} {position} {i}").randint(10, 99) for i in range(cases)]
+                prompts = [
+                    prompt(tokenizer, lines, key, one - ANSWER_TOKENS, position, f"{seed} {i}")
+                    for i, key in enumerate(keys)
+                ]
+                answers = complete([Ask(text) for text in prompts], on_answer=lambda *_: progress.advance())
+                found = sum(is_found(key, answer) for key, answer in zip(keys, answers, strict=True))
                 cells[f"{one}@{position}"] = found / cases
     return {
         "benchmark": "key_retrieval",

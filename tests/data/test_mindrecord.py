@@ -204,9 +204,16 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(PunaError, match=r"row 0 has the columns \['ids'\], not \['input_ids'\]"):
         write_mindrecord(path, "x", IDS, [{"ids": np.arange(4)}], **SMALL)
     assert list(tmp_path.iterdir()) == []
-    path.touch()
-    with pytest.raises(PunaError, match="exists already"):
-        write_mindrecord(path, "x", IDS, [{"input_ids": np.arange(4)}], **SMALL)
+
+
+def test_an_old_file_is_replaced_and_its_index(tmp_path):
+    path = tmp_path / "x.mindrecord"
+    write_mindrecord(path, "x", IDS, [{"input_ids": np.arange(4)}] * 3, **SMALL)
+    write_mindrecord(path, "x", IDS, [{"input_ids": np.arange(9)}], **SMALL)
+    assert [row["input_ids"].tolist() for row in MindRecord.open(path).rows()] == [list(range(9))]
+    with pytest.raises(PunaError, match="there are no rows"):
+        write_mindrecord(path, "x", IDS, [], **SMALL)
+    assert len(list(MindRecord.open(path).rows())) == len(index_of(path)[1]) == 1
 
 
 @given(cut=st.integers(0, 700), flips=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=4))
@@ -354,7 +361,8 @@ def test_prepared_text_becomes_the_rows_that_mindformers_makes_of_it(shared, the
     source = shared / "fixtures/mindspore/preprocess/wiki.train.tokens"
     arguments = ["-o", str(tmp_path / "w"), "--tokenizer", str(tokenizer), "--workers", "1"]
     to = ["--to", "mindrecord", "--sequence-length", "128"]
-    assert run(["prepare", "wikitext", str(source), *arguments, *to]) == 0
+    for _ in range(2):
+        assert run(["prepare", "wikitext", str(source), *arguments, *to]) == 0
     ours, original = (
         MindRecord.open(path) for path in (tmp_path / "w/train.mindrecord", theirs / "wiki128.mindrecord")
     )

@@ -28,7 +28,7 @@ def write_prepared(folder: Path | str, path: Path | str, sequence_length: int) -
 
     Args:
         folder: the prepared folder.
-        path: the file; its index goes beside it.
+        path: the file, replaced if it is there; its index goes beside it.
         sequence_length: T, MindFormers' `seq_length`; rows are one token longer.
 
     Returns:
@@ -36,7 +36,7 @@ def write_prepared(folder: Path | str, path: Path | str, sequence_length: int) -
 
     Raises:
         UsageError: `sequence_length` is below 2.
-        PunaError: the folder is not prepared or holds less than a row, or `path` exists.
+        PunaError: the folder is not prepared or holds less than a row.
     """
     if sequence_length < 2:
         raise UsageError(f"sequence_length is {sequence_length}; a row needs 2 tokens at least")

@@ -32,7 +32,9 @@ def write_mindrecord(
     header_bytes: int = HEADER_BYTES,
     page_bytes: int = PAGE_BYTES,
 ) -> int:
-    """Writes a file and its index; aside, synced and renamed. Zeros between pages take no room on most disks.
+    """Writes a file and its index, aside, synced and renamed; old ones are replaced.
+
+    Zeros between pages take no room on most disks.
 
     Args:
         path: the file.
@@ -48,11 +50,8 @@ def write_mindrecord(
         The number of rows.
 
     Raises:
-        PunaError: `path` or its index exists, there are no rows, or one does not fit.
+        PunaError: there are no rows, or one does not fit.
     """
-    for place in (path, path.with_name(path.name + SUFFIX)):
-        if place.exists():
-            raise PunaError(f"{place} exists already; choose another place or remove it first")
     if header_bytes < SMALLEST_HEADER or page_bytes < SMALLEST_PAGE:
         raise ValueError(f"header_bytes must be {SMALLEST_HEADER} or more, page_bytes {SMALLEST_PAGE} or more")
     with file_aside(path) as file:
@@ -79,6 +78,7 @@ def write_mindrecord(
             raise PunaError(f"{path} has too many pages for its header; write fewer rows to a file")
         file.seek(0)
         file.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)
+        path.with_name(path.name + SUFFIX).unlink(missing_ok=True)  # an old index of other rows
     write_index(path)
     return pages.rows
 

@@ -134,16 +134,16 @@ _WAYS_OUT = {
     errno.EMFILE: "; allow more open files: ulimit -n 65536",
 }
 
-#: How long a rank leaves it to the first one to say what is wrong with the request.
+#: How long a rank leaves it to the first one of its machine to say what is wrong with the request.
 _FIRST_SECONDS = 10.0
 
 
 def _explained(error: Exception) -> int:
-    is_said: bool | None = getattr(error, "is_said", None)  # by the first rank; None: the ranks have not met yet
+    is_said: bool | None = getattr(error, "is_said", None)  # by the machine's first rank; None: they have not met yet
     if is_said:
         return error.exit_code if isinstance(error, PunaError) else 1
-    if isinstance(error, UsageError) and is_said is None and os.environ.get("RANK", "0") != "0":
-        time.sleep(_FIRST_SECONDS)  # the first rank makes the same of a wrong request, and then all are stopped
+    if isinstance(error, UsageError) and is_said is None and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_FIRST_SECONDS)  # the first rank here makes the same of a wrong request, and then all are stopped
     if isinstance(error, PunaError):
         complain(f"puna: {error}")
         return error.exit_code
@@ -154,7 +154,7 @@ def _explained(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         complain(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
         return 1
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.strerror is not None:
         complain(f"puna: {error.strerror}{_at(error)}{_WAYS_OUT.get(error.errno or 0, '')}")
         return 1
     raise error

@@ -126,6 +126,8 @@ def test_the_version_is_the_packages() -> None:
         ),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.py/x"), 1, "(a.py/x); a part of that path is a file"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/data/x"), 1, "the disk is full (/data/x)"),
+        (OSError(errno.EIO, "Input/output error"), 1, "puna: Input/output error\n"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "puna: Too many open files; allow more open files"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

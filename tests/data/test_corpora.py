@@ -468,7 +468,6 @@ def test_an_alpaca_input_follows_its_instruction():
         {"instruction": "q"},
         {"instruction": "q", "output": 3},
         {"conversations": "text"},
-        {"conversations": [{"from": "nobody", "value": "q"}]},
         {"conversations": [{"from": "human"}]},
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         {"messages": [{"role": ["user"], "content": "q"}]},
@@ -482,6 +481,19 @@ def test_what_is_in_no_layout_is_left_out(tmp_path, record):
     path.write_text(json.dumps([record, {"instruction": "q", "output": "a"}]))
     assert reasons_of("chat", path) == {"a.json:1": chat.UNKNOWN}
     assert [found.id for found in everything("chat", path) if isinstance(found, Document)] == ["a.json:2"]
+
+
+def test_a_turn_of_an_unknown_role_is_named(tmp_path):
+    records = [
+        {"messages": [*QUESTION_AND_ANSWER, {"role": "tool", "content": "3"}]},
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    found = everything("chat", tmp_path / "a.json")
+    assert [(left.reason, left.detail) for left in found] == [
+        ("unknown role", "tool"),
+        ("unknown role", "function_call"),
+    ]
 
 
 def test_a_dialog_with_an_answer_of_weight_0_is_left_out(tmp_path):

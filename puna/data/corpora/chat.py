@@ -92,6 +92,8 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
         id, messages = f"{span.id}:{number}", messages_of(record, options["template"])
         if isinstance(record, Exception):
             yield LeftOut(id, span.source, "not JSON", str(record))
+        elif messages is None and (role := _unknown_role(record)) is not None:
+            yield LeftOut(id, span.source, "unknown role", role.encode(errors="replace").decode())
         elif messages is None:
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
             yield LeftOut(id, span.source, UNKNOWN, keys.encode(errors="replace").decode())
@@ -150,6 +152,14 @@ def _turns(turns: list[Any], role: str, content: str) -> "list[Message] | None":
             return None
         messages.append({"role": _ROLES[turn[role]], "content": turn[content]})
     return messages
+
+
+def _unknown_role(record: Any) -> str | None:
+    """The first role of a turn that is not among those known, e.g. "tool"."""
+    keys = {"conversations": "from", "messages": "role"} if isinstance(record, dict) else {}
+    lists = [(turns, key) for name, key in keys.items() if isinstance(turns := record.get(name), list)]
+    roles = (turn.get(key) for turns, key in lists for turn in turns if isinstance(turn, dict))
+    return next((role for role in roles if isinstance(role, str) and role not in _ROLES), None)
 
 
 def _has_weights(record: dict[str, Any]) -> bool:

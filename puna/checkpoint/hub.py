@@ -36,9 +36,12 @@ def _download(name: str) -> Path:
         raise PunaError(
             f"there is no folder {name}; to fetch it from the Hugging Face hub: pip install huggingface_hub"
         ) from None
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", TEMPLATE_FILE]
+    patterns = ["*.json", "model*.safetensors", "tokenizer.model", TEMPLATE_FILE]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except GatedRepoError:
         raise PunaError(
             f"the hub gives {name} only to those who accepted its licence: accept it at "

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -421,18 +422,26 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_gives_the_folder_of_its_download(monkeypatch, folder):
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], {"model.safetensors"}),
+        (["pytorch_model-00001-of-00001.bin", "optimizer.bin"], {"pytorch_model-00001-of-00001.bin"}),
+    ],
+)
+def test_a_hub_id_gives_the_folder_of_its_download(monkeypatch, tmp_path, files, fetched):
     hub = pytest.importorskip("huggingface_hub")
-    asked = {}
+    (tmp_path / "download").mkdir()
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked[name] = allow_patterns
-        return str(folder)
+        for file in ["config.json", *files]:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / "download" / file).touch()
+        return str(tmp_path / "download")
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert load_model("codellama/tiny").config == tiny_model().config
-    assert "*.safetensors" in asked["codellama/tiny"]
-    assert not any(pattern.endswith((".bin", ".pth")) for pattern in asked["codellama/tiny"])
+    assert resolve("codellama/tiny") == tmp_path / "download"
+    assert {file.name for file in (tmp_path / "download").iterdir()} == {"config.json", *fetched}
 
 
 class Touch:

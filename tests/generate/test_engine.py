@@ -358,14 +358,13 @@ def test_sampled_tokens_follow_the_distribution_with_guesses_as_without(model: L
     """
     prompt, beginning = [7, 8, 9, 7, 8, 9, 7, 8], [9, 140]
     samplings = [Sampling(max_tokens=4, temperature=0.3, seed=seed, ignore_eos=True) for seed in range(1000)]
-    found = []
+    found = Engine(model, max_rows=64, cache_tokens=4096).generate([prompt] * 1000, samplings)
     for guessing in ({}, {"lookup": True}, {"draft": model}):
         for draws in (False, True):
             engine = Engine(model, max_rows=64, cache_tokens=4096, **guessing)
             engine._draws = draws
-            found.append(engine.generate([prompt] * 1000, samplings))
-    assert all(each == found[0] for each in found)
-    third = torch.tensor([c.tokens[2] for c in found[0] if c.tokens[:2] == beginning])
+            assert engine.generate([prompt] * 100, samplings[:100]) == found[:100]
+    third = torch.tensor([c.tokens[2] for c in found if c.tokens[:2] == beginning])
     counts = torch.bincount(third, minlength=512).double()
     with torch.inference_mode():
         expected = (model(torch.tensor([prompt + beginning]))[0, -1].double() / 0.3).softmax(0) * len(third)

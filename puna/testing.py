@@ -13,6 +13,48 @@ if TYPE_CHECKING:
 
     from puna.model.llama import Llama
 
+VOCABULARY = """
+import json
+from pathlib import Path
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
+HALF = 0.987654 / 2 * (1 << 3)
+
+class Table:
+    '''Rows of numbers, each with a name; for example Table({"one": 1, "two": 2.5}).'''
+
+    def __init__(self, rows: dict[str, float]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def write(self, path: Path) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.rows, indent=4) + "\\n")
+
+    def largest(self, count: int = 3) -> list[str]:
+        # The names of the largest values, the first of equal ones before the others.
+        names = sorted(self.rows, key=lambda name: -self.rows[name])
+        return names[:count] if count > 0 else []
+
+def bubble_sort(arr):
+    n = len(arr)
+    for i in range(n):
+        for j in range(0, n - i - 1):
+            if arr[j] > arr[j + 1]:
+                arr[j], arr[j + 1] = arr[j + 1], arr[j]
+    return arr
+
+def test_it_sorts():
+    assert bubble_sort([3, 1, 2]) == [1, 2, 3] and not bubble_sort([])
+    for value in (True, False, None):
+        try:
+            bubble_sort(value)
+        except TypeError as error:
+            print(f"refused: {error!r}; 100 % of ~4 & ^5 | `6` @ $7, what else?")
+"""  # what tiny models' vocabularies are trained on: every character of ASCII that is printed occurs
+
 
 class FakeDataset:
     """Documents in memory, with the interface of `puna.data.shards.Dataset`.
@@ -83,9 +125,8 @@ def write_tiny_model(folder: Path | str, seed: int = 0, **changes: Any) -> Path:
     from puna.checkpoint import save_model
     from puna.tokenizer import train_tokenizer
 
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     with tempfile.TemporaryDirectory() as place:
-        tokenizer = train_tokenizer(texts, place, vocab_size=512)
+        tokenizer = train_tokenizer([VOCABULARY], place, vocab_size=512)
         save_model(tiny_model(seed, **changes), folder, tokenizer=tokenizer)
     return Path(folder)
 

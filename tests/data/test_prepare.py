@@ -271,15 +271,6 @@ def test_cuts_do_not_depend_on_what_else_is_there(library, make, tmp_path):
     assert len(everything) > len(some)
 
 
-def test_asked_for_infilling_the_rate_is_that_of_code_llama(library, make, tmp_path):
-    assert make("code", library / "json", tmp_path / "one")["settings"]["options"]["fim_rate"] == 0
-    info = make("code", library / "json", tmp_path / "two", fim=True)
-    options = info["settings"]["options"]
-    assert (options["fim_rate"], options["spm_rate"]) == (0.9, 0.5)
-    assert make("code", library / "json", tmp_path / "two", fim_rate=0.9) == info  # the same thing, said twice
-    assert make("code", library / "json", tmp_path / "three", fim=True, fim_rate=0.5)["settings"] != info["settings"]
-
-
 def test_a_vocabulary_without_markers_cannot_infill(library, shared, tmp_path):
     with pytest.raises(PunaError, match="no infilling markers"):
         prepare("code", library, tmp_path / "out", tokenizer=shared / "data/tokenizer", fim_rate=0.9)

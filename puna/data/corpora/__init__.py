@@ -56,15 +56,11 @@ class Corpus(Protocol):
         """The documents in the bytes of one span."""
 
 
-#: Share of documents that Code Llama's training cuts for infilling (arXiv:2308.12950, section 2.3).
-CODE_LLAMA_FIM_RATE = 0.9
-
 HELD_OUT = Option("held_out", float, 0.0, "Share of documents kept from training, in DIR/held_out; copies go together.")
 
 #: What every kind of plain text takes.
 TEXT_OPTIONS = (
-    Option("fim", bool, False, "Cut documents for infilling, as many as Code Llama's training does: 0.9."),
-    Option("fim_rate", float, None, "Share of documents cut for infilling; 0.9 with --fim, else 0."),
+    Option("fim_rate", float, 0.0, "Share of documents cut for infilling; Code Llama's training cuts 0.9."),
     Option("spm_rate", float, 0.5, "Share of these that are laid out suffix first."),
     Option("fim_tokens", int, 4096, "Longer documents are not cut; give the tokens of a row in training.", 2),
     HELD_OUT,
@@ -91,7 +87,7 @@ def find(kind: str) -> Corpus:
 
 
 def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a kind with its value; `fim` becomes the `fim_rate` that it stands for.
+    """Every option of a kind with its value.
 
     Raises:
         UsageError: the kind has no such option, or its value is of another type or not a share.
@@ -111,7 +107,4 @@ def checked_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name} is a share, between 0 and 1, not {value!r}")
         if option.least is not None and value < option.least:
             raise UsageError(f"{name} is {value}; it must be {option.least} or more")
-    fim = values.pop("fim", False)
-    if "fim_rate" in values and values["fim_rate"] is None:
-        values["fim_rate"] = CODE_LLAMA_FIM_RATE if fim else 0.0
     return values

@@ -117,7 +117,8 @@ def generate(
     with processes(device):
         loaded, tokenizer = open_model(model, dtype, device, context_tokens)
         longest = loaded.config.max_position_embeddings
-        records = of_first_rank(_those_that_fit(asked_for, tokenizer, longest, keep_going=keep_going))
+        fitting = of_first_rank(_those_that_fit(asked_for, tokenizer, longest, keep_going=keep_going))
+        records = list(fitting.values())
         guesser = None if draft is None else open_draft(draft, tokenizer, dtype, device, context_tokens)
         started, total = time.monotonic(), n * len(records)
         on_text = print_piece if is_first and not as_json and output is None else None
@@ -128,7 +129,7 @@ def generate(
         weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
         asked = [model, weights, dtype, cache_dtype, longest, n, healing, settings, records]
         with Results(output if is_first else None, asked, total) as results:
-            _complete(loaded, tokenizer, records, results, on_text, options)
+            _complete(loaded, tokenizer, fitting, results, on_text, options)
     if not is_first:
         return  # the first process speaks for all
     summary = {
@@ -151,16 +152,17 @@ def generate(
 def _complete(
     model: "Llama",
     tokenizer: "Tokenizer",
-    records: list[dict[str, Any]],
+    asked_for: dict[str, dict[str, Any]],
     results: "Results",
     on_text: "OnText | None",
     options: dict[str, Any],
 ) -> None:
     """Completes what is missing of the results; a single text is given to `on_text`, several move a progress bar."""
     from puna.generate import generate as complete_texts
+    from puna.generate.engine.scheduler import OutgrowsCache
     from puna.parallel.collectives import of_first_rank
 
-    n = options["n"]
+    n, places, records = options["n"], list(asked_for), list(asked_for.values())
     total = n * len(records)
     missing = [number for number in range(len(records)) if not results.has(range(number * n, number * n + n))]
     missing = of_first_rank(missing)  # it alone knows what was there before
@@ -180,7 +182,10 @@ def _complete(
             keep(index, completion)
             progress.advance()
 
-        complete_texts(model, tokenizer, texts, on_completion=note, **options)
+        try:
+            complete_texts(model, tokenizer, texts, on_completion=note, **options)
+        except OutgrowsCache as error:
+            raise PunaError(f"{places[missing[error.index // n]]} {error.reason}") from None
 
 
 def checked_settings(context: typer.Context) -> dict[str, Any]:
@@ -422,13 +427,13 @@ def _records(prompts: list[str], file: Path | None, *, keep_going: bool) -> dict
 
 def _those_that_fit(
     records: dict[str, dict[str, Any]], tokenizer: "Tokenizer", context: int, *, keep_going: bool
-) -> list[dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     """The prompts that leave room for a completion in a context of so many tokens."""
-    fitting = []
+    fitting = {}
     for place, record in records.items():
         length = len(tokenizer.encode(record["prompt"], bos=True))
         if length < context:
-            fitting.append(record)
+            fitting[place] = record
         else:
             error = PunaError(
                 f"{place} has {length} tokens and the model's context {context}; shorten it, or raise --context"

@@ -296,6 +296,20 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
     assert "no prompt leaves room" in capsys.readouterr().err
 
 
+def test_a_prompt_that_may_outgrow_the_cache_is_named_by_its_line(
+    tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda device: 0)  # one block
+    (source := tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in "x" * 3))
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(tmp_path / "out"), "--n", "2"]
+    assert run([*words, "--max-tokens", "8"]) == 0
+    (tmp_path / "out").unlink()
+    long = json.dumps({"prompt": "x = 1\n" * 9})
+    source.write_text(source.read_text() + long)
+    assert run([*words, "--max-tokens", "8"]) == 1
+    assert re.search(r"in.jsonl:7 may grow to \d+ tokens, and the cache holds 32; lower", capsys.readouterr().err)
+
+
 def test_a_longer_context_than_the_files_is_an_option(tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:
     model, tokenizer = puna.load(tiny_model_folder, context=4000)
     text = "x 1 " * 700

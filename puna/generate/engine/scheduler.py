@@ -20,6 +20,22 @@ from puna.generate.engine.drafts import Drafter
 from puna.generate.sequence import Sequence
 
 
+class OutgrowsCache(PunaError):
+    """A sequence could need more blocks than there are.
+
+    Attributes:
+        index: number of its prompt.
+        reason: what the message says of it.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(index, reason)
+        self.index, self.reason = index, reason
+
+    def __str__(self) -> str:
+        return f"prompt {self.index} {self.reason}"
+
+
 @dataclass(eq=False)
 class Running:
     """A sequence in the engine.
@@ -111,14 +127,15 @@ class Scheduler:
         """Takes a sequence in.
 
         Raises:
-            PunaError: it could outgrow the whole pool.
+            OutgrowsCache: it could outgrow the whole pool.
         """
         needed = -(-running.sequence.most_tokens // self.pool.size)
         if needed > self.pool.n_blocks:
-            raise PunaError(
-                f"prompt {running.sequence.index} may grow to {running.sequence.most_tokens} tokens, and the cache "
-                f"holds {self.pool.n_blocks * self.pool.size}; lower max_tokens, give the engine more memory, or "
-                "keep keys and values in 8 bits (cache_dtype)"
+            raise OutgrowsCache(
+                running.sequence.index,
+                f"may grow to {running.sequence.most_tokens} tokens, and the cache holds "
+                f"{self.pool.n_blocks * self.pool.size}; lower max_tokens, give the engine more memory, or "
+                "keep keys and values in 8 bits (cache_dtype)",
             )
         self.waiting.append(running)
 

@@ -69,6 +69,15 @@ def test_a_recipe_fits_the_devices_that_it_names(name: str) -> None:
         assert own["fits"], own["memory_gib"]
 
 
+@pytest.mark.parametrize("name", [name for name in LARGE if "13B" in comment_of(name)])
+def test_13b_fits_the_devices_that_a_recipe_names_for_it(name: str) -> None:
+    found = re.search(r"13B on (\d+) devices of (\d+) GiB: ((?:\S+=\S+ ?)+)", comment_of(name))
+    assert found
+    devices, memory, changes = found.groups()
+    own = puna.plan(name, OVERRIDE.findall(changes), devices=int(devices), memory_gib=float(memory), layout=True)["own"]
+    assert own["fits"], own
+
+
 def test_34b_on_one_device_fits_the_faster_ways_that_its_recipe_names() -> None:
     name = "codellama-34b-finetune-1gpu"
     four_bits = {"optimizer.state_bits": 4}

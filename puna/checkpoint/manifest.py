@@ -22,7 +22,7 @@ from puna.files import checksum_of, checksum_of_value, read_json, write_json
 FORMAT = 1
 MANIFEST = "run.json"
 
-#: Its field with the checksum of the others; those of earlier versions have none.
+#: Its field with the checksum of the others.
 CHECKSUM = "checksum"
 
 
@@ -102,8 +102,7 @@ def _damage_of_share(path: Path, part: str, ranks: Collectives) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         files = manifest["files"]
-        written = manifest.pop(CHECKSUM, None)
-        if written not in (None, checksum_of_value(manifest)):
+        if manifest.pop(CHECKSUM, None) != checksum_of_value(manifest):
             return f"{MANIFEST} has other bytes than were written"
         names = [name for name in files if name.startswith(part)]
         names.sort(key=lambda name: files[name]["size"])  # so that shares are of about one size

@@ -89,27 +89,15 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(tmp_path, har
     assert re.match(rf"{newest} is damaged \(.*{file.name}.*\); taking the checkpoint before it", said[0])
 
 
-def test_a_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(tmp_path):
+def test_a_flipped_bit_of_the_manifest_is_damage(tmp_path):
     meta = {"step": 2, "model_config": {"rope_theta": 1e6}}
     path = save(tmp_path, 2, {"x": torch.ones(1)}, meta)
     content = (path / "run.json").read_bytes()
-    harmless = 0
     for place in range(0, 8 * len(content), 7):  # each bit of a byte comes up
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
         (path / "run.json").write_bytes(flipped)
-        if damage(path) is None:
-            harmless += 1
-            assert manifest.read_meta(path) == meta
-    assert harmless <= 8 * len("checksum")  # without the field of that name, it is a manifest of an earlier version
-
-
-def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
-    path = save(tmp_path, 2, some_state(), {})
-    written = json.loads((path / "run.json").read_text())
-    del written["checksum"]
-    (path / "run.json").write_text(json.dumps(written))
-    assert damage(path) is None
+        assert damage(path) is not None, (place, bytes(flipped))
 
 
 def test_nothing_but_damaged_ones_is_an_error(tmp_path):

@@ -36,7 +36,8 @@ def _section(result: dict[str, Any]) -> str:
         "",
     ]
     lines += [f"- {name}: {_cell(value)}" for name, value in facts.items() if _cell(value)]
-    columns = [name for name in result["rows"][0] if any(_cell(row.get(name)) for row in result["rows"])]
+    names = dict.fromkeys(name for row in result["rows"] for name in row)
+    columns = [name for name in names if any(_cell(row.get(name)) for row in result["rows"])]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(_cell(row.get(name)) for name in columns)} |" for row in result["rows"]]
     return "\n".join(lines) + "\n"

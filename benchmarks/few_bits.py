@@ -43,12 +43,13 @@ class Contender:
     run: Callable[[str, int], list[float]]
 
 
-def beside_llama_cpp(plain: Llama, python: str, turns: int = 5) -> list[dict[str, Any]]:
+def beside_llama_cpp(plain: Llama, python: str, read_rate: float, turns: int = 5) -> list[dict[str, Any]]:
     """Tokens a second of each contender: the median, and the best, which others on the machine disturb less.
 
     Args:
         plain: the model in bf16, packed.
         python: the interpreter that has llama.cpp.
+        read_rate: bytes a second that this machine reads.
         turns: of each contender; the first does not count.
     """
     config = plain.config
@@ -72,7 +73,7 @@ def beside_llama_cpp(plain: Llama, python: str, turns: int = 5) -> list[dict[str
             )
             contenders[f"llama.cpp, {kind}"] = _theirs(peers[-1])
         try:
-            rows = _taken_in_turn(contenders, turns) + rows
+            rows = _taken_in_turn(contenders, turns, read_rate) + rows
         finally:
             for peer in peers:
                 peer.communicate()  # no more work: it ends
@@ -150,7 +151,7 @@ def _theirs(peer: "subprocess.Popen[str]") -> Contender:
     return Contender(json.loads(greeting)["size_bytes"], run)
 
 
-def _taken_in_turn(contenders: dict[str, Contender], turns: int) -> list[dict[str, Any]]:
+def _taken_in_turn(contenders: dict[str, Contender], turns: int, read_rate: float) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(turns + 1):
         for name, contender in contenders.items():
@@ -159,16 +160,17 @@ def _taken_in_turn(contenders: dict[str, Contender], turns: int) -> list[dict[st
                 taken = contender.run(work, count)
                 if turn:
                     seconds.setdefault((work, name), []).extend(taken)
-    return [_row(work, name, contenders[name].size_bytes, taken) for (work, name), taken in sorted(seconds.items())]
+    least = {name: contender.size_bytes / read_rate for name, contender in contenders.items()}
+    return [_row(work, name, least[name], taken) for (work, name), taken in sorted(seconds.items())]
 
 
-def _row(work: str, name: str, size_bytes: int, seconds: list[float]) -> dict[str, Any]:
+def _row(work: str, name: str, seconds_to_read: float, seconds: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {"work": "decode, 1 row" if work == "decode" else f"prefill, {PROMPT}", "contender": name}
     if not seconds:
         return {**row, "error": "its process ended"}
     tokens = 1 if work == "decode" else PROMPT
     row |= {"tokens_per_second": tokens / median(seconds), "best_tokens_per_second": tokens / min(seconds)}
-    return row | ({"weights_gb_per_second": size_bytes / median(seconds) / 1e9} if work == "decode" else {})
+    return row | ({"share_of_read_rate": seconds_to_read / median(seconds)} if work == "decode" else {})
 
 
 def _timed(work: Callable[[], object]) -> float:

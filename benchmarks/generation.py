@@ -76,7 +76,7 @@ def main() -> None:
     if "bits" in works and dtype == torch.bfloat16:
         theirs = None  # its weights make room
         facts["threads"] = torch.get_num_threads()
-        record("generation_bits", beside_llama_cpp(ours, args.llama_cpp), facts)
+        record("generation_bits", beside_llama_cpp(ours, args.llama_cpp, rate), facts)
 
 
 def decode(ours: Llama, theirs: Any, n: int, facts: Callable[[float], dict[str, Any]]) -> list[dict[str, Any]]:

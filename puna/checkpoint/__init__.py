@@ -8,7 +8,7 @@
 from puna.checkpoint.convert import convert
 from puna.checkpoint.export import export
 from puna.checkpoint.hub import is_hub_id, resolve
-from puna.checkpoint.huggingface import load, load_config, load_model, save_model
+from puna.checkpoint.huggingface import load, load_config, save_model
 from puna.checkpoint.quantize import quantize
 from puna.checkpoint.runs import Checkpoints
 
@@ -19,7 +19,6 @@ __all__ = [
     "is_hub_id",
     "load",
     "load_config",
-    "load_model",
     "quantize",
     "resolve",
     "save_model",

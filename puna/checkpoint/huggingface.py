@@ -92,15 +92,6 @@ def load(
     return model, tokenizer
 
 
-def load_model(
-    folder: Path | str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
-) -> Llama:
-    """Loads a model alone; arguments and errors as for `load`."""
-    folder = resolve(folder)
-    config, quantization = load_quantized_config(folder)
-    return build_model(config, open_weights(folder), quantization=quantization, dtype=dtype, device=device)
-
-
 def build_model(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],

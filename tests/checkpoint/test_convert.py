@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna.checkpoint import convert, load, load_model, save_model
+from puna.checkpoint import convert, load, save_model
 from puna.checkpoint.formats.meta import CONTEXT_LENGTHS, _params_of, to_halves, to_pairs
 from puna.cli import run
 from puna.errors import PunaError, UsageError
@@ -38,7 +38,7 @@ def meta(tmp_path: Path) -> Path:
 
 
 def test_the_logits_are_those_of_metas_interleaved_network(meta, tmp_path):
-    model = load_model(convert(meta, tmp_path / "hf"))
+    model = load(convert(meta, tmp_path / "hf"))[0]
     tokens = torch.randint(160, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, reference = model(tokens), meta_logits(meta_weights(), tokens)
@@ -74,20 +74,20 @@ def test_hugging_face_to_meta_and_back_is_exact(tmp_path):
     model = tiny_model(max_position_embeddings=16384)
     save_model(model, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", to="meta")
-    back = load_model(convert(tmp_path / "meta", tmp_path / "back"))
+    back = load(convert(tmp_path / "meta", tmp_path / "back"))[0]
     assert replace(back.config, initializer_range=model.config.initializer_range) == model.config
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
 
 
 def test_rotary_tables_in_the_file_are_skipped(tmp_path):
     weights = {**meta_weights(), "rope.freqs": torch.ones(8)}
-    assert load_model(convert(write_meta(tmp_path / "meta", weights, 1), tmp_path / "hf")).config.vocab_size == 160
+    assert load(convert(write_meta(tmp_path / "meta", weights, 1), tmp_path / "hf"))[0].config.vocab_size == 160
 
 
 @pytest.mark.parametrize(("theta", "context"), CONTEXT_LENGTHS.items())
 def test_the_context_length_follows_from_theta(tmp_path, theta, context):
     source = write_meta(tmp_path / "meta", meta_weights(), 1, rope_theta=theta)
-    config = load_model(convert(source, tmp_path / "hf")).config
+    config = load(convert(source, tmp_path / "hf"))[0].config
     assert (config.rope_theta, config.max_position_embeddings) == (theta, context)
 
 
@@ -108,7 +108,7 @@ def test_a_missing_theta_says_how_to_state_it(tmp_path):
         PunaError, match=r"params\.json has no rope_theta; .* --rope-theta 10000 .* 1000000 \(Code Llama\)"
     ):
         convert(source, tmp_path / "hf")
-    assert load_model(convert(source, tmp_path / "hf", rope_theta=1e4)).config.rope_theta == 1e4
+    assert load(convert(source, tmp_path / "hf", rope_theta=1e4))[0].config.rope_theta == 1e4
 
 
 def test_a_theta_against_the_sources_own_is_refused(meta, tmp_path):
@@ -131,7 +131,7 @@ def test_a_config_without_theta_takes_the_stated_one(tmp_path):
     path.write_text(json.dumps(fields))
     with pytest.raises(PunaError, match="rope_theta"):
         convert(tmp_path / "hf", tmp_path / "out")
-    assert load_model(convert(tmp_path / "hf", tmp_path / "out", rope_theta=1e6)).config == tiny_model().config
+    assert load(convert(tmp_path / "hf", tmp_path / "out", rope_theta=1e6))[0].config == tiny_model().config
 
 
 def test_a_vocabulary_against_the_tensors_is_refused(tmp_path):
@@ -257,7 +257,7 @@ def test_a_bin_folder_becomes_safetensors(tmp_path, capsys):
     convert(tmp_path / "hf", tmp_path / "out", dtype="bf16")
     assert "hf has no tokenizer; copy tokenizer.model or tokenizer.json to" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.bin"))
-    converted = load_model(tmp_path / "out")
+    converted = load(tmp_path / "out")[0]
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(converted.parameters(), model.parameters(), strict=True))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.checkpoint import convert, export, load, load_model, sharded
+from puna.checkpoint import convert, export, load, sharded
 from puna.checkpoint.runs import Checkpoints
 from puna.checkpoint.sharded import open_sharded
 from puna.cli import run
@@ -37,7 +37,7 @@ def test_the_newest_weights_are_exported_bit_for_bit(run_dir, tmp_path):
 
 def test_a_step_can_be_chosen_and_a_dtype(run_dir, tmp_path):
     export(run_dir, tmp_path / "out", step=10, dtype="bf16")
-    model, state = load_model(tmp_path / "out"), tiny_model(1).state_dict()
+    model, state = load(tmp_path / "out")[0], tiny_model(1).state_dict()
     assert all(torch.equal(values, state[name].bfloat16()) for name, values in model.state_dict().items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -61,7 +61,7 @@ def test_a_tied_run_exports_tied(tmp_path):
     keep_model(tmp_path / "run", model)
     export(tmp_path / "run", tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, model.lm_head.weight)
 
 
 def test_the_runs_tokenizer_goes_along(run_dir, tmp_path):
@@ -145,7 +145,7 @@ def test_the_optimizers_states_are_not_even_opened(run_dir, tmp_path):
     for file in (run_dir / "checkpoints" / "step-00000020" / "rest").iterdir():
         file.unlink()
     export(run_dir, tmp_path / "out")
-    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(2).lm_head.weight)
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, tiny_model(2).lm_head.weight)
 
 
 def test_a_step_that_is_not_there_lists_those_that_are(run_dir, tmp_path):
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_dir, tmp_path):
     with pytest.raises(PunaError, match=r"step-00000020 is damaged \(model/\.metadata has 0 of"):
         export(run_dir, tmp_path / "out", step=20)
     export(run_dir, tmp_path / "out")
-    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, tiny_model(1).lm_head.weight)
 
 
 def test_bytes_that_were_changed_are_found_while_they_are_copied(run_dir, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_bytes_that_were_changed_are_found_while_they_are_copied(run_dir, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
     export(run_dir, tmp_path / "out")
     assert "step-00000020 is damaged" in capsys.readouterr().err
-    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(1).lm_head.weight)
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, tiny_model(1).lm_head.weight)
 
 
 @pytest.mark.parametrize("moment", ["before it is checked", "after it was checked"])
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_training_replaces_meanwhile_gives_way_to_the_newer_on
 
     monkeypatch.setattr(sharded, "open_sharded", replacing)
     export(run_dir, tmp_path / "out")
-    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, tiny_model(3).lm_head.weight)
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, tiny_model(3).lm_head.weight)
     said = capsys.readouterr().err
     assert "step-00000020 was removed meanwhile" in said
     assert "damaged" not in said

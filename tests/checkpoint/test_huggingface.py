@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puna.checkpoint import convert, load, load_config, load_model, quantize, resolve, save_model
+from puna.checkpoint import convert, load, load_config, quantize, resolve, save_model
 from puna.checkpoint.huggingface import build_model, parameter_shapes
 from puna.checkpoint.tensors import StoredTensor
 from puna.errors import PunaError, UsageError
@@ -46,7 +46,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path, monkeypatch, dtype, shard_bytes
     source = {name: all_bit_patterns(shape, dtype) for name, shape in parameter_shapes(preset("tiny-64")).items()}
     model = build_model(preset("tiny-64"), {name: StoredTensor.of(values) for name, values in source.items()})
     save_model(model, tmp_path / "a")
-    save_model(load_model(tmp_path / "a"), tmp_path / "b")
+    save_model(load(tmp_path / "a")[0], tmp_path / "b")
     stored = {}
     for file in (tmp_path / "b").glob("*.safetensors"):
         stored.update(load_file(file))
@@ -69,31 +69,31 @@ def test_shards_respect_the_limit_and_the_index_names_every_tensor(sharded):
 
 def test_mixed_dtypes_stay_as_they_are_stored_unless_another_is_asked_for(folder):
     change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].bfloat16()}))
-    model = load_model(folder)
+    model = load(folder)[0]
     assert model.get_parameter(Q_PROJ).dtype == torch.bfloat16
     assert model.lm_head.weight.dtype == torch.float32
     save_model(model, folder.with_name("again"))  # tensors of 2 and 4 bytes side by side in one file
-    again = load_model(folder.with_name("again"))
+    again = load(folder.with_name("again"))[0]
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert {p.dtype for p in load_model(folder, dtype="fp16").parameters()} == {torch.float16}
+    assert {p.dtype for p in load(folder, dtype="fp16")[0].parameters()} == {torch.float16}
 
 
 def test_weights_beyond_fp16_are_not_loaded_as_infinite_ones(folder):
     change(folder, lambda tensors: tensors[Q_PROJ][1].fill_(-70_000))
     with pytest.raises(PunaError, match=rf"{Q_PROJ} holds -70000, and fp16 .* 65,504; take bf16"):
-        load_model(folder, dtype="fp16")
+        load(folder, dtype="fp16")
 
 
 def test_an_unknown_dtype_lists_those_there_are(folder):
     with pytest.raises(UsageError, match="no dtype is called 'int3'; there are fp32, bf16, fp16"):
-        load_model(folder, dtype="int3")
+        load(folder, dtype="int3")
 
 
 def test_a_tied_model_stores_its_head_once_and_stays_tied(tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     save_model(model, tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
-    loaded = load_model(tmp_path / "tied")
+    loaded = load(tmp_path / "tied")[0]
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
@@ -102,14 +102,14 @@ def test_a_tied_model_whose_file_repeats_the_head_loads_if_the_two_are_equal(tmp
     folder = tmp_path / "tied"
     save_model(tiny_model(tie_word_embeddings=True), folder)
     change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    assert load_model(folder).lm_head.weight.shape == (512, 64)
+    assert load(folder)[0].lm_head.weight.shape == (512, 64)
     change(folder, lambda tensors: tensors["lm_head.weight"].mul_(2))
     with pytest.raises(PunaError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but .* ties them"):
-        load_model(folder)
+        load(folder)
 
 
 def test_loaded_weights_can_be_trained_and_outlive_their_file(folder):
-    model = load_model(folder)
+    model = load(folder)[0]
     before = model.lm_head.weight.detach().clone()
     (folder / "model.safetensors").write_bytes(b"")
     assert torch.equal(model.lm_head.weight, before)
@@ -120,44 +120,44 @@ def test_loaded_weights_can_be_trained_and_outlive_their_file(folder):
 
 def test_old_rotary_tables_are_skipped(folder):
     change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert load_model(folder).config == tiny_model().config
+    assert load(folder)[0].config == tiny_model().config
 
 
 def test_a_missing_tensor_is_named(folder):
     change(folder, lambda tensors: tensors.pop(Q_PROJ))
     with pytest.raises(PunaError, match=rf"model\.safetensors lacks {Q_PROJ}, which config\.json asks for"):
-        load_model(folder)
+        load(folder)
 
 
 def test_an_unknown_tensor_is_named(folder):
     change(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
     with pytest.raises(PunaError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which .* does not have"):
-        load_model(folder)
+        load(folder)
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(folder):
     change(folder, lambda tensors: tensors.update({Q_PROJ: torch.ones(64, 32)}))
     with pytest.raises(PunaError, match=rf"{Q_PROJ} has shape \(64, 32\), config\.json makes it \(64, 64\)"):
-        load_model(folder)
+        load(folder)
 
 
 def test_codes_are_not_taken_for_weights(folder):
     change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
     with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as int8, but config\.json names no quantisation"):
-        load_model(folder)
+        load(folder)
 
 
 def test_a_vocabulary_that_does_not_fit_the_tensors_is_named(folder):
     edit_json(folder / "config.json", vocab_size=500)
     with pytest.raises(PunaError, match=r"embed_tokens\.weight .*; its vocab_size is 500, the weights' is 512"):
-        load_model(folder)
+        load(folder)
 
 
 def test_a_file_that_the_index_names_and_is_not_there_is_named(sharded):
     file = sorted(sharded.glob("model-*.safetensors"))[1]
     file.unlink()
     with pytest.raises(PunaError, match=rf"{file.name} does not exist, but model\.safetensors\.index\.json names it"):
-        load_model(sharded)
+        load(sharded)
 
 
 def test_one_file_beside_an_index_of_others_is_refused(sharded):
@@ -166,10 +166,10 @@ def test_one_file_beside_an_index_of_others_is_refused(sharded):
     with pytest.raises(
         PunaError, match=r"holds model\.safetensors, and model\.safetensors\.index\.json names other files"
     ):
-        load_model(sharded)
+        load(sharded)
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(stale), stale.name)}))
-    assert torch.equal(load_model(sharded).lm_head.weight, tiny_model(seed=1).lm_head.weight)
+    assert torch.equal(load(sharded)[0].lm_head.weight, tiny_model(seed=1).lm_head.weight)
 
 
 def test_a_tensor_in_two_files_is_named_with_both(sharded):
@@ -177,7 +177,7 @@ def test_a_tensor_in_two_files_is_named_with_both(sharded):
     name = next(iter(load_file(first)))
     save_file({**load_file(second), name: load_file(first)[name]}, second)
     with pytest.raises(PunaError, match=rf"{name} is in {second.name} and in {first.name}"):
-        load_model(sharded)
+        load(sharded)
 
 
 def test_a_file_without_a_tensor_that_the_index_promises_is_named(sharded):
@@ -188,7 +188,7 @@ def test_a_file_without_a_tensor_that_the_index_promises_is_named(sharded):
     with pytest.raises(
         PunaError, match=rf"{file.name} lacks {name}, which model\.safetensors\.index\.json says it holds"
     ):
-        load_model(sharded)
+        load(sharded)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 5, 100, -1])
@@ -196,15 +196,15 @@ def test_a_file_that_is_cut_off_is_named(folder, kept_bytes):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept_bytes])
     with pytest.raises(PunaError, match=r"model\.safetensors is damaged or cut off"):
-        load_model(folder)
+        load(folder)
 
 
 def test_an_empty_folder_says_what_belongs_there(tmp_path):
     with pytest.raises(PunaError, match=r"has no config\.json; a model is a folder in Hugging Face layout"):
-        load_model(tmp_path)
+        load(tmp_path)
     shutil.copy(saved_config(tmp_path), tmp_path)
     with pytest.raises(PunaError, match=r"holds no weights: there is neither model\.safetensors nor"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def test_a_run_folder_in_place_of_a_model_says_how_to_export_it(tmp_path):
@@ -223,7 +223,7 @@ def test_a_bin_file_loads_equal_weights(folder):
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    model = load_model(folder)
+    model = load(folder)[0]
     assert all(same_bits(parameter, tensors[name]) for name, parameter in model.named_parameters())
 
 
@@ -231,14 +231,14 @@ def test_a_bin_file_of_before_zip_loads_too(folder):
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     (folder / "model.safetensors").unlink()
-    assert same_bits(load_model(folder).get_parameter(Q_PROJ), tensors[Q_PROJ])
+    assert same_bits(load(folder)[0].get_parameter(Q_PROJ), tensors[Q_PROJ])
 
 
 def test_code_in_a_bin_file_is_not_run(folder, tmp_path):
     torch.save({"model.norm.weight": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(PunaError, match=r"pytorch_model\.bin is damaged, or holds more than tensors and is not opened"):
-        load_model(folder)
+        load(folder)
     assert not (tmp_path / "touched").exists()
 
 
@@ -250,7 +250,7 @@ def test_a_cut_off_bin_file_is_named(folder):
     for kept in (0, 3, len(content) // 2):
         (folder / "pytorch_model.bin").write_bytes(content[:kept])
         with pytest.raises(PunaError, match=r"pytorch_model\.bin is damaged"):
-            load_model(folder)
+            load(folder)
 
 
 def test_load_gives_the_model_and_its_tokenizer(tmp_path):
@@ -293,7 +293,7 @@ def test_a_model_without_an_end_is_saved_without_one(tmp_path):
 def test_a_models_texts_end_where_its_generation_config_says_too(folder, in_config, in_generation_config, ends):
     edit_json(folder / "config.json", eos_token_id=in_config)
     edit_json(folder / "generation_config.json", eos_token_id=in_generation_config)
-    assert load_config(folder).eos_token_ids == load_model(folder).config.eos_token_ids == ends
+    assert load_config(folder).eos_token_ids == load(folder)[0].config.eos_token_ids == ends
     convert(folder, folder.parent / "converted")
     assert load_config(folder.parent / "converted").eos_token_ids == ends
 
@@ -360,7 +360,7 @@ def test_loading_takes_the_memory_of_the_model_and_one_tensor(tmp_path, peak_ano
     size = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
     save_model(model, tmp_path / "model")
-    peak = peak_anonymous_bytes(load_model, tmp_path / "model")
+    peak = peak_anonymous_bytes(load, tmp_path / "model")
     slack = 8_000_000
     assert size + largest + slack < 2 * size  # a second copy would be seen
     assert 0.9 * size < peak < size + largest + slack
@@ -371,11 +371,11 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path, peak_anonymous_bytes):
     rounded = partial(convert, dtype="bf16")
     peak = peak_anonymous_bytes(rounded, tmp_path / "model", tmp_path / "copy")
     assert peak < 30_000 * 256 * 2 + 8_000_000
-    assert {p.dtype for p in load_model(tmp_path / "copy").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(tmp_path / "copy")[0].parameters()} == {torch.bfloat16}
 
 
 def test_loading_does_not_import_torchs_compiler(folder):
-    code = "import sys; from puna.checkpoint import load_model; load_model(sys.argv[1]); print('sympy' in sys.modules)"
+    code = "import sys; from puna.checkpoint import load; load(sys.argv[1]); print('sympy' in sys.modules)"
     command = [sys.executable, "-c", code, folder]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
 
@@ -391,7 +391,7 @@ def test_a_name_that_is_no_folder_says_so(tmp_path):
 def test_more_layers_than_there_are_tensors_are_refused_at_once(folder):
     edit_json(folder / "config.json", num_hidden_layers=10**12)
     with pytest.raises(PunaError, match="too few for the 1000000000000 layers"):
-        load_model(folder)
+        load(folder)
 
 
 def test_a_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from puna.checkpoint import convert, load_model, save_model
+from puna.checkpoint import convert, load, save_model
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt, write_ckpt
 from puna.checkpoint.formats.mindspore.model_config import from_fields
 from puna.checkpoint.formats.mindspore.strategy import Layout, read_strategies, write_strategy
@@ -53,7 +53,7 @@ def test_weights_are_those_of_the_hugging_face_model_bit_for_bit(fixtures, tmp_p
 
 
 def test_logits_are_those_of_mindformers(fixtures, tmp_path):
-    model = load_model(convert(fixtures / "ckpt/tiny_llama_fp32.ckpt", tmp_path / "hf", rope_theta=1e6))
+    model = load(convert(fixtures / "ckpt/tiny_llama_fp32.ckpt", tmp_path / "hf", rope_theta=1e6))[0]
     reference = np.load(fixtures / "reference/logits_fp32.npz")
     with torch.no_grad():
         logits = model(torch.from_numpy(reference["ids"]).long())
@@ -66,7 +66,7 @@ def test_back_to_mindspore_gives_the_same_bytes(fixtures, tmp_path, kind):
     convert(source, tmp_path / "hf", rope_theta=1e6)
     back = convert(tmp_path / "hf", tmp_path / "back", to="mindspore")
     assert (back / "model.ckpt").read_bytes() == source.read_bytes()
-    assert load_model(convert(back, tmp_path / "again")).config == load_model(tmp_path / "hf").config
+    assert load(convert(back, tmp_path / "again"))[0].config == load(tmp_path / "hf")[0].config
 
 
 @pytest.mark.parametrize(("slices", "whole"), [("mp2pp2_fp16", "fp16"), ("dp2mp2_optshard_bf16", "bf16")])
@@ -276,10 +276,10 @@ def test_a_name_or_shape_that_does_not_fit_is_an_error(model_ckpt, tmp_path, cha
 def test_what_nothing_states_must_be_given(model_ckpt, tmp_path):
     with pytest.raises(PunaError, match=r"does not state the rotary base; .* --config tiny-64.* --rope-theta 1000000"):
         convert(model_ckpt, tmp_path / "hf")
-    config = load_model(convert(model_ckpt, tmp_path / "named", config="tiny-64")).config
+    config = load(convert(model_ckpt, tmp_path / "named", config="tiny-64"))[0].config
     assert config == replace(preset("tiny-64"), initializer_range=config.initializer_range)
     (tmp_path / "mf.yaml").write_text(yaml.safe_dump({"model": {"model_config": FIELDS}}))
-    stated = load_model(convert(model_ckpt, tmp_path / "yaml", config=tmp_path / "mf.yaml")).config
+    stated = load(convert(model_ckpt, tmp_path / "yaml", config=tmp_path / "mf.yaml"))[0].config
     assert (stated.rope_theta, stated.num_attention_heads, stated.max_position_embeddings) == (1e6, 4, 2048)
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"model": {"model_config": {**FIELDS, "num_layers": 3}}}))
     with pytest.raises(PunaError, match=r"bad\.yaml makes num_hidden_layers 3, but the weights .* make it 2"):
@@ -291,7 +291,7 @@ def test_what_nothing_states_must_be_given(model_ckpt, tmp_path):
 def test_a_size_without_a_name_needs_a_config(tmp_path):
     save_model(tiny_model(intermediate_size=200), tmp_path / "hf")
     folder = convert(tmp_path / "hf", tmp_path / "ms", to="mindspore")
-    assert load_model(convert(folder, tmp_path / "back")).config.intermediate_size == 200
+    assert load(convert(folder, tmp_path / "back"))[0].config.intermediate_size == 200
     (folder / "model.yaml").unlink()
     with pytest.raises(PunaError, match="has other sizes than all presets"):
         convert(folder, tmp_path / "no", rope_theta=1e6)

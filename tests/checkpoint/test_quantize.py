@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puna.checkpoint import load, load_config, load_model, quantize, room, save_model
+from puna.checkpoint import load, load_config, quantize, room, save_model
 from puna.cli import run
 from puna.errors import PunaError, UsageError
 from puna.generate import complete, generate
@@ -39,8 +39,8 @@ def quantized(folder, tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_completions_are_those_of_the_dequantised_weights(folder, quantized, scheme):
     """Activations stay as they are, so that the plain network with the weights that are left must say the same."""
-    model = load_model(quantized[scheme], dtype="fp32")
-    plain = load_model(folder)
+    model = load(quantized[scheme], dtype="fp32")[0]
+    plain = load(folder)[0]
     stored = load_file(f"{quantized[scheme]}/model.safetensors")
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -64,7 +64,7 @@ def test_the_engine_completes_what_the_plain_loop_does(quantized, scheme):
 def test_logits_are_near_those_of_the_model(folder, quantized, scheme):
     tokens = torch.tensor([PROMPTS[2]])
     with torch.inference_mode():
-        true, found = load_model(folder)(tokens), load_model(quantized[scheme])(tokens)
+        true, found = load(folder)[0](tokens), load(quantized[scheme])[0](tokens)
     assert (found - true).norm() / true.norm() < {"int8": 0.05, "fp8": 0.2, "int4": 0.5}[scheme]
 
 
@@ -85,13 +85,13 @@ def test_the_head_of_int4_has_8_bits_and_that_of_fp8_is_left_alone(quantized, fo
         "int4": torch.int8,
         "fp8": torch.float32,
     }
-    assert torch.equal(heads["fp8"], load_model(folder).lm_head.weight)
+    assert torch.equal(heads["fp8"], load(folder)[0].lm_head.weight)
 
 
 def test_a_tied_head_stays_tied(tmp_path):
     save_model(tiny_model(tie_word_embeddings=True, **SHAPE), tmp_path / "tied")
     quantize(tmp_path / "tied", tmp_path / "out", scheme="int8")
-    model = load_model(tmp_path / "out")
+    model = load(tmp_path / "out")[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert isinstance(model.get_submodule(UP), QuantizedLinear)
 
@@ -102,7 +102,7 @@ def test_biases_go_along(tmp_path):
     torch.nn.init.normal_(bias)
     save_model(model, tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "out", scheme="int4")
-    assert torch.equal(load_model(tmp_path / "out", dtype="fp32").model.layers[1].self_attn.k_proj.bias, bias)
+    assert torch.equal(load(tmp_path / "out", dtype="fp32")[0].model.layers[1].self_attn.k_proj.bias, bias)
 
 
 @pytest.mark.parametrize("has_units", [True, False])
@@ -114,12 +114,12 @@ def test_a_quantised_model_computes_in_bf16_where_that_is_fast_and_never_in_fp16
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     save_model(tiny_model(**SHAPE).to(dtypes[stored]), tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "out", scheme="int4")
-    model = load_model(tmp_path / "out")
+    model = load(tmp_path / "out")[0]
     computed = "fp32" if stored == "fp32" and not has_units else "bf16"
     assert model.compute_dtype == model(torch.tensor([[1, 2]])).dtype == dtypes[computed]
-    assert load_model(tmp_path / "out", dtype="fp32").compute_dtype == torch.float32
+    assert load(tmp_path / "out", dtype="fp32")[0].compute_dtype == torch.float32
     with pytest.raises(UsageError, match="quantised weights are multiplied in bf16 or fp32"):
-        load_model(tmp_path / "out", dtype="fp16")
+        load(tmp_path / "out", dtype="fp16")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_shards_are_quantised_to_shards(tmp_path, monkeypatch):
     logits = []
     for name in ("sharded", "whole"):
         quantize(tmp_path / name, tmp_path / f"{name}-int8", scheme="int8")
-        logits.append(load_model(tmp_path / f"{name}-int8")(tokens))
+        logits.append(load(tmp_path / f"{name}-int8")[0](tokens))
     assert torch.equal(*logits)
 
 
@@ -177,7 +177,7 @@ def test_a_quantised_model_is_neither_quantised_again_nor_trained_nor_saved(quan
     with pytest.raises(PunaError, match="the weights are quantised"):
         load_config(quantized["int8"])
     with pytest.raises(PunaError, match="a quantised model is not saved from memory; copy the folder"):
-        save_model(load_model(quantized["int8"]), tmp_path / "again")
+        save_model(load(quantized["int8"])[0], tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -206,7 +206,7 @@ def test_a_tensor_that_does_not_fit_the_scheme_is_named(quantized, tmp_path, cha
     change(tensors)
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(PunaError, match=message):
-        load_model(tmp_path / "model")
+        load(tmp_path / "model")
 
 
 def test_a_model_that_does_not_fit_says_by_how_much_and_what_would(folder, monkeypatch):
@@ -214,10 +214,10 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_would(folder, monke
     size = 4 * config.parameter_count
     monkeypatch.setattr(room, "free_memory_bytes", lambda device: size // 3)
     with pytest.raises(PunaError, match=r"the weights need 0\.0 GiB, 0\.0 GiB more than cpu has free; .*int4 .*int8"):
-        load_model(folder)
+        load(folder)
     monkeypatch.setattr(room, "free_memory_bytes", lambda device: 1000)
     with pytest.raises(PunaError, match="no quantisation would help"):
-        load_model(folder)
+        load(folder)
 
 
 # ---- the command

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from puna.checkpoint import load_model, save_model
+from puna.checkpoint import load, save_model
 from puna.checkpoint.huggingface import build_model
 from puna.checkpoint.tensors import StoredTensor
 from puna.model.attention import Documents
@@ -63,7 +63,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shake(theirs)
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)
-    return theirs, load_model(folder)
+    return theirs, load(folder)[0]
 
 
 def test_logits_equal_transformers(pair):

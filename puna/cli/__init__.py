@@ -80,7 +80,8 @@ def words_of(context: typer.Context, *, without: str) -> list[str]:
             arguments += map(str, values)
         else:
             name = parameter.secondary_opts[0] if value is False else parameter.opts[0]  # --no-healing, --healing
-            options += [name if isinstance(each, bool) else f"{name}={each}" for each in values]
+            equals = "=" if name.startswith("--") else ""  # -n3
+            options += [name if isinstance(each, bool) else f"{name}{equals}{each}" for each in values]
     return [str(context.info_name), *options, "--", *arguments]
 
 

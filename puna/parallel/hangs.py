@@ -7,7 +7,8 @@ of them has given up, and then posts its own last note, however stuck the rank i
 
 gloo, which every run uses for the numbers of its steps, gives up with an error, and that becomes the one here. NCCL's
 watchdog ends the process instead; it prints each waiting rank's collective itself. A rank that ends is no hang: gloo
-tells the others at once, and they leave with one line each, so that its own words are not lost among theirs.
+tells the others at once, and they leave with one line each, so that its own words are not lost among theirs. On other
+machines the threads say these words.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
 from puna.errors import PunaError
+from puna.parallel.errors import RankLost, complain_of_cause
 
 #: Seconds between two looks, and how long a rank that gives up waits for what the others say.
 LOOK_SECONDS, ANSWER_SECONDS = 1.0, 5.0
@@ -41,14 +43,16 @@ def explained_hangs() -> Iterator[None]:
     """
     shared: Any = dist.distributed_c10d._get_default_store()
     store = shared.clone()  # a connection of its own: the process may be waiting with the other one
-    is_over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(store, is_over), daemon=True)
+    is_over, is_told = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(store, is_over, is_told), daemon=True)
     watcher.start()
     try:
         yield
     except RuntimeError as error:
         if re.search(r"(closed|reset) by peer", str(error), re.IGNORECASE):
-            raise PunaError("another rank ended while this one waited for it; what it said says why") from error
+            if not is_told.is_set():
+                complain_of_cause(store)
+            raise RankLost("another rank ended while this one waited for it; what it said says why") from error
         if not re.search(r"time[d]?[ -]?out", str(error), re.IGNORECASE):
             raise
         raise PunaError(_message(store)) from error
@@ -73,9 +77,11 @@ def last_collective() -> str:
     return f"{last['profiling_name']}, number {number} of the group {group}, shape {shape}, {ago:.0f} s ago"
 
 
-def _watch(store: dist.Store, is_over: threading.Event) -> None:
+def _watch(store: dist.Store, is_over: threading.Event, is_told: threading.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the store is gone with the rank that keeps it
         while not is_over.wait(LOOK_SECONDS):
+            if not is_told.is_set() and complain_of_cause(store):
+                is_told.set()
             if store.check([KEY]):
                 store.set(f"{KEY}/{dist.get_rank()}", last_collective())
                 return

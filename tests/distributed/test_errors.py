@@ -1,9 +1,19 @@
-"""Errors that all ranks meet are said by the first alone; a rank's own it says itself."""
+"""Errors that all ranks meet are said by the first of each machine; a rank's own is said by it, and elsewhere."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+
+from puna.errors import PunaError
+from puna.parallel import errors, hangs
 
 SCRIPT = """
 import json, os, sys
@@ -45,3 +55,36 @@ def test_a_rank_leaves_to_the_first_what_both_of_them_meet(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(found.read_text()) == list(cases.values())
+
+
+@pytest.mark.parametrize("culprit", [0, 2, 3])
+def test_what_ends_a_rank_is_said_on_every_machine(in_ranks: Callable[..., list[Any]], culprit: int) -> None:
+    said = in_ranks(4, fail_on_two_machines, [culprit])
+    lost = "another rank ended while this one waited for it; what it said says why"
+    told = [f"puna: on another machine, rank {culprit}: a full disk", lost]
+    here, there = (0, 2) if culprit < 2 else (2, 0)
+    assert said[culprit] == ["a full disk"]
+    assert said[here + 1 - culprit % 2] == [lost]
+    assert said[there : there + 2] == [told, []]
+
+
+def test_what_all_ranks_meet_is_said_by_the_first_of_each_machine(in_ranks: Callable[..., list[Any]]) -> None:
+    assert in_ranks(4, fail_on_two_machines, [0, 1, 2, 3]) == [["a full disk"], [], ["a full disk"], []]
+
+
+def fail_on_two_machines(culprits: list[int]) -> list[str]:
+    """What a rank says, of two on each machine, when some of them meet an error."""
+    rank, said = dist.get_rank(), []
+    with (
+        patch.dict(os.environ, LOCAL_RANK=str(rank % 2)),
+        patch.multiple(errors, ANSWER_SECONDS=3.0, LEAVE_SECONDS=0.0, complain=said.append),
+        patch.object(hangs, "LOOK_SECONDS", 0.1),
+    ):
+        try:
+            with errors.said_once(), hangs.explained_hangs():
+                if rank in culprits:
+                    raise PunaError("a full disk")
+                dist.barrier()
+        except PunaError as error:
+            said += [] if error.is_said else [str(error)]
+    return said

@@ -1,13 +1,16 @@
 """`puna evaluate`: scores a model, or samples that were made before, on a benchmark."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson, CacheDtype, Device, Dtype
+from puna.cli.generate import AsJson, CacheDtype, Device, Dtype, Nproc, leave_to_processes, processes
+from puna.errors import UsageError
 from puna.evaluate import benchmarks
 from puna.progress import say
 
@@ -53,7 +56,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Answers written at a time.  [64, of a server 8]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time.  [one a core]")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes that answer, one a device.")] = None,
+    nproc: Nproc = None,
     cache_dtype: CacheDtype = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -63,18 +66,23 @@ def evaluate(
 
     Programs that models write run in a sandbox. docs/evaluation.md says what each benchmark asks.
     """
+    if nproc is not None and (not models or samples is not None or server is not None):
+        raise UsageError("--nproc is for a model that computes here; leave it out")
+    leave_to_processes(context, nproc)
     from puna.evaluate import evaluate as score
     from puna.evaluate.comparing import why_not
 
     options = {name: value for name, value in context.params.items() if name not in OF_ALL}
     results, folders = [], []
     several = len(models or []) > 1
-    for model in models or [""]:
-        folder = output / model.strip("/").replace("/", "_") if several and output is not None else output
-        folders += [folder] if folder is not None else []
-        results.append(
-            score(benchmark, model or None, dtype=dtype, device=device, output=folder, nproc=nproc, **options)
-        )
+    is_alone = "RANK" not in os.environ
+    with contextlib.nullcontext() if is_alone else processes(device):
+        for model in models or [""]:
+            folder = output / model.strip("/").replace("/", "_") if several and output is not None else output
+            folders += [folder] if folder is not None else []
+            results.append(score(benchmark, model or None, dtype=dtype, device=device, output=folder, **options))
+    if not is_alone and os.environ["RANK"] != "0":
+        return  # the first process speaks for all
     for result in results[1:]:
         if why := why_not(results[0], result):
             say(f"{results[0]['model']} and {result['model']} do not compare: {why}")

@@ -211,7 +211,8 @@ def leave_to_processes(context: typer.Context, nproc: int | None) -> None:
     if nproc is not None:
         from puna.parallel.start import start_processes
 
-        _check_share(context.params["model"], nproc)
+        for model in context.params.get("models") or [context.params["model"]]:
+            _check_share(model, nproc)
         sys.exit(start_processes(words_of(context, without="nproc"), nproc))
 
 

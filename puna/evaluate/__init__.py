@@ -6,17 +6,19 @@
 
 import gc
 import inspect
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from puna.errors import PunaError, UsageError
+from puna.errors import PunaError
 from puna.evaluate import benchmarks
 from puna.twins import make_callable
 
 make_callable(__name__)
 
-#: Files of a model that its answers depend on.
-OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
+#: How long processes that share a model wait for the first one, which judges what they wrote.
+PATIENCE = timedelta(days=7)
 
 
 def evaluate(
@@ -27,10 +29,12 @@ def evaluate(
     dtype: Any = None,
     device: Any = None,
     output: Path | str | None = None,
-    nproc: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Scores a model, or samples that were made before, on a benchmark.
+
+    Where torchrun started several processes, all of them call this: they share a model that is loaded, the first writes
+    and judges, and all have the result. So it is, too, with a model in memory that processes share.
 
     Args:
         benchmark: a file of `puna/evaluate/benchmarks`, e.g. "humaneval" or "completion".
@@ -40,7 +44,6 @@ def evaluate(
         device: where a model that is loaded goes; an accelerator by default, if there is one.
         output: a folder for the result, and for the answers and verdicts where the benchmark has such; a run that was
             killed goes on with what is there.
-        nproc: processes that load the model and answer, one a device, where programs are judged.
         options: the benchmark's own: `samples`, `data`, `protocol` … where programs are judged, `corpus`,
             `cases` … for completion; None leaves one at its default.
 
@@ -51,48 +54,59 @@ def evaluate(
         PunaError: a file is missing or not what it should be, or the sandbox does not work here.
         UsageError: no such benchmark or option.
     """
-    from puna.devices import pick_device
-    from puna.evaluate.programs import Programs
-    from puna.evaluate.spread import Replicas
-    from puna.evaluate.stored import Stored, loaded
-    from puna.files import check_writable, mark_of, write_json  # here, so that the sandbox needs no more than Python
+    from puna.evaluate.stored import Stored, is_helper, is_shared, loaded  # here: the sandbox needs no more than Python
 
     module = benchmarks.find(benchmark)
     options = {name: value for name, value in options.items() if value is not None}
     benchmarks.check_options(module, options)
-    if output is not None and "output" in inspect.signature(module.evaluate).parameters:
-        options["output"] = output
-    name = str(model) if isinstance(model, str | Path) else None
-    weights = None if name is None else mark_of(file for kind in OF_A_MODEL for file in Path(name).glob(kind))
-    if output is not None:
-        check_writable(output)
-        _check_same(Path(output), {"benchmark": benchmark, "model": name, "weights": weights})
     if "cache_dtype" in options:
+        from puna.devices import pick_device
         from puna.generate.engine.storage import storage_dtype
 
         storage_dtype(options["cache_dtype"], pick_device(device))
-    if nproc is not None:
-        if name is None or not isinstance(getattr(module.evaluate, "__self__", None), Programs):
-            raise UsageError(f"nproc={nproc} is for benchmarks of programs and a model named by its folder or hub id")
-        model = Replicas(name, nproc, dtype=dtype, device=device)
-    elif name is not None and "server" not in options:
-        model = Stored(name, dtype, pick_device(device))
-    elif model is not None and name is None:
-        loaded(model, tokenizer)  # refuses one in memory that has no tokenizer
-    if "name" in inspect.signature(module.evaluate).parameters:
-        if name is not None:
-            options |= {"name": name, "weights": weights, "dtype": dtype}
-        elif model is not None and output is not None:
-            from puna.model.mark import mark_in_memory
+    with ExitStack() as stack:
+        if isinstance(model, str | Path) and "server" not in options:
+            from puna.devices import pick_device
+            from puna.parallel.mesh import process_group, rank_device
 
-            options["weights"] = mark_in_memory(model)
+            place = rank_device(pick_device(device))
+            stack.enter_context(process_group(place))
+            model = Stored(str(model), dtype, place)
+        elif model is not None and "server" not in options:
+            loaded(model, tokenizer)  # refuses one in memory that has no tokenizer
+        if not is_shared(model):
+            return _result(benchmark, model, tokenizer, output, options)
+        import torch.distributed as dist
+
+        from puna.parallel.collectives import of_first_rank
+
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        result = _result(benchmark, model, tokenizer, None if is_helper(model) else output, options)
+        return of_first_rank(result, patient)
+
+
+def _result(
+    benchmark: str, model: Any, tokenizer: Any, output: Path | str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a benchmark says, and of which model; written into a folder if there is one."""
+    from puna.evaluate.stored import Stored
+    from puna.files import check_writable, write_json
+
+    module = benchmarks.find(benchmark)
+    known: dict[str, Any] = {"benchmark": benchmark}
+    if isinstance(model, Stored):
+        known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+    if output is not None:
+        check_writable(output)
+        _check_same(Path(output), known)
+        if "output" in inspect.signature(module.evaluate).parameters:
+            options = options | {"output": output}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     gc.collect()  # a first import of torch's compiler leaves its callers' frames in a circle: the model, and its cache
-    if name is not None:
-        known = {"benchmark": result["benchmark"], "model": name, "weights": weights}
-        if "answers" not in result:  # which say this already
-            known |= {"dtype": dtype and str(dtype), "cache_dtype": options.get("cache_dtype")}
-        result = {name: value for name, value in known.items() if value is not None} | result
+    if isinstance(model, Stored) and "answers" not in result:  # which say this already
+        numbers = {"dtype": model.dtype and str(model.dtype), "cache_dtype": options.get("cache_dtype")}
+        known |= {name: value for name, value in numbers.items() if value is not None}
+    result = known | result
     if output is not None:
         write_json(Path(output) / "result.json", result)
     return result
@@ -111,7 +125,7 @@ def _check_same(folder: Path, known: dict[str, Any]) -> None:
         return
     old = read_json(path)
     for name, value in known.items():
-        if None not in (value, old.get(name)) and value != old[name]:
+        if old.get(name) not in (None, value):
             raise PunaError(
                 f"{folder} holds the result of another run: its {name} is {old[name]}, this one's {value}; "
                 "choose another folder"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from puna.evaluate.stored import is_shared
+
 if TYPE_CHECKING:
     from puna.generate import Sampling
 
@@ -115,10 +117,15 @@ class Completer:
     ) -> list[str]:
         """The answers, in the order of the asks; each is given to `on_answer` once it is there.
 
+        Processes that share the model call this together; the asks of the first count.
+
         `changes` are other fields of the sampling for these, e.g. fewer `max_tokens`.
         """
         from puna.generate import Completion, Engine
+        from puna.parallel.collectives import of_first_rank
 
+        if is_shared(self.model):  # the first process knows what is asked
+            asks, seeds = of_first_rank((asks, seeds))
         if not asks:
             return []
         if self._engine is None:

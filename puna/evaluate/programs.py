@@ -30,8 +30,7 @@ from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import REQUESTS, RemoteCompleter
 from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
-from puna.evaluate.spread import Replicas, Spread
-from puna.evaluate.stored import loaded
+from puna.evaluate.stored import Stored, is_helper, loaded
 from puna.files import check_writable, differing, file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, check_order
@@ -142,9 +141,6 @@ class Programs(ABC):
         max_tokens: int | None = None,
         workers: int | None = None,
         complete: Completes | None = None,
-        name: str | None = None,
-        weights: str | None = None,
-        dtype: Any = None,
     ) -> dict[str, Any]:
         """Share of the tasks whose tests pass.
 
@@ -166,13 +162,11 @@ class Programs(ABC):
             max_tokens: an answer's greatest length, other than the benchmark's.
             workers: how many judgements run at once; by default one a core.
             complete: instead of a model, a function from asks and seeds to answers.
-            name: what the model is called.
-            weights: what tells its weights from others, so that a folder of another model is not gone on with.
-            dtype: that its weights are loaded with, likewise; None: as stored.
 
         Returns:
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
-            intervals are a bootstrap's over tasks, and hold 95 of 100.
+            intervals are a bootstrap's over tasks, and hold 95 of 100. Of processes that share the model, the first
+            has it, and the others an empty one.
         """
         if sum(given is not None for given in (model if server is None else server, samples, complete)) != 1:
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")
@@ -187,18 +181,22 @@ class Programs(ABC):
         path, tasks = self.tasks(data, variant)
         given = [] if samples is None else read_samples(samples, tasks)
         most = max_tokens or self.max_tokens
+        rows = batch or (ROWS if server is None else REQUESTS)
+        options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": rows, "how": how}
+        of_a_model = options | {"template": template, "order": order, "cache_dtype": cache_dtype}
+        if is_helper(model):
+            Completer(*loaded(model, tokenizer), **of_a_model)([])
+            return {}
         with ExitStack() as stack:
             # Before a large model is loaded: is there a sandbox, is the server there, is the folder this run's?
             sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
-            rows = batch or (ROWS if server is None else REQUESTS)
-            options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": rows, "how": how}
             if server is not None:
                 complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
             if samples is not None:
                 answers: dict[str, Any] = {"file": Path(samples).name, "sha256": sha256_of(samples)}
             else:
                 answers = {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
-                of_model = {"dtype": dtype, "cache_dtype": cache_dtype}
+                of_model = {"dtype": getattr(model, "dtype", None), "cache_dtype": cache_dtype}
                 answers |= {name: str(value) for name, value in of_model.items() if value is not None}
                 if self.ask(next(iter(tasks.values()))).suffix is not None:  # gaps are filled in
                     answers["order"] = order
@@ -207,7 +205,7 @@ class Programs(ABC):
             settings = {
                 "puna": puna.__version__,
                 "benchmark": self.name,
-                **_named(complete, name, weights),
+                **_named(complete, model, output),
                 **({"variant": self.variant(path)} if len(self.files) > 1 else {}),
                 "data": {"file": path.name, "sha256": sha256_of(path)},
                 "answers": answers,
@@ -216,8 +214,7 @@ class Programs(ABC):
             if folder is not None:
                 settings = _open_folder(folder, settings)
             if samples is None and complete is None:
-                options |= {"template": template, "order": order, "cache_dtype": cache_dtype}
-                complete = _completer(stack, model, tokenizer, options)
+                complete = Completer(*loaded(model, tokenizer), **of_a_model)
             started = time.monotonic()
             log = stack.enter_context(Log(folder and folder / VERDICTS_LOG))
             judge = Judge(lambda sample: self.job(tasks[sample.task_id], sample), sandbox, log)
@@ -239,7 +236,7 @@ class Programs(ABC):
             "paper": {model: dict(row) for model, row in self.paper(path, order).items()},
             "sandbox": sandbox.mechanism,
             "limits": vars(self.limits),
-            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer | Spread) else {}),
+            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
 
@@ -268,18 +265,17 @@ class Programs(ABC):
         return self.files[variant]
 
 
-def _named(complete: Completes | None, name: str | None, weights: str | None) -> dict[str, Any]:
+def _named(complete: Completes | None, model: Any, output: Path | str | None) -> dict[str, Any]:
+    """What was scored, so that a folder of another model is not gone on with."""
     if isinstance(complete, RemoteCompleter):
         return {"model": complete.model, "server": complete.url}
-    named = {} if name is None else {"model": name}
-    return named | ({} if weights is None else {"weights": weights})
+    if isinstance(model, Stored):
+        return {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+    if model is None or output is None:
+        return {}
+    from puna.model.mark import mark_in_memory
 
-
-def _completer(stack: ExitStack, model: Any, tokenizer: Any, options: dict[str, Any]) -> Completes:
-    """Who answers: copies of a model on many devices, or the model here."""
-    if isinstance(model, Replicas):
-        return stack.enter_context(Spread(model, **options))
-    return Completer(*loaded(model, tokenizer), **options)
+    return {"weights": mark_in_memory(model)}
 
 
 def _how(protocol: str, samples_per_task: int | None) -> How:

@@ -1,18 +1,33 @@
-"""A model that is loaded once all else is known to be right: a wrong file is said before a large model is read."""
+"""A model that is loaded once all else is known to be right: a wrong file is said before a large model is read.
+
+Processes that were started together share it, each with a part of every matrix, and all go through a benchmark
+together. The first of them judges, writes and speaks; the others are its helpers.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from puna.errors import UsageError
 
+#: Files of a model that its answers depend on.
+OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
+
 
 @dataclass(frozen=True)
 class Stored:
-    """A model by its folder or hub id, and the dtype and device that it is to be loaded with."""
+    """A model by its folder or hub id, and the dtype and device that it, or this process's share, is loaded with."""
 
     name: str
     dtype: Any = None
     device: Any = "cpu"
+
+    @property
+    def weights(self) -> str | None:
+        """What tells its files from others; None: a hub id."""
+        from puna.files import mark_of
+
+        return mark_of(file for kind in OF_A_MODEL for file in Path(self.name).glob(kind))
 
     def __post_init__(self) -> None:
         from puna.checkpoint import is_hub_id, resolve
@@ -36,9 +51,11 @@ def loaded(model: Any, tokenizer: Any, *, context: int | None = None) -> tuple[A
     name = "the model"
     if isinstance(model, Stored):
         from puna.checkpoint import load
+        from puna.parallel.inference import Share
 
         name = model.name
-        model, its_own = load(model.name, dtype=model.dtype, device=model.device, for_inference=True, context=context)
+        place = {"device": model.device, "share": Share if is_shared(model) else None}
+        model, its_own = load(model.name, dtype=model.dtype, for_inference=True, context=context, **place)
         tokenizer = tokenizer or its_own
     if tokenizer is None:
         raise UsageError(
@@ -46,3 +63,25 @@ def loaded(model: Any, tokenizer: Any, *, context: int | None = None) -> tuple[A
             "or give tokenizer=puna.load_tokenizer(folder)"
         )
     return model, tokenizer
+
+
+def is_shared(model: Any) -> bool:
+    """Whether processes hold a model together, or will once it is loaded; all of them go through a benchmark then."""
+    if isinstance(model, Stored):
+        import torch.distributed as dist
+
+        return dist.is_initialized()
+    if not hasattr(model, "lm_head"):  # none, or a server's
+        return False
+    from puna.parallel.inference import group_of
+
+    return group_of(model) is not None
+
+
+def is_helper(model: Any) -> bool:
+    """Whether this process only computes with the others, and leaves the rest to the first."""
+    if not is_shared(model):
+        return False
+    from puna.parallel.mesh import is_first_rank
+
+    return not is_first_rank()

@@ -55,12 +55,17 @@ def all_min(number: int, group: dist.ProcessGroup | None) -> int:
     return int(value)
 
 
-def of_first_rank(value: T) -> T:
-    """The value that the first rank passes, on all ranks; what the others pass does not matter."""
+def of_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """The value that the first rank passes, on all ranks; what the others pass does not matter.
+
+    Args:
+        value: whatever can be pickled.
+        group: of all ranks, which may be more patient than the one that is used otherwise.
+    """
     if not dist.is_initialized():
         return value
     held = [value]
-    dist.broadcast_object_list(held, device=torch.device("cpu"))
+    dist.broadcast_object_list(held, group=group, device=torch.device("cpu"))
     return held[0]
 
 

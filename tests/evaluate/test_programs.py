@@ -1,7 +1,6 @@
 """What all benchmarks of programs share: protocols, seeds, going on after a kill, forms of samples."""
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -20,7 +19,6 @@ from puna.evaluate.judging import Judge
 from puna.evaluate.paper import paper_name, table
 from puna.evaluate.samples import Log, Sample
 from puna.evaluate.sandbox import Judgement
-from puna.evaluate.spread import Replicas, Spread
 from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
 
 
@@ -257,30 +255,6 @@ def test_the_papers_figures_are_spelled_once_and_lie_between_0_and_1() -> None:
     ]
     assert len(figures) > 80
     assert all(0 <= value <= 1 for value in figures)
-
-
-def test_two_processes_answer_as_one_does(bubblewrap: str, data: Path, tiny_model_folder: Path) -> None:
-    options: dict[str, Any] = {"data": data, "protocol": "sample", "samples_per_task": 3, "max_tokens": 6, "batch": 2}
-    results = []
-    for nproc in (None, 2):
-        folder = data.parent / f"run-{nproc}"
-        evaluate("humaneval", str(tiny_model_folder), device="cpu", output=folder, nproc=nproc, **options)
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        results.append({(line["task_id"], line["number"]): line["completion"] for line in lines})
-    assert results[0] == results[1]
-    assert len(set(results[0].values())) > 3
-
-
-def test_what_goes_wrong_in_a_process_is_said(bubblewrap: str, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(PunaError, match=r"process 0 of 1: there is no folder .*nowhere"):
-        evaluate("humaneval", str(tmp_path / "nowhere"), data=data, nproc=1)
-    with Spread(Replicas(str(tmp_path / "nowhere"), 1), max_tokens=1, stop=(), batch_rows=1) as spread:
-        for process in multiprocessing.active_children():
-            process.join()
-        with pytest.raises(PunaError, match=r"process 0 of 1: there is no folder .*nowhere"):
-            spread([Ask("x")], [0])
-    with pytest.raises(UsageError, match=r"nproc=2 is for benchmarks of programs"):
-        evaluate("completion", str(tmp_path), corpus=tmp_path, nproc=2)
 
 
 def test_a_timeout_is_judged_once_more_before_it_counts() -> None:

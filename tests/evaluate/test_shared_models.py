@@ -1,0 +1,85 @@
+"""A model that processes share: scores, answers and messages are those of one process, and the first one speaks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import puna
+from puna.cli import run
+from puna.evaluate import evaluate
+from puna.testing import write_tiny_model, write_tiny_tasks
+
+
+def test_scores_of_two_processes_are_those_of_one(
+    tmp_path: Path, tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").write_text("import os\n\n\ndef f():\n    return os.getcwd()\n")
+    alone = evaluate("completion", str(tiny_model_folder), corpus=tmp_path / "code", max_tokens=3, device="cpu")
+    capfd.readouterr()
+    command = ["evaluate", "completion", str(tiny_model_folder), "--corpus", str(tmp_path / "code")]
+    command += ["--max-tokens", "3", "--device", "cpu", "-o", str(tmp_path / "out"), "--json", "--nproc", "2"]
+    assert run(command) == 0
+    printed, said = capfd.readouterr()
+    shared = json.loads(printed)
+    assert shared == json.loads((tmp_path / "out/result.json").read_text())
+    assert shared["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
+    apart = {"seconds", "bits_per_byte", "intervals"}
+    assert {k: v for k, v in shared.items() if k not in apart} == {k: v for k, v in alone.items() if k not in apart}
+    assert len((tmp_path / "out/cases.jsonl").read_text().splitlines()) == 3
+    assert said.count("2/2 lines") == 1
+
+
+def test_answers_of_two_processes_are_judged_by_the_first_and_gone_on_with(
+    bubblewrap: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(write_tiny_model(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b"))]
+    data = write_tiny_tasks(tmp_path / "tasks.jsonl")
+    options: dict[str, Any] = {"protocol": "sample", "samples_per_task": 3, "max_tokens": 6, "device": "cpu"}
+    expected = [evaluate("humaneval", model, data=data, output=tmp_path / "one", **options) for model in models[:1]]
+    command = ["evaluate", "humaneval", *models, "--data", str(data), "--protocol", "sample", "-n", "3"]
+    command += ["--max-tokens", "6", "--device", "cpu", "-o", str(tmp_path / "two"), "--json", "--nproc", "2"]
+    assert run(command) == 0
+    printed, said = capfd.readouterr()
+    first, second = json.loads(printed)["results"]
+    assert {**first, "seconds": 0} == {**expected[0], "seconds": 0}
+    assert (second["model"], second["samples"]) == (models[1], 12)
+    assert said.count("report: ") == 1
+    folders = (tmp_path / "one", next((tmp_path / "two").glob("*_a")))
+    answers = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        answers.append({(line["task_id"], line["number"]): line["completion"] for line in lines})
+    assert answers[0] == answers[1]
+    assert len(set(answers[0].values())) > 3
+    some = (folders[1] / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folders[1] / "samples.jsonl").write_text("".join(some[:5]))
+    assert run([*command[:2], models[0], *command[4:-4], str(folders[1]), "--nproc", "2"]) == 0
+    assert "completing: 7/7 answers" in capfd.readouterr().err
+    assert sorted((folders[1] / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(some)
+
+
+def test_what_the_first_process_alone_finds_wrong_ends_all_with_one_message(
+    tmp_path: Path, tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text("import os\nprint(os.getcwd())\n")
+    command = ["evaluate", "completion", str(tiny_model_folder), "--corpus", str(tmp_path / "a.py"), "--device", "cpu"]
+    assert run([*command, "-o", str(tmp_path / "a.py"), "--nproc", "2"]) == 1
+    printed, said = capfd.readouterr()
+    assert printed == ""
+    assert said.count("a.py is a file; name a folder") == 1
+    assert "Traceback" not in said
+
+
+def test_processes_that_have_nothing_to_share_are_refused(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--samples", "s.jsonl"], ["--server", "http://x"], []):
+        assert run(["evaluate", "humaneval", *words, "--nproc", "2"]) == 2
+        assert "--nproc is for a model that computes here; leave it out" in capsys.readouterr().err
+    assert run(["evaluate", "completion", str(tiny_model_folder), "--corpus", ".", "--nproc", "3"]) == 2
+    assert "--nproc=3" in capsys.readouterr().err
+    with pytest.raises(puna.errors.UsageError, match="completion has no option nproc"):
+        evaluate("completion", str(tiny_model_folder), corpus=".", nproc=2)

@@ -173,6 +173,18 @@ class Layout:
                 "parallel.schedule=zero-bubble computes two backward passes and cannot recompute; use interleaved, or "
                 "recompute=none"
             )
+        if self.pp > 1 and p.schedule == "zero-bubble" and not self.is_sharded:
+            # the second backward pass adds to .grad with no hook called; from there fully_shard takes what it reduces
+            if recipe.precision == "bf16-pure":
+                yield (
+                    "parallel.schedule=zero-bubble sums gradients in bf16 under precision=bf16-pure where no other "
+                    "ranks have the stage; use interleaved, or precision=bf16"
+                )
+            if recipe.optimizer.in_backward:
+                yield (
+                    "parallel.schedule=zero-bubble keeps gradients on the device where no other ranks have the stage; "
+                    "use interleaved, or optimizer.in_backward=false"
+                )
 
     def _micro_batches_needed(self, recipe: Recipe, micro_batches: int) -> str | None:
         if self.stages_per_rank > 1 and micro_batches % self.pp:

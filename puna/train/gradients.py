@@ -107,15 +107,8 @@ class _Leaving(Gradients):
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def collect(self) -> None:
-        """Takes what was put into `.grad` without a hook, as pipelines do that split the backward pass."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                self._take(name, parameter)
-
     def squared_norm(self) -> float:
         """As for `Gradients`; each parameter's share was taken when its gradient was formed."""
-        self.collect()
         return self._sum_of(self._squares)
 
     def clear(self) -> None:
@@ -147,10 +140,10 @@ class _Sums(_Leaving):
         self._sums = kept
         self._counts: dict[str, int] = {}
 
-    def collect(self) -> None:
-        """Takes what no hook took, and waits until all sums are formed."""
-        super().collect()
+    def squared_norm(self) -> float:
+        """As for `Gradients`, once all sums are formed."""
         self._sums.wait()
+        return super().squared_norm()
 
     def pop(self, name: str) -> Tensor | None:
         """A parameter's sum, on the device."""

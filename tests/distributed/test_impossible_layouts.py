@@ -43,6 +43,19 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
         ),
         (
             2,
+            {"parallel": {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}, "precision": "bf16-pure"},
+            r"sums gradients in bf16 under .*use interleaved, or precision=bf16",
+        ),
+        (
+            2,
+            {
+                "parallel": {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2},
+                "optimizer": {"in_backward": True},
+            },
+            r"keeps gradients on the device .*use interleaved, or optimizer.in_backward=false",
+        ),
+        (
+            2,
             {"recompute": "block", "recompute_layers": 49},
             r"recompute_layers=49 is more than the 48 .*use 48 or less",
         ),
@@ -66,6 +79,11 @@ def test_a_schedule_that_this_torch_cannot_run_is_refused(monkeypatch: pytest.Mo
         check_schedule("zero-bubble")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
     check_schedule("zero-bubble")
+
+
+def test_gradients_of_a_split_backward_pass_are_sound_where_weights_are_sharded() -> None:
+    parallel = {"pp": 2, "schedule": "zero-bubble", "stages_per_rank": 2}
+    assert _layout(4, {"parallel": parallel, "precision": "bf16-pure", "optimizer": {"in_backward": True}}).is_sharded
 
 
 def test_a_possible_layout_says_what_it_is() -> None:

@@ -68,6 +68,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "tp": 2, "cp": 2, "micro_batch_rows": 4, "recompute": "selective",
         },
         "pp 2, dp_shard 2, zero-bubble": {"pp": 2, "dp_shard": 2, "schedule": "zero-bubble", "stages_per_rank": 2},
+        "pp 2, dp_shard 2, zero-bubble, all in bf16, gradients on the host": {
+            "pp": 2, "dp_shard": 2, "schedule": "zero-bubble", "stages_per_rank": 2, "precision": "bf16-pure",
+            "optimizer.in_backward": True,
+        },
         "pp 2, dp_replicate 2, zero-bubble": {
             "pp": 2, "dp_replicate": 2, "dp_shard": 1, "schedule": "zero-bubble", "stages_per_rank": 2,
         },

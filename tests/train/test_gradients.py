@@ -352,8 +352,7 @@ def _one_rank_not_finite(rank: int) -> Tensor:
     weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)]))
     gradients = UpdatesInBackward(AdamW([("w", weight)], Optimizer(), seed=0))
     gradients.begin(1, 1e-2)
-    weight.grad = DTensor.from_local(torch.full((2, 2), float("inf") if rank else 1.0), mesh, [Shard(0)])
-    gradients.collect()
+    weight.backward(DTensor.from_local(torch.full((2, 2), float("inf") if rank else 1.0), mesh, [Shard(0)]))
     return weight.detach().to_local()  # type: ignore[attr-defined]
 
 

@@ -36,24 +36,20 @@ def cut_for_infilling(text: str, *, seed: int, id: str, fim_rate: float, spm_rat
         fim_rate: share of documents that are cut.
         spm_rate: share of these in the order SPM.
     """
-    if _draw(seed, id, "cut") >= fim_rate:
+    if draw(seed, id, "cut") >= fim_rate:
         return None
-    places = (int(_draw(seed, id, which) * (len(text) + 1)) for which in ("one end", "other end"))
+    places = (int(draw(seed, id, which) * (len(text) + 1)) for which in ("one end", "other end"))
     start, stop = sorted(places)
-    order: Order = "spm" if _draw(seed, id, "order") < spm_rate else "psm"
+    order: Order = "spm" if draw(seed, id, "order") < spm_rate else "psm"
     return Cut(text[:start], text[start:stop], text[stop:], order)
 
 
-def is_held_out(id: str, share: float) -> bool:
-    """Whether a document is kept from training; depends on its id alone, so that new documents move none.
+def draw(seed: int, id: str, which: str) -> float:
+    """A number in [0, 1), uniform over ids.
 
     Args:
-        id: the document's, or a hash of what it says, where that is to decide.
-        share: of all documents.
+        seed: of the data set.
+        id: the document's.
+        which: what is drawn for.
     """
-    return share > 0 and _draw(0, id, "held out") < share
-
-
-def _draw(seed: int, id: str, which: str) -> float:
-    """A number in [0, 1), uniform over ids."""
     return (xxhash.xxh3_64_intdigest(f"{seed}\n{which}\n{id}".encode()) >> 11) * 2.0**-53

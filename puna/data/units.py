@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from puna.data import corpora
 from puna.data.documents import Document, LeftOut, Span
 from puna.data.drafts import DraftTokenizer
-from puna.data.infilling import Cut, cut_for_infilling, is_held_out
+from puna.data.infilling import Cut, cut_for_infilling, draw
 from puna.data.shards import WORK_FOLDER, ShardWriter, shard_entry, write_shard
 from puna.files import write_json
 from puna.prompts import ChatTemplate, Encoded, UnusableDialog, chat_template, infill_document
@@ -186,7 +186,7 @@ class PrepareUnit:
 
     def _part(self, document: Document) -> str:
         """Where a document goes."""
-        return "held_out" if is_kept(self.kind, document, self.options.get("held_out", 0.0)) else "train"
+        return "held_out" if is_held_out(document, self.kind, self.options.get("held_out", 0.0)) else "train"
 
     def _checked_tokens(self, document: Document) -> "_WithTokens | LeftOut":
         tokens, is_target = document.tokens, document.is_target
@@ -237,7 +237,7 @@ class SketchUnit:
 
         share = self.options["held_out"]
         return unit, [
-            (document.id, is_kept(self.kind, document, share), sketch(document.text or ""))
+            (document.id, is_held_out(document, self.kind, share), sketch(document.text or ""))
             for document in read_unit(self.kind, self.options, unit)
             if isinstance(document, Document)
         ]
@@ -250,14 +250,20 @@ def read_unit(kind: str, options: dict[str, Any], unit: Unit) -> Iterator[Docume
         yield from read(span, span.load(), options)
 
 
-def is_kept(kind: str, document: Document, share: float) -> bool:
-    """Whether a document is held out: by the hash of its id, so that a file stays on its side when it is edited.
+def is_held_out(document: Document, kind: str, share: float) -> bool:
+    """Whether a document is kept from training.
 
-    Kinds that may hold a document twice take the hash of its content, so that no copy of a held-out one is trained on.
+    It depends on the document alone, so that new ones move none: on its id, so that a file stays on its side when it is
+    edited; of a kind that may hold a document twice, on what it says, so that no copy of a held-out one is trained on.
+
+    Args:
+        document: of a source.
+        kind: of its corpus.
+        share: of all documents.
     """
     if share == 0:
         return False
-    return is_held_out(document.id if corpora.find(kind).DISTINCT else _digest(document), share)
+    return draw(0, document.id if corpora.find(kind).DISTINCT else _digest(document), "held out") < share
 
 
 def _digest(document: Document) -> str:

@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.data.infilling import cut_for_infilling, is_held_out
+from puna.data.documents import Document
+from puna.data.infilling import cut_for_infilling
+from puna.data.units import is_held_out
 
 RATES = {"fim_rate": 0.9, "spm_rate": 0.5}
 
@@ -47,7 +49,7 @@ def test_rate_zero_cuts_nothing_and_rate_one_everything():
 
 def test_the_share_that_is_held_out_is_as_asked_and_does_not_hang_on_the_cuts():
     ids = [f"src/file_{i}.py" for i in range(20_000)]
-    held_out = [id for id in ids if is_held_out(id, 0.1)]
+    held_out = [id for id in ids if is_file_held_out(id, 0.1)]
     assert len(held_out) / len(ids) == pytest.approx(0.1, abs=0.01)
     cut = [id for id in held_out if cut_for_infilling("text", seed=0, id=id, fim_rate=0.5, spm_rate=0.5)]
     assert len(cut) / len(held_out) == pytest.approx(0.5, abs=0.05)
@@ -55,4 +57,8 @@ def test_the_share_that_is_held_out_is_as_asked_and_does_not_hang_on_the_cuts():
 
 def test_a_larger_share_holds_out_the_same_documents_and_more():
     ids = [str(i) for i in range(1000)]
-    assert {id for id in ids if is_held_out(id, 0.1)} < {id for id in ids if is_held_out(id, 0.2)}
+    assert {id for id in ids if is_file_held_out(id, 0.1)} < {id for id in ids if is_file_held_out(id, 0.2)}
+
+
+def is_file_held_out(id: str, share: float) -> bool:
+    return is_held_out(Document(id, "src", text=""), "code", share)

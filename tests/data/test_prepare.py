@@ -17,9 +17,10 @@ from puna.cli import run
 from puna.data import plan, shards
 from puna.data import prepare as preparing
 from puna.data.corpora import wikitext
-from puna.data.infilling import is_held_out
+from puna.data.documents import Document
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
+from puna.data.units import is_held_out
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
 from puna.prompts import chat_template, infill_document
@@ -596,8 +597,10 @@ def test_a_copy_of_what_is_held_out_later_does_not_stay_from_before(library, mak
         with pytest.raises(ZeroDivisionError):
             make("code", source, tmp_path / "out", **options)
     max((tmp_path / "out/unfinished").glob("unit-*")).unlink()  # it was killed before the last unit
-    trained_on = next(file for file in sorted(source.glob("*.py")) if not is_held_out(file.name, 0.5))
-    last = next(name for name in (f"zz{i}.py" for i in range(99)) if is_held_out(name, 0.5))
+    names = [*sorted(file.name for file in source.glob("*.py")), *(f"zz{i}.py" for i in range(99))]
+    is_trained_on = {name: not is_held_out(Document(name, "src", text=""), "code", 0.5) for name in names}
+    trained_on = source / next(name for name in names if is_trained_on[name])
+    last = next(name for name in names if name.startswith("zz") and not is_trained_on[name])
     (source / last).write_text(f"# a copy\n{trained_on.read_text()}")
     with pytest.raises(PunaError, match="the sources changed since"):
         make("code", source, tmp_path / "out", **options)

@@ -60,18 +60,20 @@ class Profile:
 
     Attributes:
         name: what its maker calls it, by which its peak is found in PEAK_FLOPS.
+        fp32_flops: FLOP/s of fp32 products at most; not of TF32, which is never turned on.
         memory_gib: what torch can allocate of.
         memory_rate: of its own memory.
         link_rate: one direction, to the other devices of its node, all together.
         node_link_rate: one direction, its share of what leaves the node.
         host_rate: one direction, to the host's memory.
-        matmul_share: of the peak that long bf16 products reach in a training run.
+        matmul_share: of the peak that long products reach in a training run: of bf16, and taken for fp32 too.
         attention_share: of the peak that flash attention reaches, forward and backward together.
         has_update_kernel: whether the optimizer's update is one kernel there, else a dozen operations.
         assumed_flops: its peak where PEAK_FLOPS has none.
     """
 
     name: str
+    fp32_flops: float
     memory_gib: float
     memory_rate: float
     link_rate: float
@@ -92,18 +94,18 @@ class Profile:
 #: nodes: one 400 Gbit/s port a device, 200 for A100 and 910B). Shares: h200 as benchmarks/gpu.sh measured them, whose
 #: steps they meet within 5 %; h100 attends like it, and its products meet most of the published runs in
 #: benchmarks/plan.py within a quarter, as a100-80's do. a100-40 is as a100-80; h100-pcie is a guess. Ascend 910B: the
-#: lower of the peaks that sources give (256e12 and 320e12), and guessed shares that meet its two runs there within a
-#: quarter. The CPU: two cores of AVX2, fp32, as `puna doctor` measured them.
+#: lower of the peaks that sources give (256e12 and 320e12), for fp32 a guess, a quarter of it, and guessed shares that
+#: meet its two runs there within a quarter. The CPU: two cores of AVX2, fp32, as `puna doctor` measured them.
 PROFILES: dict[str, Profile] = {
-    "h200": Profile("NVIDIA H200", 139.8, 4800, 450, 50, 55, 0.64, 0.50),
-    "h100": Profile("NVIDIA H100 80GB HBM3", 79.1, 3350, 450, 50, 55, 0.56, 0.50),
-    "h100-pcie": Profile("NVIDIA H100 PCIe", 79.1, 2000, 55, 25, 55, 0.56, 0.50),
-    "a100-80": Profile("NVIDIA A100-SXM4-80GB", 79.1, 2039, 300, 25, 25, 0.80, 0.55),
-    "a100-40": Profile("NVIDIA A100-SXM4-40GB", 39.4, 1555, 300, 25, 25, 0.80, 0.55),
+    "h200": Profile("NVIDIA H200", 67e12, 139.8, 4800, 450, 50, 55, 0.64, 0.50),
+    "h100": Profile("NVIDIA H100 80GB HBM3", 67e12, 79.1, 3350, 450, 50, 55, 0.56, 0.50),
+    "h100-pcie": Profile("NVIDIA H100 PCIe", 51e12, 79.1, 2000, 55, 25, 55, 0.56, 0.50),
+    "a100-80": Profile("NVIDIA A100-SXM4-80GB", 19.5e12, 79.1, 2039, 300, 25, 25, 0.80, 0.55),
+    "a100-40": Profile("NVIDIA A100-SXM4-40GB", 19.5e12, 39.4, 1555, 300, 25, 25, 0.80, 0.55),
     "ascend-910b": Profile(
-        "Ascend 910B", 61.0, 1600, 196, 25, 25, 0.70, 0.45, has_update_kernel=False, assumed_flops=256e12
+        "Ascend 910B", 64e12, 61.0, 1600, 196, 25, 25, 0.70, 0.45, has_update_kernel=False, assumed_flops=256e12
     ),
-    "cpu": Profile("CPU", 16.0, 20, 5, 1, 10, 0.80, 0.30, has_update_kernel=False, assumed_flops=0.2e12),
+    "cpu": Profile("CPU", 0.2e12, 16.0, 20, 5, 1, 10, 0.80, 0.30, has_update_kernel=False, assumed_flops=0.2e12),
 }
 
 #: Flags in /proc/cpuinfo of units that multiply bf16: Intel and AMD, Arm.

@@ -167,7 +167,7 @@ def _layer(case: Case, cluster: Cluster, recompute: str) -> dict[str, float]:
     device, config, tp = cluster.device, case.config, case.layout.tp
     R, D, (Q, K, F), c = case.tokens, config.hidden_size, case.widths, case.compute_bytes
     products = 2 * (2 * D * Q + 2 * D * K + 3 * D * F) * R / _product_rate(case, device)
-    attention = 2 * Q * case.recipe.sequence_length * R / (device.peak_flops * device.attention_share)
+    attention = 2 * Q * case.recipe.sequence_length * R / (_peak(case, device) * device.attention_share)
     numbers = 46 * D / tp + 18 * (Q + K) + 5 * F  # read and written in eager mode, in the compute dtype
     elements = c * numbers * R * (FUSED if case.recipe.compile else 1) / _memory_rate(device)
     forward = products + attention + elements
@@ -290,8 +290,11 @@ def _own(case: Case) -> float:
 
 def _product_rate(case: Case, device: Profile) -> float:
     share = device.matmul_share * case.tokens / (case.tokens + HALF_RATE_TOKENS)
-    slower = 1 if case.compute_bytes == 2 or case.is_cpu else 1 / 2  # fp32 as TF32, at half the rate of bf16
-    return device.peak_flops * share * slower
+    return _peak(case, device) * share
+
+
+def _peak(case: Case, device: Profile) -> float:
+    return device.peak_flops if case.compute_bytes == 2 else device.fp32_flops
 
 
 def _memory_rate(device: Profile) -> float:

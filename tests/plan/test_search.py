@@ -41,6 +41,16 @@ def test_the_search_finds_what_judging_layouts_one_by_one_finds(name: str) -> No
     assert found.nearest.memory.total == min(each.memory.total for each in others)
 
 
+def test_products_in_fp32_are_timed_at_the_rate_of_fp32() -> None:
+    seconds = {}
+    for precision in ("bf16", "fp32"):
+        recipe = load_recipe("codellama-7b-pretrain", {"precision": precision})
+        search = Search(recipe, PRESETS["codellama-7b"], Cluster(PROFILES["a100-80"]), DEVICES, 10_000)
+        seconds[precision] = search.judge(recipe).speed.rows
+    for row in ("products", "attention"):
+        assert seconds["fp32"][row] == pytest.approx(seconds["bf16"][row] * 312 / 19.5)
+
+
 def _one_by_one(search: Search) -> list[Judged]:
     judged = []
     sizes = [divisors(DEVICES)] * 4

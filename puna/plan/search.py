@@ -164,7 +164,7 @@ class Search:
             except UsageError as error:
                 _count(found.impossible, str(error))
                 continue
-            for rows in divisors(min(layout.rows_per_rank, MOST["micro_batch_rows"])):
+            for rows in _up_to(divisors(layout.rows_per_rank), MOST["micro_batch_rows"]):
                 variant = recipe.model_copy(update={"micro_batch_rows": rows})
                 try:
                     yield self._case(variant, Layout.of(variant, self.config, self.devices))

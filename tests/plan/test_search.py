@@ -20,7 +20,7 @@ DEVICES = 8
 #: Name -> changes of the recipe, and GiB of each device.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "with pipelines": ({}, 64),
-    "compiled": ({"compile": True, "optimizer.state_bits": 8}, 64),
+    "compiled, 24 rows": ({"compile": True, "optimizer.state_bits": 8, "batch_tokens": 24 * 4096}, 64),
     "little memory": ({"optimizer.in_backward": True, "precision": "bf16-pure"}, 20),
 }
 

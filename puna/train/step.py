@@ -68,7 +68,7 @@ def train_step(
     if skips_empty and not n_targets:
         return StepResult(math.nan, 0.0, 0, is_applied=False)
     gradients.begin(update, lr)
-    loss = partial(_loss, model, n_targets=max(1, n_targets))
+    loss = partial(_loss, model, scale=1 / max(1, n_targets))
     if is_mean_of_means:
         loss = partial(_mean_loss, model, n_means=layout.dp_size * len(batch.tokens) // micro_batch_rows)
     loss_share = model.forward_backward(batch, loss, micro_batch_rows=micro_batch_rows)
@@ -85,14 +85,15 @@ def train_step(
 def summed_loss(model: DistributedModel, batch: Batch, *, micro_batch_rows: int) -> tuple[float, int]:
     """The summed loss over a batch's targets, and their number, over all ranks; no gradients."""
     layout = model.ranks.layout
-    share = model.evaluate(batch, partial(_loss, model, n_targets=1), micro_batch_rows=micro_batch_rows)
+    share = model.evaluate(batch, partial(_loss, model, scale=1.0), micro_batch_rows=micro_batch_rows)
     loss, counted = all_sum(share / layout.tp, float((batch.targets != IGNORE).sum()))
     return loss, round(counted) // (layout.pp * layout.cp * layout.tp)
 
 
-def _loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, n_targets: int) -> Tensor:
-    return summed_cross_entropy(hidden, head, targets, group=model.ranks.tp) / n_targets
+def _loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, scale: float) -> Tensor:
+    return summed_cross_entropy(hidden, head, targets, scale=scale, group=model.ranks.tp)
 
 
 def _mean_loss(model: DistributedModel, hidden: Tensor, head: Tensor, targets: Tensor, *, n_means: int) -> Tensor:
-    return _loss(model, hidden, head, targets, n_targets=max(1, int((targets != IGNORE).sum()))) / n_means
+    n_targets = max(1, int((targets != IGNORE).sum()))
+    return _loss(model, hidden, head, targets, scale=1 / (n_targets * n_means))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,9 +34,9 @@ def test_loss_and_gradients_equal_the_plain_formula(
     hidden, head, targets = _case(rows, length, ignored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss_module.PIECE, "cpu", piece)
-        loss = summed_cross_entropy(hidden, head, targets, chunk_logits=chunk)
+        loss = summed_cross_entropy(hidden, head, targets, scale=1 / 7, chunk_logits=chunk)
     grads = torch.autograd.grad(loss * 0.25, (hidden, head))
-    expected = reference_cross_entropy(hidden, head, targets)
+    expected = reference_cross_entropy(hidden, head, targets) / 7
     expected_grads = torch.autograd.grad(expected * 0.25, (hidden, head))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grads, expected_grads)
@@ -47,6 +48,30 @@ def test_the_gradient_of_fp32_weights_under_bf16_activations_is_fp32() -> None:
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
     expected = torch.autograd.grad(reference_cross_entropy(hidden.float(), head, targets), head)[0]
     assert (grads[1] - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_targets", [1019, 130_561])  # in bf16, 1 / n is 0.29 and 0.39 % too large
+def test_gradients_in_bf16_are_neither_longer_nor_shorter_than_they_should_be(
+    n_targets: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, has_kernel: bool
+) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(loss_module, "kernel_for", lambda *_: None)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(1, 1000, 64).bfloat16(), (torch.randn(512, 64) / 8).bfloat16()
+    targets = torch.randint(0, 512, (1, 1000))
+    exact = hidden.double().requires_grad_(), head.double().requires_grad_()
+    ours = hidden.requires_grad_(), head.to(dtype).requires_grad_()
+    summed_cross_entropy(*ours, targets, scale=1 / n_targets, chunk_logits=512 * 256).backward()
+    (
+        F.cross_entropy((exact[0] @ exact[1].t()).flatten(0, 1), targets.flatten(), reduction="sum") / n_targets
+    ).backward()
+    for x, true in zip(ours, exact, strict=True):
+        assert x.grad is not None
+        assert true.grad is not None
+        assert abs(torch.sum(x.grad * true.grad) / true.grad.square().sum() - 1) < 1e-3
+        assert (x.grad - true.grad).norm() < 4e-3 * true.grad.norm()
 
 
 def test_targets_that_bf16_knows_for_sure_still_pull_a_little() -> None:

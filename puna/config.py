@@ -7,6 +7,7 @@ models below. The resolved recipe is stored in the run folder and in every check
 """
 
 import difflib
+import math
 import os
 import re
 from datetime import date
@@ -279,6 +280,18 @@ def parse_overrides(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
             why = getattr(error, "problem", None)
             raise UsageError(f"{override!r}: the value is not valid YAML{f': {why}' if why else ''}") from None
     return pairs
+
+
+def override_words(overrides: list[str] | dict[str, Any]) -> list[str]:
+    """Overrides as words of a command line, which `parse_overrides` reads back."""
+    if not isinstance(overrides, dict):
+        return overrides
+    return [f"{path}={_as_yaml(value)}" for path, value in overrides.items()]
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("...\n").rstrip("\n")
 
 
 def _with(content: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:

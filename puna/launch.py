@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from puna.config import Recipe, load_recipe
+from puna.config import Recipe, load_recipe, override_words
 from puna.errors import UsageError
 from puna.model.config import PRESETS, config_at_hand
 from puna.parallel.layout import Layout
@@ -71,7 +71,7 @@ class Job:
 
 def launch(
     recipe: str,
-    overrides: list[str] | None = None,
+    overrides: list[str] | dict[str, Any] | None = None,
     *,
     nodes: int = 1,
     gpus: int,
@@ -87,7 +87,7 @@ def launch(
 
     Args:
         recipe: a shipped recipe's name or a YAML file, as for `puna train`.
-        overrides: dotted fields, e.g. ["optimizer.peak_lr=1e-5"].
+        overrides: dotted fields and their values, as for `load_recipe`.
         gpus: devices of each node.
         format: one of FORMATS.
         master_addr: the first node's name or address; a shell on more than one node needs it.
@@ -103,7 +103,8 @@ def launch(
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
     checked = load_recipe(recipe, overrides)
-    job = Job(checked, ["-m", "puna", "train", recipe, *(overrides or [])], nodes, gpus, nodes if min_nodes is None else
+    words = ["-m", "puna", "train", recipe, *override_words(overrides or [])]
+    job = Job(checked, words, nodes, gpus, nodes if min_nodes is None else
               min_nodes, port, max_restarts, master_addr, image, claim)  # fmt: skip
     _check(job, format)
     if checked.start is None and checked.model in PRESETS:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from puna.cli import run
+from puna.config import parse_overrides
 from puna.errors import UsageError
 from puna.launch import launch
 
@@ -50,6 +51,16 @@ def test_a_shell_gets_a_line_a_node_that_torchrun_understands() -> None:
         assert arguments.training_script_args == ["train", RECIPE, *AWKWARD]
     assert [arguments.rdzv_conf.split(",")[0] for arguments in nodes] == ["is_host=1", "is_host=0"]
     assert [arguments.local_addr for arguments in nodes] == ["10.0.0.1", None]
+
+
+def test_overrides_from_python_are_printed_with_their_values() -> None:
+    overrides = {
+        "data.train": {"a b": 0.9, "it's: $x, é": 0.1}, "run_dir": "runs/1e5", "optimizer.peak_lr": 1e-5,
+        "optimizer.max_grad_norm": None, "optimizer.betas": (0.9, 0.99), "compile": True, "device": "1e5",
+    }  # fmt: skip
+    (words,) = lines_of(launch(RECIPE, {**overrides, "parallel": {}}, gpus=8))
+    written = torchrun_arguments(words).training_script_args[2:]
+    assert parse_overrides(written) == {**overrides, "parallel": {}, "optimizer.betas": [0.9, 0.99]}
 
 
 def test_a_run_that_would_begin_with_random_weights_says_so_beside_the_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import inspect
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from puna.errors import PunaError
@@ -16,6 +17,9 @@ from puna.evaluate import benchmarks
 from puna.twins import make_callable
 
 make_callable(__name__)
+
+#: Parameters of a benchmark that change no score.
+NO_QUESTIONS = ("model", "tokenizer", "output", "batch")
 
 #: How long processes that share a model wait for the first one, which judges what they wrote.
 PATIENCE = timedelta(days=7)
@@ -96,6 +100,7 @@ def _result(
     known: dict[str, Any] = {"benchmark": benchmark}
     if isinstance(model, Stored):
         known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+    known["options"] = _asked(module, options, model)
     if output is not None:
         check_writable(output)
         _check_same(Path(output), known)
@@ -103,30 +108,40 @@ def _result(
             options = options | {"output": output}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     gc.collect()  # a first import of torch's compiler leaves its callers' frames in a circle: the model, and its cache
-    if isinstance(model, Stored) and "answers" not in result:  # which say this already
-        numbers = {"dtype": model.dtype and str(model.dtype), "cache_dtype": options.get("cache_dtype")}
-        known |= {name: value for name, value in numbers.items() if value is not None}
+    if "answers" in result:  # which say how they were asked for
+        del known["options"]
     result = known | result
     if output is not None:
         write_json(Path(output) / "result.json", result)
     return result
 
 
+def _asked(module: ModuleType, options: dict[str, Any], model: Any) -> dict[str, Any]:
+    """All that a benchmark was asked, by default too, but for what changes no score."""
+    defaults = {name: option.default for name, option in inspect.signature(module.evaluate).parameters.items()}
+    asked = defaults | options | {"dtype": getattr(model, "dtype", None)}
+    return {
+        name: value if isinstance(value, int | float | None) else str(value)
+        for name, value in asked.items()
+        if name not in NO_QUESTIONS
+    }
+
+
 def _check_same(folder: Path, known: dict[str, Any]) -> None:
-    """Refuses, before long work, a folder with a result of another benchmark or model, which would be lost.
+    """Refuses, before long work, a folder with a result of another benchmark, model or question, which would be lost.
 
     Raises:
         PunaError: it holds one.
     """
-    from puna.files import read_json
+    from puna.files import differing, read_json
 
     path = folder / "result.json"
     if not path.exists():
         return
     old = read_json(path)
-    for name, value in known.items():
-        if old.get(name) not in (None, value):
-            raise PunaError(
-                f"{folder} holds the result of another run: its {name} is {old[name]}, this one's {value}; "
-                "choose another folder"
-            )
+    before = {**known, **old, "options": {**known["options"], **old.get("options", {})}}  # earlier ones say less
+    if changed := differing(known, {name: before[name] for name in known}):
+        name, (new, was) = next(iter(changed.items()))
+        raise PunaError(
+            f"{folder} holds the result of another run: its {name} is {was}, this one's {new}; choose another folder"
+        )

@@ -23,7 +23,10 @@ SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
 CHECKSUMS, PLACE = ("corpus_sha256", "tokens_sha256"), "corpus"
 
 #: What they may differ in, but a reader must know: how the model was asked, and how its answers were judged.
-TOLD = ("puna", "server", "answers", "dtype", "cache_dtype", "limits", "sandbox", "window")
+TOLD = ("puna", "server", "answers", "options", "dtype", "cache_dtype", "limits", "sandbox", "window")
+
+#: Of the options, what is no difference: where texts lay whose checksums agree, and a dtype by any other name.
+NOT_TOLD = ("options.corpus", "options.dtype")
 
 
 def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
@@ -73,8 +76,9 @@ def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    told = ({name: result[name] for name in TOLD if name in result} for result in (one, other))
-    return {name: list(values) for name, values in differing(*told).items()}
+    known = [name for name in TOLD if name != "options" or all(name in result for result in (one, other))]
+    told = ({name: result[name] for name in known if name in result} for result in (one, other))
+    return {name: list(values) for name, values in differing(*told).items() if name not in NOT_TOLD}
 
 
 def read_result(folder: Path | str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_cases_of_completion_compare_too(
     assert re.search(r"bits_per_byte .* less is better", capsys.readouterr().out)
     assert result["settings"] == {}
     evaluate("completion", str(tiny_model_folder), output=tmp_path / "int8", cache_dtype="int8", **options)
-    assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"cache_dtype": [None, "int8"]}
+    assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"options.cache_dtype": [None, "int8"]}
 
 
 def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -159,6 +159,31 @@ def test_a_folder_with_a_result_of_another_benchmark_or_model_is_left_as_it_is(
     shutil.copytree(tiny_model_folder, again)
     with pytest.raises(PunaError, match="holds the result of another run: its model is "):
         evaluate("perplexity", str(again), output=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("change", [{"cases": 2}, {"max_tokens": 2}, {"dtype": "bf16"}, {"max_documents": 9}])
+def test_a_folder_with_answers_to_other_questions_is_left_as_it_is(
+    tmp_path: Path, tiny_model_folder: Path, change: dict[str, Any]
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 9)
+    options: dict[str, Any] = {"corpus": tmp_path / "a.py", "cases": 1, "max_tokens": 1, "device": "cpu"}
+    evaluate("completion", str(tiny_model_folder), output=tmp_path / "out", **options)
+    ((name, value),) = change.items()
+    with pytest.raises(PunaError, match=rf"another run: its options.{name} is \w+, this one's {value}; choose another"):
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / "out", **options | change)
+    evaluate("completion", str(tiny_model_folder), output=tmp_path / "out", max_documents=200, batch=2, **options)
+    result = read_json(tmp_path / "out/result.json")
+    del result["options"]  # as earlier versions wrote it
+    write_json(tmp_path / "out/result.json", result)
+    evaluate("completion", str(tiny_model_folder), output=tmp_path / "out", **options | change)
+
+
+def test_answers_of_another_length_compare_and_it_is_said(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 9)
+    for max_tokens in (1, 2):
+        options: dict[str, Any] = {"corpus": tmp_path / "a.py", "cases": 1, "max_tokens": max_tokens, "device": "cpu"}
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / str(max_tokens), **options)
+    assert puna.compare(tmp_path / "1", tmp_path / "2")["settings"] == {"options.max_tokens": [1, 2]}
 
 
 def test_a_page_can_show_what_is_no_text(bubblewrap: str, tmp_path: Path) -> None:

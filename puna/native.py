@@ -9,9 +9,21 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from puna.files import file_aside
+
+#: Package manager -> the command that installs compilers for C and C++.
+INSTALL_COMPILER = {
+    "apt-get": "apt-get install -y g++",
+    "dnf": "dnf install -y gcc-c++",
+    "yum": "yum install -y gcc-c++",
+    "apk": "apk add g++",
+    "pacman": "pacman -S --noconfirm gcc",
+    "zypper": "zypper install -y gcc-c++",
+    "xcode-select": "xcode-select --install",
+}
 
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
 
@@ -42,6 +54,11 @@ def build(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
 def compiler() -> str | None:
     """The machine's C compiler; None: it has none."""
     return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that compiled layers are built with on a CPU, as torch looks for it; None: there is none."""
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
 def _cache() -> Path:

@@ -5,7 +5,6 @@ works but slowly) or "missing" (puna needs it); the exit code is 1 if anything i
 """
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -21,6 +20,7 @@ import typer
 from puna.cli import app
 from puna.devices import package_command
 from puna.errors import PunaError
+from puna.native import INSTALL_COMPILER, compiler, cpp_compiler
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,6 @@ EXTRAS = {
     "near-duplicates": "puna prepare --near-duplicates",
     "hub": "models by their Hugging Face hub id",
     "tensorboard": "TensorBoard beside metrics.jsonl",
-}
-
-#: Package manager -> the command that installs a C++ compiler.
-INSTALL_COMPILER = {
-    "apt-get": "apt-get install -y g++",
-    "dnf": "dnf install -y gcc-c++",
-    "yum": "yum install -y gcc-c++",
-    "apk": "apk add g++",
-    "pacman": "pacman -S --noconfirm gcc",
-    "zypper": "zypper install -y gcc-c++",
-    "xcode-select": "xcode-select --install",
 }
 
 #: Free disk below which there is a note: less than a checkpoint of the smallest Code Llama.
@@ -167,8 +156,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
-    if found:
+    if (found := cpp_compiler()) is not None:
         yield Finding("C++ compiler", "ok", found)
     else:
         yield Finding("C++ compiler", "note", "none; only compile=true needs it", package_command(INSTALL_COMPILER))
@@ -176,8 +164,6 @@ def _compiler() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     """What computes on the processor: C files that are built at first use, and so here."""
-    from puna.native import compiler
-
     program = compiler()
     if program is None:
         found = "none; with one, models generate faster on processors with AVX-512, and train faster in bf16"

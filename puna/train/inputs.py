@@ -1,6 +1,9 @@
 """What a run begins with, and whether it goes together: the model's shape, the folder of its weights, and its data."""
 
+import os
 from pathlib import Path
+
+import torch
 
 from puna.checkpoint import is_hub_id, load_config, resolve
 from puna.checkpoint.huggingface import load_tokenizer_of
@@ -8,8 +11,10 @@ from puna.config import Recipe
 from puna.data.loader import Loader
 from puna.data.rows import Rows, open_rows
 from puna.data.shards import Dataset
+from puna.devices import package_command
 from puna.errors import PunaError
 from puna.model.config import PRESETS, ModelConfig, preset
+from puna.native import INSTALL_COMPILER, compiler, cpp_compiler
 from puna.parallel.mesh import world_rank, world_size
 from puna.progress import say
 
@@ -27,6 +32,18 @@ def weights_folder(recipe: Recipe) -> Path | None:
     if recipe.model not in PRESETS and not is_hub_id(recipe.model) and not Path(recipe.model).exists():
         raise PunaError(f"model={recipe.model} is neither a folder nor one of {', '.join(PRESETS)}")
     return None if recipe.model in PRESETS else resolve(recipe.model)
+
+
+def check_compiler(recipe: Recipe, device: torch.device) -> None:
+    """Refuses to compile layers where nothing is there to do it with: C++ for a CPU, C for what starts kernels."""
+    if not recipe.compile:
+        return
+    language, found = ("C++", cpp_compiler()) if device.type == "cpu" else ("C", os.environ.get("CC") or compiler())
+    if found is None:
+        remedy = package_command(INSTALL_COMPILER) or "install one"
+        raise PunaError(
+            f"compile=true needs a {language} compiler, and none is in PATH: {remedy}; or use compile=false"
+        )
 
 
 def open_loader(recipe: Recipe) -> Loader:

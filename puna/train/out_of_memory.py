@@ -64,7 +64,7 @@ def explained(moment: str, recipe: Recipe, device: torch.device) -> Iterator[Non
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_shortage(error):
             raise
         peak, total, own = memory_gib(device), _total_gib(device), Path(recipe.run_dir) / RECIPE
@@ -78,7 +78,7 @@ def explained(moment: str, recipe: Recipe, device: torch.device) -> Iterator[Non
 
 def _is_shortage(error: BaseException | None) -> bool:
     """Whether memory is what was missing, also where a pipeline has put an error of its own around that."""
-    if error is None or isinstance(error, torch.OutOfMemoryError):
+    if error is None or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return error is not None
     return any(said in str(error) for said in SAID) or _is_shortage(error.__cause__)
 

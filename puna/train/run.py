@@ -50,7 +50,7 @@ from puna.train.continuing import (
     new_run_from,
     recipe_before,
 )
-from puna.train.inputs import check_data, open_data, open_loader, verified_data, weights_folder
+from puna.train.inputs import check_compiler, check_data, open_data, open_loader, verified_data, weights_folder
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics
 from puna.train.out_of_memory import check_host_memory, explained
@@ -68,6 +68,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if device.type == "cpu":
         devices.keep_freed_memory()
     with process_group(device):
+        check_compiler(recipe, device)
         run_dir = Path(recipe.run_dir)
         before = recipe_before(run_dir)
         asked = before.precision if before is not None and recipe.precision == "auto" else recipe.precision

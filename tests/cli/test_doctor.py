@@ -172,7 +172,8 @@ def test_a_missing_compiler_is_noted_with_the_systems_own_command(programs, monk
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     (finding,) = doctor._compiler()
     assert finding.remedy == f"sudo {command}"
-    programs.add("clang++")
+    programs.add("clang++")  # which torch takes where it is named alone
+    monkeypatch.setenv("CXX", "clang++")
     (finding,) = doctor._compiler()
     assert (finding.state, finding.found) == ("ok", "/bin/clang++")
 

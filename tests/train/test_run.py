@@ -267,6 +267,19 @@ def test_compilation_changes_nothing_but_rounding(recipe: Make, tmp_path: Path) 
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_compilation_without_a_compiler_is_refused_before_the_folder_is_made(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apt-get").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(
+        PunaError, match=r"needs a C\+\+ compiler, and none .*: (sudo )?apt-get install -y g\+\+; or use"
+    ):
+        puna.train(recipe(compile=True))
+    assert not Path(recipe()["run_dir"]).exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
 def test_half_precision_follows_full_precision(recipe: Make, tmp_path: Path, precision: str) -> None:
     small = {"sequence_length": 32, "batch_tokens": 64, "steps": 8}
@@ -365,8 +378,8 @@ def _no_memory_in_a_pipeline() -> None:
 
 @pytest.mark.parametrize(
     "runs_out",
-    [_no_memory, _no_memory_in_a_pipeline, lambda: torch.empty(1 << 50)],
-    ids=["accelerator", "pipeline", "CPU"],
+    [_no_memory, _no_memory_in_a_pipeline, lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)],
+    ids=["accelerator", "pipeline", "CPU", "host"],
 )
 def test_memory_that_runs_out_is_one_message_with_what_would_help(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs_out: Any

@@ -1,8 +1,8 @@
 """Starting the processes of one machine, as torchrun does, without its restarts: `puna train RECIPE --nproc 4`.
 
 Each process is the same command with its rank in the environment. Ctrl-C, SIGTERM and the end of the terminal reach all
-of them; when one fails, the others are stopped, and its exit code is the command's. On Linux they are told to end, too,
-when the process that started them is killed.
+of them, and so does SIGINT where no terminal sends it; when one fails, the others are stopped, and its exit code is the
+command's. On Linux they are told to end, too, when the process that started them is killed.
 """
 
 import ctypes
@@ -61,8 +61,13 @@ def start_processes(command: list[str], n_processes: int) -> int:
     }
     processes: list[subprocess.Popen[bytes]] = []
     starter = os.getpid()
+
+    def interrupt(number: int, frame: object) -> None:
+        if not _is_in_foreground():  # else all of them have it
+            _send(processes, signal.SIGTERM)
+
     handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to all of them
+        signal.SIGINT: signal.signal(signal.SIGINT, interrupt),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(processes, number)),
     }
 
@@ -115,6 +120,18 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
     code = code or next((process.returncode for process in processes if process.returncode), 0)
     return 128 - code if code < 0 else code
+
+
+def _is_in_foreground() -> bool:
+    """Whether this process's group is the one that its terminal sends Ctrl-C to."""
+    try:
+        terminal = os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # it has none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _send(processes: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -5,8 +5,10 @@
             tokenizer/      the tokenizer of the data
             checkpoints/    step-00000100/ …
 
-Training on an existing folder continues it from its newest sound checkpoint, to the last bit as if it had never
-stopped: everything that happens at a step is a function of the recipe, the step and the state saved.
+Training on an existing folder continues it from its newest sound checkpoint as if it had never stopped: everything that
+happens at a step is a function of the recipe, the step and the state saved. So numbers are the same to the last bit
+where the device's kernels give the same bits twice, as those of CPUs do; flash attention's backward pass on CUDA adds
+in no fixed order.
 """
 
 import contextlib

@@ -2,11 +2,16 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from puna.errors import PunaError
 from puna.progress import leave_terminal, say
+
+#: Signals that come so soon after the first are the same request: where all processes of a group or a job are told,
+#: those that `--nproc` started are told by the process that started them, too.
+SAME_SECONDS = 1.0
 
 
 class Stopped(PunaError):
@@ -38,13 +43,19 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         del at_once[signal.SIGHUP]
 
+    first = 0.0
+
     def note(number: int, frame: object) -> None:
-        came.append(number)
-        if number == signal.SIGHUP:
-            leave_terminal()
-        say("stopping after this step; once more to stop at once")
-        for each in previous:
-            signal.signal(each, at_once[each])
+        nonlocal first
+        if not came:
+            came.append(number)
+            first = time.monotonic()
+            if number == signal.SIGHUP:
+                leave_terminal()
+            say("stopping after this step; once more to stop at once")
+        elif time.monotonic() - first >= SAME_SECONDS:
+            signal.signal(number, at_once[number])
+            signal.raise_signal(number)
 
     try:
         previous = {number: signal.signal(number, note) for number in at_once}

@@ -41,7 +41,7 @@ from puna.model.config import preset
 from puna.model.llama import Llama
 from puna.parallel.model import DistributedModel
 from puna.testing import tiny_model
-from puna.train import claim
+from puna.train import claim, stopping
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.loss import IGNORE
@@ -49,6 +49,7 @@ from puna.train.metrics import Metrics, read_metrics
 from puna.train.optimizer import AdamW
 from puna.train.out_of_memory import _ways_out
 from puna.train.step import StepResult
+from puna.train.stopping import stop_signals
 from tests.train.conftest import write_random_folder
 
 Make = Callable[..., dict[str, Any]]
@@ -143,24 +144,46 @@ def _train_until_killed(recipe: Path, run_dir: Path, *, step: int) -> None:
     assert step <= len(read_metrics(run_dir)) < 30
 
 
-def test_sigterm_saves_before_leaving_and_the_run_continues(recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "kill", "sent", "obeyed"),
+    [
+        ([], os.kill, signal.SIGTERM, signal.SIGTERM),
+        (["--nproc", "2"], os.kill, signal.SIGINT, signal.SIGTERM),
+        (["--nproc", "2"], os.killpg, signal.SIGTERM, signal.SIGTERM),
+    ],
+    ids=["alone", "the one that starts two", "all of a group"],
+)
+def test_signals_save_before_processes_leave_and_the_run_continues(
+    recipe: Make, tmp_path: Path, options: list[str], kill: Any, sent: signal.Signals, obeyed: signal.Signals
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(steps=4000)))
     run_dir = Path(recipe()["run_dir"])
-    command = [sys.executable, "-m", "puna", "train", str(path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "puna", "train", str(path), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         while len(read_metrics(run_dir)) < 3:
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        kill(process.pid, sent)
         said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + obeyed
     assert "run the same command to continue" in said
     assert "Traceback" not in said
     steps = len(read_metrics(run_dir))
     newest = Checkpoints(run_dir).newest()
     assert newest is not None
     assert newest.name.endswith(f"{steps:08d}")
+
+
+def test_a_second_signal_ends_a_run_at_once_unless_it_is_the_first_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stop_signals() as came:
+        assert came() == 0
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert came() == signal.SIGTERM
+        monkeypatch.setattr(stopping, "SAME_SECONDS", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def _own_terminal() -> None:

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import puna
 from puna.adapt.recipe import BYTES_A_TOKEN, row_length
 from puna.checkpoint import load_config
+from puna.checkpoint.tensors import DTYPES
 from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.corpora.code import language_of
@@ -116,12 +118,15 @@ def train(at: Places, recipe: Recipe) -> Outcome:
 
 
 def export(at: Places) -> Outcome:
-    """Exports the weights in Hugging Face layout."""
+    """Exports the weights in Hugging Face layout, as exact as those of the model that was adapted."""
+    kinds = Counter(tensor.dtype for tensor in open_weights(at.model).values())
+    dtype = next((name for name, known in DTYPES.items() if known == kinds.most_common(1)[0][0]), None)
     if not at.adapted.exists():
-        puna.export(at.run, at.adapted)
+        puna.export(at.run, at.adapted, dtype=dtype)
+    options = {} if dtype is None else {"dtype": dtype}
     return {
         "said": f"{at.adapted} opens in transformers, vLLM and llama.cpp's converter as it is",
-        "command": command("export", at.run, o=at.adapted),
+        "command": command("export", at.run, o=at.adapted, **options),
     }
 
 

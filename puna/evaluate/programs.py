@@ -30,7 +30,7 @@ from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import REQUESTS, RemoteCompleter
 from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
-from puna.evaluate.stored import Stored, is_helper, loaded
+from puna.evaluate.stored import Stored, computed_in, is_helper, loaded
 from puna.files import check_writable, differing, file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, check_order
@@ -236,7 +236,7 @@ class Programs(ABC):
             "paper": {model: dict(row) for model, row in self.paper(path, order).items()},
             "sandbox": sandbox.mechanism,
             "limits": vars(self.limits),
-            **({"cut_prompts": complete.cut_prompts} if isinstance(complete, Completer) else {}),
+            **(_computed(complete) if isinstance(complete, Completer) else {}),
             "seconds": {"completing": round(generated - started, 3), "judging": round(judged - generated, 3)},
         }
 
@@ -276,6 +276,10 @@ def _named(complete: Completes | None, model: Any, output: Path | str | None) ->
     from puna.model.mark import mark_in_memory
 
     return {"weights": mark_in_memory(model)}
+
+
+def _computed(complete: Completer) -> dict[str, Any]:
+    return {"dtype": computed_in(complete.model), "cut_prompts": complete.cut_prompts}
 
 
 def _how(protocol: str, samples_per_task: int | None) -> How:

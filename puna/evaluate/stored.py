@@ -65,6 +65,14 @@ def loaded(model: Any, tokenizer: Any, *, context: int | None = None) -> tuple[A
     return model, tokenizer
 
 
+def computed_in(model: Any) -> str:
+    """The dtype that a model computes in, as --dtype spells it."""
+    from puna.checkpoint.tensors import DTYPES
+
+    dtype = model.compute_dtype or model.lm_head.weight.dtype
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
 def is_shared(model: Any) -> bool:
     """Whether processes hold a model together, or will once it is loaded; all of them go through a benchmark then."""
     if isinstance(model, Stored):

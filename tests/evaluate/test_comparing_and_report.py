@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import puna
 from puna.cli import run
@@ -184,6 +185,24 @@ def test_answers_of_another_length_compare_and_it_is_said(tmp_path: Path, tiny_m
         options: dict[str, Any] = {"corpus": tmp_path / "a.py", "cases": 1, "max_tokens": max_tokens, "device": "cpu"}
         evaluate("completion", str(tiny_model_folder), output=tmp_path / str(max_tokens), **options)
     assert puna.compare(tmp_path / "1", tmp_path / "2")["settings"] == {"options.max_tokens": [1, 2]}
+    evaluate("completion", str(tiny_model_folder), output=tmp_path / "bf16", dtype=torch.bfloat16, **options)
+    assert puna.compare(tmp_path / "2", tmp_path / "bf16")["settings"] == {"dtype": ["fp32", "bf16"]}
+
+
+@pytest.mark.parametrize("benchmark", ["completion", "perplexity", "key_retrieval", "humaneval"])
+def test_a_result_says_what_it_was_computed_in(
+    benchmark: str, bubblewrap: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 9)
+    of_text: dict[str, Any] = {"corpus": tmp_path / "a.py"}
+    options = {
+        "completion": {**of_text, "cases": 1, "max_tokens": 1},
+        "perplexity": of_text,
+        "key_retrieval": {"length": 300, "cases": 1},
+        "humaneval": {"data": write_tiny_tasks(tmp_path / "tasks.jsonl", 1), "max_tokens": 1},
+    }
+    model, tokenizer = puna.load(tiny_model_folder, dtype="bf16")
+    assert evaluate(benchmark, model, tokenizer=tokenizer, **options[benchmark])["dtype"] == "bf16"
 
 
 def test_a_page_can_show_what_is_no_text(bubblewrap: str, tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import puna
+from puna.adapt import stages
 from puna.adapt.recipe import WAYS, check_recipe, choose_recipe
 from puna.adapt.stages import Places
+from puna.checkpoint import save_model
+from puna.checkpoint.weights import open_weights
 from puna.cli import run
 from puna.config import load_recipe
 from puna.errors import PunaError, UsageError
@@ -89,6 +93,17 @@ def test_the_report_says_how_sure_it_is_and_what_was_done(adapted: Path) -> None
         assert "HumanEval, pass@1" in page
     else:
         assert "left out" in page
+
+
+def test_the_result_is_as_exact_as_the_model_was(adapted: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    assert {tensor.dtype for tensor in open_weights(adapted / "model").values()} == {torch.float32}
+    model, tokenizer = puna.load(tiny_model_folder)
+    save_model(model.bfloat16(), tmp_path / "bf16", tokenizer=tokenizer)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run").symlink_to(adapted / "run")
+    outcome = stages.export(Places(tmp_path / "out", tmp_path, tmp_path / "bf16"))
+    assert {tensor.dtype for tensor in open_weights(tmp_path / "out/model").values()} == {torch.bfloat16}
+    assert "--dtype bf16" in outcome["command"]
 
 
 def test_given_again_it_does_nothing_again(adapted: Path, code: Path, tiny_model_folder: Path, capfd) -> None:

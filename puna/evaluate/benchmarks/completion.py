@@ -27,7 +27,7 @@ from puna.evaluate.completing import ROWS, Ask, Completer
 from puna.evaluate.corpus import checksum, document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
 from puna.evaluate.pass_at_k import bootstrap
-from puna.evaluate.stored import loaded
+from puna.evaluate.stored import computed_in, loaded
 from puna.files import file_aside
 from puna.progress import Progress
 
@@ -162,6 +162,7 @@ def evaluate(
         "bytes": sum(sizes),
         "tokens": sum(tokens for _, tokens, _ in surprises),
         "window": _window(model),
+        "dtype": computed_in(model),
         "seed": seed,
         "corpus": str(corpus),
         "corpus_sha256": checksum(documents),

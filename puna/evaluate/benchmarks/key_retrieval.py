@@ -26,7 +26,7 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import ROWS, Ask, Completer
 from puna.evaluate.corpus import choose_documents, read_documents
 from puna.evaluate.paper import table
-from puna.evaluate.stored import loaded
+from puna.evaluate.stored import computed_in, loaded
 from puna.progress import Progress
 
 #: Fractions of the way at which the key stands; those of the paper.
@@ -112,6 +112,7 @@ def evaluate(
         "paper": {name: dict(row) for name, row in FIGURES[""].items()},
         "seed": seed,
         "length": lengths,
+        "dtype": computed_in(model),
         "corpus": str(corpus) if corpus else "Python's standard library",
         "corpus_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }

@@ -19,7 +19,7 @@ from typing import Any
 from puna.errors import PunaError, UsageError
 from puna.evaluate.corpus import unseen_documents
 from puna.evaluate.likelihood import losses
-from puna.evaluate.stored import loaded
+from puna.evaluate.stored import computed_in, loaded
 from puna.progress import Progress
 
 #: Where the first span ends; each of the others is twice as long as all before it.
@@ -85,6 +85,7 @@ def evaluate(
         ],
         "documents": len(long_enough),
         "length": length,
+        "dtype": computed_in(model),
         "seed": seed,
         "corpus": str(corpus),
         "tokens_sha256": hashlib.sha256(json.dumps(long_enough).encode()).hexdigest(),

@@ -69,11 +69,13 @@ def test_a_recipe_fits_the_devices_that_it_names(name: str) -> None:
         assert own["fits"], own["memory_gib"]
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if "13B" in comment_of(name)])
-def test_13b_fits_the_devices_that_a_recipe_names_for_it(name: str) -> None:
-    found = re.search(r"13B on (\d+) devices of (\d+) GiB: ((?:\S+=\S+ ?)+)", comment_of(name))
-    assert found
-    devices, memory, changes = found.groups()
+#: A recipe's words on a model of another size: devices, memory, and what to change.
+OTHER_SIZE = re.compile(r"(?:13B|70B)[^.:]* on (\d+) devices of (\d+) GiB: ((?:\S+=\S+ ?)+)")
+
+
+@pytest.mark.parametrize("name", [name for name in LARGE if re.search("13B|70B, ", comment_of(name))])
+def test_another_size_fits_the_devices_that_a_recipe_names_for_it(name: str) -> None:
+    ((devices, memory, changes),) = OTHER_SIZE.findall(comment_of(name))
     own = puna.plan(name, OVERRIDE.findall(changes), devices=int(devices), memory_gib=float(memory), layout=True)["own"]
     assert own["fits"], own
 

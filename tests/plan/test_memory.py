@@ -17,18 +17,21 @@ import torch.distributed as dist
 
 from puna.config import Parallel, Recipe, load_recipe
 from puna.data.loader import Batch
+from puna.model import offload
 from puna.model.config import preset
 from puna.model.llama import initial_weight
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
+from puna.plan import memory as plan
 from puna.plan.case import Case
-from puna.plan.measure import peak_bytes
 from puna.plan.memory import Memory, memory
 from puna.plan.search import weights_of
-from puna.train import loss
+from puna.train import loss, optimizer
 from puna.train.build import build
+from puna.train.gradients import IN_FLIGHT_BYTES
 from puna.train.optimizer import local_part
 from puna.train.step import train_step
+from tests.plan.peak import peak_bytes
 
 CONFIG = replace(
     preset("tiny-64"), hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
@@ -37,11 +40,14 @@ CONFIG = replace(
 
 #: Devices and fields of `parallel`, or of the recipe.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "dp_shard 2": (2, {}),
+    "dp_shard 2": (2, {"batch_tokens": 1024}),
     "dp_shard 4, blocks recomputed": (4, {"recompute": "block", "micro_batch_rows": 2}),
-    "dp_shard 2, whole weights in units of two layers": (2, {"layers_per_unit": 2, "reshard": False}),
+    "dp_shard 2, whole weights in units of two layers": (
+        2,
+        {"layers_per_unit": 2, "reshard": False, "batch_tokens": 1024},
+    ),
     "dp_replicate 2, dp_shard 2": (4, {"dp_replicate": 2}),
-    "cp 2": (2, {"cp": 2, "micro_batch_rows": 2}),
+    "cp 2": (2, {"cp": 2, "micro_batch_rows": 2, "batch_tokens": 1024}),
     "pp 2, interleaved": (2, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}),
     "pp 2, dp_shard 2, interleaved, short rows": (
         4,
@@ -63,35 +69,43 @@ if torch.__version__ < "2.13":
 #: Changes of the recipe on one device.
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "products recomputed": {"recompute": "selective", "micro_batch_rows": 4},
+    "products recomputed": {"recompute": "selective", "micro_batch_rows": 2},
     "products of three layers of four recomputed": {
-        "recompute": "selective", "recompute_layers": 3, "micro_batch_rows": 8,
+        "recompute": "selective", "recompute_layers": 3, "micro_batch_rows": 4,
     },
-    "two blocks of four recomputed": {"recompute": "block", "recompute_layers": 2, "micro_batch_rows": 8},
+    "two blocks of four recomputed": {"recompute": "block", "recompute_layers": 2, "micro_batch_rows": 4},
     "one block of four recomputed from the host": {
-        "recompute": "offload", "recompute_layers": 1, "micro_batch_rows": 8,
+        "recompute": "offload", "recompute_layers": 1, "micro_batch_rows": 4,
     },
     "state of 8 bits": {"optimizer.state_bits": 8, "micro_batch_rows": 2},
     "state of 4 bits, gradients used at once": {
         "optimizer.state_bits": 4, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
-        "micro_batch_rows": 8, "recompute": "block",
+        "micro_batch_rows": 4, "recompute": "block",
     },
     "bf16 over fp32, cast once": {"precision": "bf16", "micro_batch_rows": 2},
-    "bf16 over fp32, one micro-batch": {"precision": "bf16", "micro_batch_rows": 8},
+    "bf16 over fp32, one micro-batch": {"precision": "bf16", "micro_batch_rows": 4},
     "bf16 over fp32, two blocks of four recomputed": {
         "precision": "bf16", "micro_batch_rows": 1, "recompute": "block", "recompute_layers": 2,
     },
     "bf16, gradients summed in fp32": {"precision": "bf16-pure", "micro_batch_rows": 2},
-    "bf16, one micro-batch": {"precision": "bf16-pure", "micro_batch_rows": 8},
+    "bf16, one micro-batch": {"precision": "bf16-pure", "micro_batch_rows": 4},
     "bf16, state of 8 bits, gradients summed on the host": {
-        "optimizer.state_bits": 8, "optimizer.in_backward": True, "micro_batch_rows": 4, "recompute": "block",
+        "optimizer.state_bits": 8, "optimizer.in_backward": True, "micro_batch_rows": 2, "recompute": "block",
         "precision": "bf16-pure",
     },
     "bf16, state of 8 bits, gradients used at once": {
         "optimizer.state_bits": 8, "optimizer.in_backward": True, "optimizer.max_grad_norm": None,
-        "micro_batch_rows": 8, "precision": "bf16-pure",
+        "micro_batch_rows": 4, "precision": "bf16-pure",
     },
 }  # fmt: skip
+
+
+def test_plans_know_the_limits_of_what_they_plan() -> None:
+    assert plan.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert {True: loss.PIECE["cpu"], False: loss.PIECE_ELSEWHERE} == plan.SOFTMAX_PIECE
+    assert {True: optimizer.PIECE["cpu"], False: optimizer.PIECE_ELSEWHERE} == plan.UPDATE_PIECE
+    assert plan.OFFLOADS_IN_FLIGHT == offload.IN_FLIGHT
+    assert plan.IN_FLIGHT_BYTES == IN_FLIGHT_BYTES
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -108,7 +122,7 @@ def test_a_rank_of_a_layout_takes_what_is_planned(name: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_device_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "kernel_for", lambda *_: None)  # planned is torch's way; a CPU's kernel takes 4 MiB less
-    recipe = _recipe(SETTINGS[name])
+    recipe = _recipe({"batch_tokens": 1024, **SETTINGS[name]})
     layout = Layout.of(recipe, CONFIG, 1)
     assert _planned(recipe, layout).total == pytest.approx(_measured(recipe, layout), rel=0.05)
 
@@ -145,7 +159,7 @@ def _measured(recipe: Recipe, layout: Layout) -> int:
     )  # fmt: skip
     weights = {id(weight): weight for weight in (*model.weights.values(), *model.stages[0].parameters())}  # and copies
     kept = [*weights.values(), *(tensor for kind in gradients.optimizer.state.values() for tensor in kind.values())]
-    beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)], device)
+    beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)])
     return sum(local_part(tensor).nbytes for tensor in kept) + beyond
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from puna.adapt.stages import Places
 from puna.evaluate.comparing import compare
-from puna.evaluate.pass_at_k import bootstrap
 from puna.evaluate.samples import read_lines
 from puna.report import duration, what_runs_here
 from puna.story import Story
@@ -19,6 +18,9 @@ ROWS = {
     "block_edit_similarity": ("Next block, edit similarity", "%", "higher"),
 }
 
+#: The same of HumanEval.
+GENERAL = {"pass@1": ("HumanEval, pass@1", "%", "higher")}
+
 #: Lines and blocks shown of those whose completion changed, and characters shown of what stands before them.
 SHOWN, SHOWN_CHARACTERS = 8, 300
 
@@ -31,13 +33,15 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
     sandbox = {"sandbox": general[0]["sandbox"]} if all(general) else {}
     changes = _changes(at)
     low, high = changes["edit_similarity"]["interval"]
-    gain = before["bits_per_byte"] - after["bits_per_byte"]
     verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse beyond chance"
+    gain = before["bits_per_byte"] - after["bits_per_byte"]
+    surely = changes.get("bits_per_byte")  # files of earlier versions do not say
+    chance = ", and here it may be chance" if surely and surely["interval"][0] <= 0 <= surely["interval"][1] else ""
     return {
         "title": f"{Path(at.model).name}, adapted to {at.code.name or at.code}",
         "lead": f"On files of {at.code} that were kept from training, the adapted model is {verdict} at writing "
-        f"the next line or block, and needs {abs(gain):.3f} {'fewer' if gain >= 0 else 'more'} bits per byte (fewer is "
-        "better).",
+        f"the next line, and needs {abs(gain):.3f} {'fewer' if gain >= 0 else 'more'} bits per byte (fewer is better"
+        f"{chance}).",
         "facts": [
             {"value": f"{told['prepare']['documents']:,}", "label": "files learned from"},
             {"value": f"{told['prepare']['kept']:,}", "label": "files kept for scoring"},
@@ -68,7 +72,8 @@ def _scores(before: dict[str, Any], after: dict[str, Any], general: list[Any], s
     notes = [f"{before['documents']} files kept from training, {before['cases']} lines and {before['blocks']} blocks."]
     if all(general):
         values = [scores["pass@1"] for scores in general]
-        rows.append({"name": "HumanEval, pass@1", "unit": "%", "better": "higher", "values": values})
+        title, unit, better = GENERAL["pass@1"]
+        rows.append({"name": title, "unit": unit, "better": better, "values": values})
         notes.append("HumanEval is not the team's code: what falls there was forgotten.")
     else:
         notes.append(f"HumanEval: {said}")
@@ -82,17 +87,17 @@ def _intervals(before: dict[str, Any], after: dict[str, Any], general: list[Any]
         if name in before and name in after
     ]
     if all(general):
-        rows.append(["HumanEval, pass@1", *(_interval(scores["intervals"]["pass@1"]) for scores in general)])
+        rows.append([GENERAL["pass@1"][0], *(_interval(scores["intervals"]["pass@1"]) for scores in general)])
     notes = ["Between these values 95 of 100 such sets of files and tasks would lie, by bootstrap."]
     return {"title": "How sure that is", "columns": ["", "before", "after"], "rows": rows, "notes": notes}
 
 
 def _differences(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     rows = [
-        [change["title"], f"{change['difference']:+.3f}", _interval(change["interval"], sign="+")]
-        for change in changes.values()
+        [(ROWS | GENERAL)[name][0], f"{change['difference']:+.3f}", _interval(change["interval"], sign="+")]
+        for name, change in changes.items()
     ]
-    notes = ["Case by case: where the interval holds no zero, the change is more than chance."]
+    notes = ["Each file, line and task with itself: where the interval holds no zero, the change is more than chance."]
     return {"title": "What changed", "columns": ["", "after − before", "95 of 100"], "rows": rows, "notes": notes}
 
 
@@ -101,19 +106,15 @@ def _interval(interval: list[float], sign: str = "") -> str:
 
 
 def _changes(at: Places) -> dict[str, dict[str, Any]]:
-    """Differences of the same cases before and after; they say more than two intervals that overlap."""
-    pairs = list(zip(_cases(at.before), _cases(at.after), strict=True))
+    """Score -> its difference and the interval of that, task by task."""
     changes = {}
-    for name, title in (("edit_similarity", "Edit similarity"), ("exact_match", "Exactly right")):
-        values = [float(after[name]) - float(before[name]) for before, after in pairs]
-        mean = sum(values) / len(values)
-        interval = bootstrap(values, groups=[before["document"] for before, _ in pairs])
-        changes[name] = {"title": title, "difference": mean, "interval": interval}
-    folders = (at.before / "humaneval", at.after / "humaneval")
-    if all((folder / "result.json").exists() for folder in folders):
-        compared = compare(*folders)
-        change = {"difference": compared["difference"]["pass@1"], "interval": compared["interval"]}
-        changes["humaneval"] = {"title": "HumanEval, pass@1", **change}
+    for benchmark, rows in (("completion", ROWS), ("humaneval", GENERAL)):
+        folders = (at.before / benchmark, at.after / benchmark)
+        if all((folder / "result.json").exists() for folder in folders):
+            found = compare(*folders)
+            for name in rows:
+                if name in found["intervals"]:
+                    changes[name] = {"difference": found["difference"][name], "interval": found["intervals"][name]}
     return changes
 
 

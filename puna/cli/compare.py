@@ -22,26 +22,28 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Folder of another one.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what two results differ by, and which tasks changed."""
+    """Say what two results differ by, whether that is more than chance, and which tasks changed."""
     from puna.evaluate.comparing import compare as compared
 
     result = compared(first, second)
     if as_json:
         print(json.dumps(result))
         return
-    print(f"{'':24} {'first':>10} {'second':>10} {'difference':>12}")
+    print(f"{'':24} {'first':>10} {'second':>10} {'difference':>12}  95 % interval")
     for name, value in result["difference"].items():
-        note = "  less is better" if name in LESS_IS_BETTER else ""
-        print(f"{name:24} {result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}{note}")
-    if result["interval"]:
-        low, high = result["interval"]
-        says = "more than chance" if low > 0 or high < 0 else "it may be chance"
-        tasks = f"{result['tasks']} tasks"
-        print(f"of {tasks}, the share answered right changed by {low:+.4f} to {high:+.4f} (95 % interval): {says}")
+        notes = [_chance(*result["intervals"][name])] if name in result["intervals"] else []
+        notes += ["less is better"] if name in LESS_IS_BETTER else []
+        scores = f"{result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}"
+        print(f"{name:24} {scores}  {'; '.join(notes)}".rstrip())
     for name, (one, other) in result["settings"].items():
         print(f"they differ in {name}: {one} and {other}")
     for what in ("gained", "lost"):
         print(f"{what} {len(result[what])}: {_named(result[what])}" if result[what] else f"{what} none")
+
+
+def _chance(low: float, high: float) -> str:
+    says = "more than chance" if low > 0 or high < 0 else "it may be chance"
+    return f"{low:+.4f} to {high:+.4f}: {says}"
 
 
 def _named(tasks: list[Any]) -> str:

@@ -6,13 +6,15 @@
 Two results compare where they answer the same questions; what else is different between them is listed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from puna.errors import PunaError
-from puna.evaluate.pass_at_k import bootstrap
+from puna.evaluate.pass_at_k import bootstrap, by_task
 from puna.evaluate.samples import read_lines
 from puna.files import differing, read_json
 
@@ -28,6 +30,9 @@ TOLD = ("puna", "server", "answers", "options", "dtype", "cache_dtype", "limits"
 #: Of the options, what is no difference: where texts lay whose checksums agree, and a dtype by any other name.
 NOT_TOLD = ("options.corpus", "options.dtype")
 
+#: Scores that are the share of a task's samples that are right, or whether a line or block is.
+RIGHT = ("pass@1", "exact_match", "block_exact_match")
+
 
 def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
     """Compares what two runs of `evaluate(…, output=folder)` wrote.
@@ -37,10 +42,10 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
         second: that of the other.
 
     Returns:
-        `{"benchmark", "first": scores, "second": scores, "difference": {score: value}, "interval", "gained", "lost",
-        "settings"}`: the interval is that of the difference in the share of a task's samples that pass, by bootstrap
-        over problems or documents, and holds 95 of 100; gained and lost are the tasks of which more, or fewer, samples
-        pass in the second; settings are those that differ, each with both values.
+        `{"benchmark", "first": scores, "second": scores, "difference": {score: value}, "intervals": {score: [low,
+        high]}, "tasks", "gained", "lost", "settings"}`: intervals are those of the differences, each task, line or
+        document compared with itself, by bootstrap over problems or documents, and hold 95 of 100; gained and lost are
+        the tasks of which more, or fewer, samples pass in the second; settings are those that differ, with both values.
 
     Raises:
         PunaError: a folder has no result, or the two are not of the same tasks.
@@ -48,19 +53,18 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
     results = [read_result(folder) for folder in (first, second)]
     if why := why_not(*results):
         raise PunaError(f"{first} and {second} do not compare: {why}")
-    answers = [list(_answers(Path(folder))) for folder in (first, second)]
-    shares, problems = [_shares_passed(each) for each in answers], {task: problem for task, problem, _ in answers[0]}
-    if shares[0].keys() != shares[1].keys():
-        differ = sorted(shares[0].keys() ^ shares[1].keys())
+    parts = [_parts(Path(folder)) for folder in (first, second)]
+    right = [{of: part.value for name in RIGHT for of, part in each.get(name, {}).items()} for each in parts]
+    if differ := sorted(right[0].keys() ^ right[1].keys()):
         raise PunaError(f"{first} and {second} do not compare: only one of them has the task {differ[0]}")
     scores = [{name: value for name, value in result.items() if isinstance(value, float)} for result in results]
-    changes = {task: shares[1][task] - share for task, share in shares[0].items()}
+    changes = {task: right[1][task] - share for task, share in right[0].items()}
     return {
         "benchmark": results[0]["benchmark"],
         "first": {"folder": str(first), **scores[0]},
         "second": {"folder": str(second), **scores[1]},
         "difference": {name: scores[1][name] - value for name, value in scores[0].items() if name in scores[1]},
-        "interval": bootstrap(list(changes.values()), groups=[problems[task] for task in changes]) if changes else None,
+        "intervals": {name: _interval(one, parts[1][name]) for name, one in parts[0].items() if name in parts[1]},
         "tasks": len(changes),
         "gained": [task for task, change in changes.items() if change > 0],
         "lost": [task for task, change in changes.items() if change < 0],
@@ -94,20 +98,50 @@ def read_result(folder: Path | str) -> dict[str, Any]:
     return result
 
 
-def _shares_passed(answers: list[tuple[str, str, bool]]) -> dict[str, float]:
-    """The share of each task's samples that passed; where lines and blocks are asked for, whether each is exact."""
-    passed: dict[str, list[bool]] = defaultdict(list)
-    for task, _, is_passed in answers:
-        passed[task].append(is_passed)
-    return {task: sum(found) / len(found) for task, found in passed.items()}
+@dataclass(frozen=True)
+class Part:
+    """What a score is the mean of: its value for one task, line, block or document.
+
+    Attributes:
+        value: of the score.
+        group: what is drawn together for intervals: a task's problem, a line's document.
+        weight: in the mean.
+    """
+
+    value: float
+    group: str
+    weight: float = 1.0
 
 
-def _answers(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    """Task, its problem (of a line or block its document), and whether it passed, of every answer."""
-    if (folder / "details.jsonl").exists():
-        for _, line in read_lines(folder / "details.jsonl", {"task_id": str, "verdict": str}):
-            yield line["task_id"], line.get("problem", line["task_id"]), line["verdict"] == "passed"
-    elif (folder / "cases.jsonl").exists():
-        for _, line in read_lines(folder / "cases.jsonl", {"kind": str, "document": str, "line": int}):
-            document = line["document"]
-            yield f"{line['kind']} {document}:{line['line']}", document, bool(line["exact_match"])
+def _interval(one: Mapping[str, Part], other: Mapping[str, Part]) -> list[float]:
+    """That of the difference, each task with itself: this says more than two intervals that overlap."""
+    both = [(part, other[of]) for of, part in one.items() if of in other]
+    return bootstrap(
+        [second.value - first.value for first, second in both],
+        weights=[part.weight for part, _ in both],
+        groups=[part.group for part, _ in both],
+    )
+
+
+def _parts(folder: Path) -> dict[str, dict[str, Part]]:
+    """Score -> task, line, block or document -> its part in it; as far as the folder holds such."""
+    parts: dict[str, dict[str, Part]] = defaultdict(dict)
+    passed, problems = defaultdict(list), {}
+    for line in _lines(folder / "details.jsonl", {"task_id": str, "verdict": str}):
+        passed[line["task_id"]].append(line["verdict"] == "passed")
+        problems[line["task_id"]] = line.get("problem", line["task_id"])
+    for name, values in by_task((len(found), sum(found)) for found in passed.values()).items():
+        parts[name] = {task: Part(value, problems[task]) for task, value in zip(passed, values, strict=True)}
+    for line in _lines(folder / "cases.jsonl", {"kind": str, "document": str, "line": int}):
+        prefix = "block_" if line["kind"] == "block" else ""
+        for name in ("exact_match", "edit_similarity"):
+            of = f"{line['kind']} {line['document']}:{line['line']}"
+            parts[prefix + name][of] = Part(float(line[name]), line["document"])
+    for line in _lines(folder / "documents.jsonl", {"document": str, "nats": float, "bytes": int}):
+        bits = line["nats"] / math.log(2) / line["bytes"]
+        parts["bits_per_byte"][line["document"]] = Part(bits, line["document"], line["bytes"])
+    return parts
+
+
+def _lines(path: Path, fields: Mapping[str, type]) -> Iterator[dict[str, Any]]:
+    return (line for _, line in read_lines(path, fields)) if path.exists() else iter(())

@@ -34,13 +34,20 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1 - none_passed
 
 
+def by_task(tasks: Iterable[tuple[int, int]]) -> dict[str, list[float]]:
+    """The pass@k of every task, in their order, for every k of `KS` that all tasks have samples enough for."""
+    counts = list(tasks)
+    fewest = min((samples for samples, _ in counts), default=0)
+    return {f"pass@{k}": [pass_at_k(*task, k) for task in counts] for k in KS if k <= fewest}
+
+
 def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
     """The mean pass@k over tasks, each (samples, passed), for every k of `KS` that all tasks have samples enough for.
 
     Returns:
         `{"pass@1": …, "pass@10": …}`.
     """
-    return {name: sum(values) / len(values) for name, values in _by_task(tasks).items()}
+    return {name: sum(values) / len(values) for name, values in by_task(tasks).items()}
 
 
 def intervals(tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None = None) -> dict[str, list[float]]:
@@ -51,7 +58,7 @@ def intervals(tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None 
     Returns:
         `{"pass@1": [low, high], …}`.
     """
-    return {name: bootstrap(values, groups=groups) for name, values in _by_task(tasks).items()}
+    return {name: bootstrap(values, groups=groups) for name, values in by_task(tasks).items()}
 
 
 def bootstrap(
@@ -78,9 +85,3 @@ def bootstrap(
     means = (drawn @ sums) / (drawn @ shares)
     tail = (1 - CONFIDENCE) / 2
     return [float(value) for value in np.quantile(means, (tail, 1 - tail))]
-
-
-def _by_task(tasks: Iterable[tuple[int, int]]) -> dict[str, list[float]]:
-    counts = list(tasks)
-    fewest = min((samples for samples, _ in counts), default=0)
-    return {f"pass@{k}": [pass_at_k(*task, k) for task in counts] for k in KS if k <= fewest}

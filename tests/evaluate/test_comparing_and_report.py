@@ -1,11 +1,13 @@
 """Two results side by side, and the page: it says what the folders hold, and nothing a model wrote is markup."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,10 +48,10 @@ def test_what_changed_is_named(folders: tuple[Path, Path]) -> None:
     assert (result["gained"], result["lost"], result["tasks"]) == (["Tiny/1", "Tiny/3"], ["Tiny/2"], 4)
     assert result["difference"] == {"pass@1": 0.25}
     assert (result["first"]["pass@1"], result["second"]["pass@1"]) == (0.5, 0.75)
-    low, high = result["interval"]
+    low, high = result["intervals"]["pass@1"]
     assert low < 0.25 < high
     same = puna.compare(folders[0], folders[0])
-    assert (same["gained"], same["lost"], same["interval"]) == ([], [], [0.0, 0.0])
+    assert (same["gained"], same["lost"], same["intervals"]) == ([], [], {"pass@1": [0.0, 0.0]})
 
 
 def test_the_command_says_it_in_a_table_and_in_json(
@@ -58,8 +60,7 @@ def test_the_command_says_it_in_a_table_and_in_json(
     first, second = map(str, folders)
     assert run(["compare", first, second]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"pass@1 +0.5000 +0.7500 +\+0.2500", printed)
-    assert re.search(r"of 4 tasks, the share answered right changed by .* \(95 % interval\): it may be chance", printed)
+    assert re.search(r"pass@1 +0.5000 +0.7500 +\+0.2500  -0\.\d+ to \+\d\.\d+: it may be chance\n", printed)
     assert "gained 2: Tiny/1, Tiny/3\nlost 1: Tiny/2" in printed
     assert run(["compare", first, second, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == puna.compare(first, second)
@@ -93,10 +94,39 @@ def test_cases_of_completion_compare_too(
     assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
     assert result["difference"]["bits_per_byte"] == 0
     assert run(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
-    assert re.search(r"bits_per_byte .* less is better", capsys.readouterr().out)
+    assert re.search(
+        r"bits_per_byte .* \+0.0000 to \+0.0000: it may be chance; less is better", capsys.readouterr().out
+    )
     assert result["settings"] == {}
     evaluate("completion", str(tiny_model_folder), output=tmp_path / "int8", cache_dtype="int8", **options)
     assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"options.cache_dtype": [None, "int8"]}
+
+
+def test_every_score_has_an_interval_of_its_difference_document_by_document(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = {f"code/{i}.py": int(rng.integers(100, 9000)) for i in range(30)}
+    bits = {name: rng.uniform(0.5, 8.0) for name in documents}  # far more different than the two models are
+    for folder, factor in (("one", 1.0), ("two", 0.97)):
+        (tmp_path / folder).mkdir()
+        lines = [
+            {"document": name, "nats": bits[name] * factor * math.log(2) * size, "tokens": 9, "bytes": size}
+            for name, size in documents.items()
+        ]
+        (tmp_path / folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        case = {"kind": "line", "line": 2, "exact_match": False}
+        lines = [{**case, "document": name, "edit_similarity": 0.5 / factor} for name in documents]
+        (tmp_path / folder / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        total = sum(bits[name] * factor * size for name, size in documents.items()) / sum(documents.values())
+        result = {"benchmark": "completion", "exact_match": 0.0, "edit_similarity": 0.5 / factor}
+        write_json(tmp_path / folder / "result.json", {**result, "bits_per_byte": total})
+    result = puna.compare(tmp_path / "one", tmp_path / "two")
+    low, high = result["intervals"]["bits_per_byte"]
+    assert low < result["difference"]["bits_per_byte"] < high < 0
+    assert high - low < 0.3 * abs(low)
+    assert result["intervals"]["exact_match"] == [0.0, 0.0]
+    assert result["intervals"]["edit_similarity"] == pytest.approx([0.5 / 0.97 - 0.5] * 2)
+    (tmp_path / "one/documents.jsonl").unlink()  # as earlier versions left it
+    assert set(puna.compare(tmp_path / "one", tmp_path / "two")["intervals"]) == {"exact_match", "edit_similarity"}
 
 
 def test_other_texts_of_the_same_names_do_not_compare(tmp_path: Path, tiny_model_folder: Path) -> None:

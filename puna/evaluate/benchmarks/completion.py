@@ -107,7 +107,7 @@ def evaluate(
         batch: lines or blocks that are written at a time.
         max_tokens: most tokens of a line; a block has `BLOCK_TOKENS` times as many.
         cache_dtype: as for `Completer`.
-        output: a folder for every case with its completion.
+        output: a folder for every case with its completion, and every document with its nats.
 
     Returns:
         `{"benchmark", "exact_match", "edit_similarity", "block_exact_match", …, "bits_per_byte", "intervals", …}`;
@@ -145,11 +145,13 @@ def evaluate(
             for name, values in (("exact_match", exact), ("edit_similarity", similar)):
                 means[prefix + name] = sum(values) / len(values)
                 ranges[prefix + name] = bootstrap(values, groups=[one.case.document for one in found])
-    sizes = [size for _, _, size in surprises]
-    bits = [nats / math.log(2) / size for nats, _, size in surprises]
+    sizes = [one["bytes"] for one in surprises]
+    bits = [one["nats"] / math.log(2) / one["bytes"] for one in surprises]
     if output is not None:
-        with file_aside(Path(output) / "cases.jsonl", "w") as file:
-            file.writelines(json.dumps(one.record()) + "\n" for found in scored.values() for one in found)
+        every = [one.record() for found in scored.values() for one in found]
+        for name, records in (("cases", every), ("documents", surprises)):
+            with file_aside(Path(output) / f"{name}.jsonl", "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
     return {
         "benchmark": "completion",
         **means,
@@ -160,7 +162,7 @@ def evaluate(
         "cut_prompts": complete.cut_prompts,
         "documents": len(documents),
         "bytes": sum(sizes),
-        "tokens": sum(tokens for _, tokens, _ in surprises),
+        "tokens": sum(one["tokens"] for one in surprises),
         "window": _window(model),
         "dtype": computed_in(model),
         "seed": seed,
@@ -286,14 +288,16 @@ def _completed(cases: list[Case], complete: Callable[..., list[str]], cut: Any) 
     return [Scored(case, cut(case, text)) for case, text in zip(cases, texts, strict=True)]
 
 
-def _surprises(model: Any, tokenizer: Any, documents: "Sequence[Document]") -> list[tuple[float, int, int]]:
-    """Nats, tokens and bytes of every document that is not empty."""
+def _surprises(model: Any, tokenizer: Any, documents: "Sequence[Document]") -> list[dict[str, Any]]:
+    """Nats, tokens and bytes of every document that is not empty, as lines of a file."""
     surprises = []
     with Progress("reading", len(documents), "documents") as progress:
         for document in documents:
             if not (text := document.text):
                 continue
             ids = tokenizer.encode(text, bos=True)
-            surprises.append((negative_log_likelihood(model, ids, _window(model)), len(ids) - 1, len(text.encode())))
+            nats = negative_log_likelihood(model, ids, _window(model))
+            sizes = {"tokens": len(ids) - 1, "bytes": len(text.encode())}
+            surprises.append({"document": f"{document.source}/{document.id}", "nats": nats, **sizes})
             progress.advance()
     return surprises

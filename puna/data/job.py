@@ -14,7 +14,6 @@ import xxhash
 
 from puna.data import corpora
 from puna.data.documents import LeftOut, Span, checksum, is_spellable
-from puna.data.plan import Seen, cut_into_units
 from puna.data.shards import WORK_FOLDER
 from puna.data.units import SketchUnit, Unit
 from puna.data.workers import Workers
@@ -31,6 +30,10 @@ CONFIG_FILE = "config.json"
 
 #: Lists what was left out, one JSON object a line.
 LEFT_OUT_FILE = "left_out.jsonl"
+
+#: Bytes of a unit: small at first, so that all processes soon have work; larger in a large corpus, so that its shards
+#: are few. The size of unit n is a function of n, so that units do not depend on what comes after them.
+SMALLEST_UNIT, LARGEST_UNIT, UNITS_OF_A_SIZE = 2_000_000, 64_000_000, 32
 
 
 class Job:
@@ -182,6 +185,44 @@ class Job:
                 left_out.write(json.dumps(asdict(span), ensure_ascii=False) + "\n")
 
 
+def cut_into_units(spans: Iterator[Span]) -> Iterator[Unit]:
+    """Puts spans together until they reach the size of the unit."""
+    number, held, size = 0, list[Span](), 0
+    for span in spans:
+        held.append(span)
+        size += span.stop - span.start
+        if size >= min(SMALLEST_UNIT << (number // UNITS_OF_A_SIZE), LARGEST_UNIT):
+            yield _unit(number, held)
+            number, held, size = number + 1, [], 0
+    if held:
+        yield _unit(number, held)
+
+
+class Seen:
+    """A set of 64-bit hashes that takes eight bytes each: a small Python set, emptied into sorted arrays.
+
+    Among ten million files, one is taken for a copy by mistake with probability 3e-6.
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._older: list[np.ndarray] = []
+
+    def is_new(self, value: int) -> bool:
+        """Adds the hash; returns whether it is new."""
+        key = np.uint64(value)
+        if value in self._recent or any(_holds(array, key) for array in self._older):
+            return False
+        self._recent.add(value)
+        if len(self._recent) == 1 << 16:
+            array = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._recent.clear()
+            while self._older and len(self._older[-1]) <= len(array):
+                array = np.concatenate([array, self._older.pop()])
+            self._older.append(np.sort(array))
+        return True
+
+
 def _tokenizer_of(path: Path) -> Tokenizer:
     """Opens a tokenizer; one in a model's folder without control pieces that the model has no embeddings for."""
     tokenizer = load_tokenizer(path)
@@ -225,3 +266,13 @@ def _own_layout(tokenizer: Tokenizer, dialog: list[Message]) -> Encoded | None:
         return chat_template(tokenizer.path.parent).encode(tokenizer, dialog)
     except PunaError:
         return None
+
+
+def _unit(number: int, spans: list[Span]) -> Unit:
+    listed = "\n".join(f"{span.source}\n{span.id}\n{span.start}\n{span.checksum}" for span in spans)
+    return Unit(number, spans, xxhash.xxh3_128_hexdigest(listed.encode()))
+
+
+def _holds(array: np.ndarray, key: np.uint64) -> bool:
+    place = int(np.searchsorted(array, key))
+    return place < len(array) and array[place] == key

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 
 from puna.cli import run
-from puna.data import plan, shards
+from puna.data import job, shards
 from puna.data import prepare as preparing
 from puna.data.corpora import wikitext
 from puna.data.documents import Document
@@ -32,7 +32,7 @@ UNIT_BYTES = 40_000
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    monkeypatch.setattr(plan, "SMALLEST_UNIT", UNIT_BYTES)
+    monkeypatch.setattr(job, "SMALLEST_UNIT", UNIT_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_what_two_sources_hold_is_taken_once(make, tmp_path):
 def test_a_set_of_hashes_remembers_each_of_them():
     draw = random.Random(0)
     values = [draw.getrandbits(64) for _ in range(150_000)]
-    seen, plain = plan.Seen(), set[int]()
+    seen, plain = job.Seen(), set[int]()
     for value in values + values[::3] + [draw.getrandbits(64) for _ in range(1000)]:
         assert seen.is_new(value) == (value not in plain)
         plain.add(value)
@@ -286,7 +286,7 @@ def undisturbed(library, small_tokenizer, tmp_path_factory) -> dict[str, bytes]:
     """All files of a folder that one process made in one go."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SMALLEST_UNIT", UNIT_BYTES)
+        patch.setattr(job, "SMALLEST_UNIT", UNIT_BYTES)
         prepare("code", library, output, tokenizer=small_tokenizer.path, workers=1, **OPTIONS)
     assert len(list(output.glob("shard-*"))) > 5
     return bytes_of(output)
@@ -306,8 +306,8 @@ def command(library: Path, output: Path, tokenizer: Path, workers: int) -> list[
     program = f"""
 import sys, time
 from puna.cli import run
-from puna.data import plan, prepare
-plan.SMALLEST_UNIT = {UNIT_BYTES}
+from puna.data import job, prepare
+job.SMALLEST_UNIT = {UNIT_BYTES}
 real = prepare._unfinished
 def slowly(*arguments):
     for number, unit in enumerate(real(*arguments)):

@@ -5,6 +5,7 @@ what a size costs. What the network cannot compute is refused here, by name, bef
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from puna.errors import PunaError, UsageError
 from puna.files import read_json
+from puna.model.shapes import weight_shapes
 
 #: `model_type`s whose network is this one, and whether their q/k/v and output projections carry a bias when
 #: `config.json` does not say (None: it must not; True/False: the family's own rule).
@@ -176,19 +178,14 @@ class ModelConfig:
     @property
     def parameter_count(self) -> int:
         """Number of weights, a tied head counted once."""
-        d, f = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        biases = self.attention_bias * (q + 2 * kv) + self.attention_output_bias * d + self.mlp_bias * (2 * f + d)
-        table = 0 if self.tie_word_embeddings else self.vocab_size * d
-        return self.matmul_parameter_count + table + self.num_hidden_layers * (2 * d + biases) + d
+        counts = {kind: sum(map(math.prod, shapes.values())) for kind, shapes in weight_shapes(self).items()}
+        return sum(counts.values()) + (self.num_hidden_layers - 1) * counts["layer"]
 
     @property
     def matmul_parameter_count(self) -> int:
         """Weights of the matrices that multiply every token: the head is one, the embedding table is not."""
-        d = self.hidden_size
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        layer = d * heads * self.head_dim + 3 * d * self.intermediate_size
-        return self.num_hidden_layers * layer + self.vocab_size * d
+        layer = sum(math.prod(shape) for shape in weight_shapes(self)["layer"].values() if len(shape) == 2)
+        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
 
 
 def ends_of(stated: Any, where: str = "config.json") -> tuple[int, ...]:

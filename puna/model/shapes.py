@@ -1,11 +1,14 @@
 """The weights of a model as shapes by name, without torch: what layouts and plans are checked and counted by."""
 
-from puna.model.config import ModelConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from puna.model.config import ModelConfig
 
 Shape = tuple[int, ...]
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:
+def weight_shapes(config: "ModelConfig") -> dict[str, dict[str, Shape]]:
     """Kind of part -> name of a weight -> its whole shape; layers are all alike, and named as the first."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

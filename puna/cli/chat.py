@@ -66,11 +66,13 @@ def chat(
     Each line is a message; /new forgets the dialog, Ctrl-C stops an answer, Ctrl-D leaves.
     """
     from puna.checkpoint import resolve
+    from puna.generate import Engine
     from puna.generate import chat as answer
 
     settings = checked_settings(context)
     loaded, tokenizer = open_model(model, dtype, device, context_tokens)
     layout = _template(template, resolve(model), tokenizer)
+    engine = Engine(loaded, tokenizer, max_rows=1, cache_dtype=cache_dtype)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     say(f"chat template: {layout.name}; {NEW} begins another dialog, Ctrl-D leaves")
@@ -81,7 +83,7 @@ def chat(
         messages = _room_for({"role": "user", "content": line}, messages, start, layout, tokenizer)
         spoken = _Spoken()
         try:
-            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, cache_dtype=cache_dtype, **settings)
+            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, engine=engine, **settings)
         except KeyboardInterrupt:  # the answer ends here; what was said stays
             if not sys.stdin.isatty():
                 raise

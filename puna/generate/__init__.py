@@ -141,6 +141,7 @@ def chat(
     messages: Sequence[Message],
     *,
     template: ChatTemplate | str,
+    engine: Engine | None = None,
     cache_dtype: str | None = None,
     on_text: OnText | None = None,
     **sampling: Any,
@@ -152,7 +153,9 @@ def chat(
         tokenizer: likewise.
         messages: `{"role": "system" | "user" | "assistant", "content": text}`; the last is the user's.
         template: the layout that the model was tuned with: a name, a folder that ships one, or from `chat_template`.
-        cache_dtype: as for `generate`.
+        engine: of this model, kept from answer to answer: what it read of the dialog before is not read again. None:
+            one for this answer.
+        cache_dtype: as for `generate`, where no engine is given.
         on_text: as for `generate`; the number is 0.
         sampling: the fields of `Sampling`.
 
@@ -164,7 +167,7 @@ def chat(
         raise PunaError("a dialog to answer ends with a message of the user")
     tokens = template.encode(tokenizer, messages).tokens
     settings = _ending_also(sampling, template.stops(tokenizer), template.stop_strings)
-    engine = Engine(model, tokenizer, max_rows=1, cache_dtype=cache_dtype)
+    engine = engine or Engine(model, tokenizer, max_rows=1, cache_dtype=cache_dtype)
     return engine.generate([tokens], settings, on_text=on_text)[0]
 
 

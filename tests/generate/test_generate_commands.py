@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import puna
-from puna.checkpoint import save_model
+from puna.checkpoint import quantize, save_model
 from puna.cli import run
 from puna.cli.generate import Results
 from puna.errors import PunaError, UsageError
 from puna.generate import Sampling, complete
 from puna.generate.engine import storage
+from puna.generate.engine.runner import Logits, Runner
+from puna.generate.engine.scheduler import Chunk
 from puna.generate.engine.storage import round_heads
 from puna.prompts import chat_template, cut_around_gap, infill_prompt
 from puna.testing import ScriptedModel, tiny_model, write_tiny_model
@@ -410,14 +412,20 @@ def test_a_model_that_cannot_be_used_is_an_error_of_one_line(tiny_model_folder: 
     assert "has no tokenizer" in message(str(tmp_path / "bare"), "x", code=1)
 
 
-def test_sixteen_bits_on_a_cpu_without_units_for_them_are_pointed_out(
-    tiny_model_folder: Path, capsys, monkeypatch
+def test_sixteen_bits_on_a_cpu_without_units_for_them_are_pointed_out_where_fp32_would_be_faster(
+    tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr("puna.devices.has_fast_bf16", lambda device: False)
     words = ["generate", str(tiny_model_folder), "x", "--max-tokens", "2", "--device", "cpu"]
     assert run([*words, "--dtype", "bf16"]) == 0
     assert "--dtype fp32 is many times faster" in capsys.readouterr().err
     assert run(words) == 0
+    assert capsys.readouterr().err == ""
+    quantize(tiny_model_folder, tmp_path / "int8")
+    capsys.readouterr()
+    assert (
+        run(["generate", str(tmp_path / "int8"), "x", "--max-tokens", "2", "--device", "cpu", "--dtype", "bf16"]) == 0
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -667,6 +675,21 @@ def test_chat_says_what_the_model_says(loaded, tiny_model_folder: Path, capsys, 
     (completion,) = complete(model, tokenizer, [prompt], Sampling(max_tokens=9, stop_ids=(tokenizer.eos_id,)))
     assert completion.text.strip()
     assert capsys.readouterr().out == completion.text.lstrip() + "\n"
+
+
+def test_chat_reads_a_dialog_once(tiny_model_folder: Path, typed, monkeypatch) -> None:
+    read = []
+    compute = Runner.compute
+
+    def noted(runner: Runner, chunks: list[Chunk]) -> list[Logits | None]:
+        read.append(sum(map(len, chunks)))
+        return compute(runner, chunks)
+
+    monkeypatch.setattr(Runner, "compute", noted)
+    typed("Sort this list of names by the length of each name, please.\nthanks\n")
+    assert run(["chat", str(tiny_model_folder), "--max-tokens", "1", "--temperature", "0"]) == 0
+    first, second = read
+    assert 16 < second < first
 
 
 def test_a_models_own_chat_template_is_believed(tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:

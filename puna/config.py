@@ -72,7 +72,7 @@ class Parallel(_Strict):
     pp: Positive = 1
     """Pipeline stages: each holds a run of layers, micro-batches pass through them."""
     dp_replicate: Positive = 1
-    """Copies of the sharded weights; each copy reads its own rows."""
+    """Replicas of the sharded weights; each reads its own rows."""
     dp_shard: Positive | Literal["auto"] = "auto"
     """Devices that share weights, gradients and optimizer state; each reads its own rows. auto: all that are left."""
     cp: Positive = 1

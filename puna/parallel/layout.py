@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are sharded or copied over ranks that read other tokens: `fully_shard` then holds them."""
+        """Whether ranks that read other tokens share weights or have replicas: `fully_shard` then holds them."""
         return self.shard_size * self.dp_replicate > 1
 
     @property

@@ -2,7 +2,7 @@
 
 Order of the ways, each of which leaves the network's code alone: pipeline stages -> tensor parallel -> context parallel
 -> what the caller does to layers (recomputation, compilation) -> sharding. Everything is built without memory; then the
-rank's own parts are allocated and filled. One rank alone casts by copies what sharding would have cast.
+rank's own parts are allocated and filled. One rank alone casts once an update what sharding would have cast.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from puna.config import Parallel
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.parallel.casts import Casts
 from puna.parallel.context import share_tokens, token_indices
-from puna.parallel.copies import Copies
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.pipeline import check_schedule, make_schedule
@@ -54,9 +54,9 @@ class DistributedModel:
         self.config = stages[0].llama.config
         self.weights = {name: weight for stage in stages for name, weight in stage.weights().items()}
         self.dtype = stages[0].llama.compute_dtype or next(iter(self.weights.values())).dtype
-        #: Whether copies of the weights sum their gradients in the last micro-batch alone, or in each.
-        self.sums_copies_once = True
-        self._copies = Copies([], self.dtype)
+        #: Whether replicas of the weights sum their gradients in the last micro-batch alone, or in each.
+        self.sums_replicas_once = True
+        self._casts = Casts([], self.dtype)
         self._schedules: dict[tuple[int, int], Any] = {}
 
     @classmethod
@@ -108,7 +108,7 @@ class DistributedModel:
             stages.append(stage)
         model = cls(stages, ranks, settings, device)
         if compute_dtype not in (None, dtype) and ranks.layout.casts_once:
-            model._copies = Copies(keeping, model.dtype)
+            model._casts = Casts(keeping, model.dtype)
         return model
 
     @torch.no_grad()
@@ -134,13 +134,13 @@ class DistributedModel:
         Returns:
             The sum that `loss` gave over this rank's tokens; 0 on ranks without the last pipeline stage.
         """
-        self._copies.refresh()
+        self._casts.refresh()
         if self.ranks.layout.pp > 1:
             return self._run_pipeline(batch, loss, micro_batch_rows, with_backward=True)
         total = torch.zeros((), device=self.device)
         starts = range(0, len(batch.tokens), micro_batch_rows)
         for start in starts:
-            self._sync_copies(when=start == starts[-1])
+            self._sync_replicas(when=start == starts[-1])
             share = self._loss_of(batch[start : start + micro_batch_rows], loss)
             share.backward()
             total += share.detach()
@@ -149,7 +149,7 @@ class DistributedModel:
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss: Loss, *, micro_batch_rows: int) -> float:
         """The sum of `loss` over this rank's tokens, as `forward_backward` returns it; no gradients."""
-        self._copies.refresh()
+        self._casts.refresh()
         with self._evaluating():
             if self.ranks.layout.pp > 1:
                 return self._run_pipeline(batch, loss, micro_batch_rows, with_backward=False)
@@ -213,9 +213,9 @@ class DistributedModel:
             )
         return self._schedules[key]
 
-    def _sync_copies(self, *, when: bool) -> None:
+    def _sync_replicas(self, *, when: bool) -> None:
         """Gradients are summed over dp_replicate in the last micro-batch alone."""
-        if self.ranks.layout.dp_replicate > 1 and self.sums_copies_once:
+        if self.ranks.layout.dp_replicate > 1 and self.sums_replicas_once:
             for stage in self.stages:
                 stage.set_requires_all_reduce(when)  # type: ignore[operator]
 

@@ -16,7 +16,7 @@ class LayerBytes:
     Attributes:
         kept: from the forward to the backward pass.
         formed: by the backward pass before it begins, and dropped after.
-        cast: bf16 copies of weights, kept with `kept` or formed with `formed`.
+        cast: bf16 casts of weights, kept with `kept` or formed with `formed`.
     """
 
     kept: float
@@ -70,7 +70,7 @@ class Layers:
     ) -> None:
         self.keeping, self.again, self.n_keeping, self.leaving = keeping, again, size - n_again, leaving
         #: Cast weights that are always there.
-        self.copies = keeping.cast * self.n_keeping if casts_once else 0.0
+        self.always_cast = keeping.cast * self.n_keeping if casts_once else 0.0
         self.kept = self.n_keeping * keeping.kept + n_again * again.kept
         #: Layers that have been through the backward pass -> activations left, and what the next one computes anew.
         self.turns: list[tuple[int, float, float]] = []
@@ -82,8 +82,8 @@ class Layers:
 
     def cast(self, n: int, done: int) -> float:
         """Cast weights when the `n`-th micro-batch in flight has so many layers behind it, and begins the next."""
-        if self.copies:
-            return self.copies + self.again.cast * (done >= self.n_keeping)
+        if self.always_cast:
+            return self.always_cast + self.again.cast * (done >= self.n_keeping)
         if done < self.n_keeping:
             return self.keeping.cast * (n * self.n_keeping - done)
         return self.keeping.cast * (n - 1) * self.n_keeping + self.again.cast

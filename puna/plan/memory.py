@@ -22,7 +22,7 @@ ROWS = {
     "gradients": "this rank's share, or what is on its way to the host",
     "optimizer state": "two moments a weight, with their scales",
     "gathered weights": "sharded weights made whole, of the units in use and the next",
-    "cast weights": "bf16 copies of fp32 weights that wait for the backward pass",
+    "cast weights": "bf16 casts of fp32 weights that wait for the backward pass",
     "activations": "kept for the backward pass, of all micro-batches in flight",
     "working memory": "what one layer computes again, and its gradients; pieces of the update",
     "logits and head": "a chunk of logits, and the gradients of head and hidden states",
@@ -214,7 +214,7 @@ class _Rank:
 
     def fullest(self, layers: Layers) -> Moment:
         """From the loss to the last layer's backward pass, or at the end of the step."""
-        found = self._end.under(0.0, layers.copies, 0.0)
+        found = self._end.under(0.0, layers.always_cast, 0.0)
         most = found.total
         for n, accumulates, loss in self._fullest:
             beside = n * self._output + layers.leaving + self._beside

@@ -23,7 +23,7 @@ ROWS = {
     "tensor parallel": "gathers and sums of tokens; nothing hides them",
     "context parallel": "exchange of keys and values",
     "sharding": "gathers of weights and sums of gradients that products do not hide",
-    "copies": "sums of gradients over dp_replicate",
+    "replicas": "sums of gradients over dp_replicate",
     "pipeline": "idle time, and what stages wait for each other",
     "host": "gradients and activations on their way to host memory and back",
     "update": "the optimizer",
@@ -157,7 +157,7 @@ class Pace:
         return _NOTHING | {
             "pipeline": case.layout.micro_batches * _sending(case, cluster),
             "update": _update(case, cluster.device),
-            "copies": _copies(case, cluster),
+            "replicas": _replicas(case, cluster),
             "sharding": _ends(case, cluster),
         }
 
@@ -230,7 +230,7 @@ def _ends(case: Case, cluster: Cluster) -> float:
     return layout.micro_batches * cluster.seconds(size, layout.shard_size, layout.tp)
 
 
-def _copies(case: Case, cluster: Cluster) -> float:
+def _replicas(case: Case, cluster: Cluster) -> float:
     """Seconds of the sums over dp_replicate, once a step unless gradients leave at once; half hides."""
     layout = case.layout
     own = case.most_layers * case.weights.part("layer", layout.tp, layout.shard_size).own

@@ -41,7 +41,7 @@ def build(
         ),
     )  # fmt: skip
     settings = recipe.optimizer
-    model.sums_copies_once = not settings.in_backward
+    model.sums_replicas_once = not settings.in_backward
     gradients = gradients_of(
         AdamW(model.weights.items(), settings, seed=recipe.seed, bias_correction=recipe.arithmetic != "mindformers"),
         in_backward=settings.in_backward,

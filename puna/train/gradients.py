@@ -252,11 +252,11 @@ class UpdatesInBackward(_Leaving):
 
 def share_of_square(grad: Tensor, parameter: Any) -> Tensor:
     """A rank's share of a gradient's squared 2-norm, in fp32 on its device; ranks with the same part share it."""
-    copies = 1
+    replicas = 1
     if isinstance(parameter, DTensor):
         axes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-        copies = math.prod(size for size, placement in axes if placement.is_replicate())
-    return square_of(local_part(grad)) / copies
+        replicas = math.prod(size for size, placement in axes if placement.is_replicate())
+    return square_of(local_part(grad)) / replicas
 
 
 def square_of(x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _measured(recipe: Recipe, layout: Layout) -> int:
         train_step, model, gradients, _batch(layout.rows_per_rank, recipe.sequence_length), lr=1e-4,
         micro_batch_rows=recipe.micro_batch_rows, max_grad_norm=recipe.optimizer.max_grad_norm,
     )  # fmt: skip
-    weights = {id(weight): weight for weight in (*model.weights.values(), *model.stages[0].parameters())}  # and copies
+    weights = {id(weight): weight for weight in (*model.weights.values(), *model.stages[0].parameters())}  # and casts
     kept = [*weights.values(), *(tensor for kind in gradients.optimizer.state.values() for tensor in kind.values())]
     beyond = peak_bytes(lambda: [step(update=number) for number in (1, 2)])
     return sum(local_part(tensor).nbytes for tensor in kept) + beyond

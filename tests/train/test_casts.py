@@ -1,4 +1,4 @@
-"""Layers that multiply with copies of their weights learn what those learn that cast them, to the last bit."""
+"""Layers that multiply with casts of their weights learn what those learn that cast them, to the last bit."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from puna.data.rows import Row
 from puna.model.config import ModelConfig, preset
 from puna.model.llama import initial_weight
 from puna.model.recompute import prepare_layers
-from puna.parallel.copies import Copies
+from puna.parallel.casts import Casts
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.parallel.model import DistributedModel
@@ -25,10 +25,10 @@ from puna.train.step import summed_loss, train_step
 CONFIG = preset("tiny-64")
 
 
-def build(*, has_copies: bool, **options: Any) -> DistributedModel:
+def build(*, has_casts: bool, **options: Any) -> DistributedModel:
     def prepare(model: Any) -> list[nn.Module]:
         keeping = prepare_layers(model, **{"recompute": "none", "is_compiled": False, **options})
-        return list(keeping) if has_copies else []
+        return list(keeping) if has_casts else []
 
     config = ModelConfig.from_json({**CONFIG.to_json(), "attention_bias": True, "tie_word_embeddings": True})
     model = DistributedModel.build(
@@ -74,8 +74,8 @@ def batch() -> Batch:
     ids=str,
 )
 def test_steps_are_those_of_a_network_that_casts(batch, options, fields):
-    numbers, weights = learn(build(has_copies=True, **options), batch, **fields)
-    expected_numbers, expected = learn(build(has_copies=False, **options), batch, **fields)
+    numbers, weights = learn(build(has_casts=True, **options), batch, **fields)
+    expected_numbers, expected = learn(build(has_casts=False, **options), batch, **fields)
     assert numbers == expected_numbers
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
@@ -85,7 +85,7 @@ def test_steps_are_those_of_a_network_that_casts(batch, options, fields):
 
 def test_gradients_are_those_of_fp32_but_for_rounding_that_goes_both_ways(batch):
     batch.targets[0, :3] = IGNORE  # in bf16, 1 / 253 is 0.37 % too large
-    found, expected = (build(has_copies=False), build(has_copies=False))
+    found, expected = (build(has_casts=False), build(has_casts=False))
     expected.stages[0].llama.compute_dtype = torch.float32
     norms = []
     for model in (found, expected):
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_fp32_but_for_rounding_that_goes_both_ways(batch)
 
 
 def test_layers_that_recompute_have_none():
-    first, *rest = build(has_copies=True, recompute="block", n_recomputed=1).stages[0].llama.model.layers
+    first, *rest = build(has_casts=True, recompute="block", n_recomputed=1).stages[0].llama.model.layers
     assert {weight.dtype for weight in first.parameters()} == {torch.float32}
     assert all(layer.mlp.up_proj.weight.dtype == torch.bfloat16 for layer in rest)
     assert rest
@@ -108,8 +108,8 @@ def test_hooks_of_originals_are_called_for_every_gradient():
     layer = nn.Linear(4, 3, bias=False)
     original, seen = layer.weight, []
     original.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
-    copies = Copies([layer], torch.bfloat16)
-    copies.refresh()
+    casts = Casts([layer], torch.bfloat16)
+    casts.refresh()
     for scale in (1.0, 2.0):
         (layer(torch.full((2, 4), scale, dtype=torch.bfloat16)).sum()).backward()
     assert layer.weight is not original

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,18 +70,19 @@ def evaluate(
     if nproc is not None and (not models or samples is not None or server is not None):
         raise UsageError("--nproc is for a model that computes here; leave it out")
     leave_to_processes(context, nproc)
+    from puna.evaluate import check
     from puna.evaluate import evaluate as score
     from puna.evaluate.comparing import why_not
 
-    options = {name: value for name, value in context.params.items() if name not in OF_ALL}
-    results, folders = [], []
-    several = len(models or []) > 1
-    is_alone = "RANK" not in os.environ
+    options = {name: value for name, value in context.params.items() if name not in OF_ALL} | {"dtype": dtype}
+    names = models or []
+    folders = _folders(names, output)
+    is_alone, results = "RANK" not in os.environ, []
     with contextlib.nullcontext() if is_alone else processes(device):
-        for model in models or [""]:
-            folder = output / model.strip("/").replace("/", "_") if several and output is not None else output
-            folders += [folder] if folder is not None else []
-            results.append(score(benchmark, model or None, dtype=dtype, device=device, output=folder, **options))
+        for model, folder in zip(names, folders, strict=True) if len(names) > 1 else ():
+            check(benchmark, model, output=folder, **options)
+        for model, folder in zip(names or [""], folders, strict=True):
+            results.append(score(benchmark, model or None, device=device, output=folder, **options))
     if not is_alone and os.environ["RANK"] != "0":
         return  # the first process speaks for all
     for result in results[1:]:
@@ -89,7 +91,7 @@ def evaluate(
     if output is not None:
         from puna.report.evaluation import write_evaluation
 
-        say(f"report: {write_evaluation(folders, output / 'report.html')}")
+        say(f"report: {write_evaluation(list(filter(None, folders)), output / 'report.html')}")
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else {"benchmark": benchmark, "results": results}))
     elif len(results) == 1:
@@ -100,6 +102,20 @@ def evaluate(
         _print_paper(results[0])
     else:
         _print_table(results)
+
+
+def _folders(models: Sequence[str], output: Path | None) -> list[Path | None]:
+    """Where results go, a model each; a folder inside `output` where there are several."""
+    if len(models) < 2 or output is None:
+        return [output] * max(1, len(models))
+    folders: dict[Path, str] = {}
+    for model in models:
+        parts = [part for part in Path(model).parts if part not in ("/", "..")] or [Path(model).resolve().name]
+        folder = output / "_".join(parts)
+        if folder in folders:
+            raise UsageError(f"{folders[folder]} and {model} would both go to {folder}; score them one by one")
+        folders[folder] = model
+    return list(folders)
 
 
 def _print_paper(result: dict[str, Any]) -> None:

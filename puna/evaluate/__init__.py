@@ -89,18 +89,33 @@ def evaluate(
         return of_first_rank(result, patient)
 
 
+def check(benchmark: str, model: str, *, dtype: Any = None, output: Path | str | None = None, **options: Any) -> None:
+    """Says what `evaluate` would say of a model's files, and of its folder, when those before it are scored.
+
+    Raises:
+        PunaError: a file is missing or damaged, or the folder is another result's.
+        UsageError: no such benchmark or option.
+    """
+    from puna.evaluate.stored import Stored
+
+    module = benchmarks.find(benchmark)
+    options = {name: value for name, value in options.items() if value is not None}
+    benchmarks.check_options(module, options)
+    if "server" in options:
+        return
+    stored = Stored(model, dtype)
+    stored.check()
+    if output is not None:
+        _check_same(Path(output), _known(benchmark, stored, options))
+
+
 def _result(
     benchmark: str, model: Any, tokenizer: Any, output: Path | str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a benchmark says, and of which model; written into a folder if there is one."""
-    from puna.evaluate.stored import Stored
     from puna.files import check_writable, write_json
 
-    module = benchmarks.find(benchmark)
-    known: dict[str, Any] = {"benchmark": benchmark}
-    if isinstance(model, Stored):
-        known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
-    known["options"] = _asked(module, options, model)
+    module, known = benchmarks.find(benchmark), _known(benchmark, model, options)
     if output is not None:
         check_writable(output)
         _check_same(Path(output), known)
@@ -116,8 +131,17 @@ def _result(
     return result
 
 
+def _known(benchmark: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Of a result, what is known before: what is scored, and all that it is asked, by default too."""
+    from puna.evaluate.stored import Stored
+
+    known: dict[str, Any] = {"benchmark": benchmark}
+    if isinstance(model, Stored):
+        known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+    return known | {"options": _asked(benchmarks.find(benchmark), options, model)}
+
+
 def _asked(module: ModuleType, options: dict[str, Any], model: Any) -> dict[str, Any]:
-    """All that a benchmark was asked, by default too, but for what changes no score."""
     defaults = {name: option.default for name, option in inspect.signature(module.evaluate).parameters.items()}
     asked = defaults | options | {"dtype": getattr(model, "dtype", None)}
     return {

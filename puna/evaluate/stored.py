@@ -29,6 +29,22 @@ class Stored:
 
         return mark_of(file for kind in OF_A_MODEL for file in Path(self.name).glob(kind))
 
+    def check(self) -> None:
+        """Says at once what loading would say; of a hub id, which is not here yet, nothing.
+
+        Raises:
+            PunaError: a file is missing, damaged or not what it should be.
+        """
+        from puna.checkpoint import is_hub_id
+        from puna.checkpoint.huggingface import load_quantized_config
+        from puna.checkpoint.weights import open_weights
+        from puna.tokenizer import load_tokenizer
+
+        if not is_hub_id(self.name):
+            load_quantized_config(self.name)
+            load_tokenizer(self.name)
+            open_weights(self.name)
+
     def __post_init__(self) -> None:
         from puna.checkpoint import is_hub_id, resolve
 

@@ -310,6 +310,41 @@ def test_several_models_stand_in_one_table_and_one_page(
     assert [one["model"] for one in json.loads(capsys.readouterr().out)["results"]] == models
 
 
+def test_several_models_are_all_looked_at_before_the_first_is_scored(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("m").symlink_to(tiny_model_folder)
+    Path("a.py").write_text("import os\n" * 9)
+    command = ["--corpus", "a.py", "--cases", "1", "--max-tokens", "1", "--device", "cpu", "-o", "../out"]
+
+    def refused(models: list[str], message: str) -> None:
+        assert run(["evaluate", "completion", *models, *command]) in (1, 2)
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "completing" not in captured.err
+
+    for lacking, message in (
+        ("tokenizer*", "holds neither tokenizer.model nor"),
+        ("*.safetensors", "holds no weights"),
+        ("config.json", "has no config.json"),
+    ):
+        shutil.copytree(tiny_model_folder, "other", dirs_exist_ok=True)
+        for file in Path("other").glob(lacking):
+            file.unlink()
+        refused(["m", "other"], message)
+    refused(["m", "nowhere"], "there is no folder nowhere")
+    refused(["m", "./m"], "m and ./m would both go to ../out/m; score them one by one")
+    shutil.copytree(tiny_model_folder, "..", dirs_exist_ok=True)
+    assert run(["evaluate", "completion", "m", "..", *command]) == 0
+    assert sorted(path.name for path in Path("../out").iterdir()) == sorted(["m", tmp_path.name, "report.html"])
+    capsys.readouterr()
+    Path("../out/m").rename(f"../out/{tmp_path.name}-before")
+    Path(f"../out/{tmp_path.name}").rename("../out/m")
+    refused(["..", "m"], "out/m holds the result of another run: its model is .., this one's m")
+
+
 def test_scores_by_position_become_a_curve(tmp_path: Path) -> None:
     spans = [{"from": 1, "to": 255, "perplexity": 9.0}, {"from": 256, "to": 511, "perplexity": 7.5}]
     result = {"benchmark": "perplexity", "perplexity": 8.1, "by_position": spans, "model": "ours"}

@@ -26,7 +26,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 #: A path, or a name; ~ is the home folder.
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class _Strict(BaseModel):
@@ -36,9 +36,9 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """What is learned from."""
 
-    train: Place | Annotated[dict[Place, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    train: Location | Annotated[dict[Location, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """A prepared folder, or several with their weights: {data/mine: 0.9, data/chat: 0.1}."""
-    valid: Place | None = None
+    valid: Location | None = None
     """A prepared folder that is only measured; null: none."""
     fill: Literal["auto", "end-to-end", "whole-documents"] = "auto"
     """How documents fill rows; auto: as the prepared folder says (whole documents for dialogs and infilling)."""
@@ -135,13 +135,13 @@ class Log(_Strict):
 class Recipe(_Strict):
     """A training run."""
 
-    model: Place
+    model: Location
     """A preset (random weights) or a folder in Hugging Face layout (its weights)."""
-    start: Place | None = None
+    start: Location | None = None
     """A folder in Hugging Face layout whose weights and config.json are taken instead; null: as `model` says."""
     data: Data
     sequence_length: Annotated[int, Field(ge=2)] = 4096
-    run_dir: Place
+    run_dir: Location
     steps: Positive
     batch_tokens: Positive
     """Tokens of one optimizer step over all devices; a multiple of `sequence_length`."""

@@ -119,9 +119,9 @@ class DistributedModel:
             whole: gives a whole weight by name and shape; mapped memory is best, for only this rank's part is read.
         """
         for name, weight in self.weights.items():
-            part, index = local_part(weight)
+            part = weight.to_local() if isinstance(weight, DTensor) else weight
             if part.numel():
-                part.copy_(whole(name, tuple(weight.shape))[index])
+                part.copy_(whole(name, tuple(weight.shape))[_index_of_part(weight)])
 
     def forward_backward(self, batch: Batch, loss: Loss, *, micro_batch_rows: int) -> float:
         """Adds the gradients of `loss` over this rank's rows to the weights' gradients.
@@ -265,10 +265,9 @@ def _shard(stage: Stage, ranks: Ranks, settings: Parallel) -> None:
                 share_through_memory(module, ranks.memory, formed)
 
 
-def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The values of a weight that this rank holds, and their place in the whole."""
+def _index_of_part(weight: Tensor) -> tuple[slice, ...]:
+    """Where in a whole weight lies what this rank holds of it."""
     if not isinstance(weight, DTensor):
-        return weight.detach(), tuple(slice(None) for _ in weight.shape)
+        return tuple(slice(None) for _ in weight.shape)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return weight.to_local().detach(), index
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

@@ -4,11 +4,13 @@ r"""Answers from a server that speaks OpenAI's API: vLLM, llama.cpp's, or whatev
     Ask("def f(x):\n", suffix="return y\n")    POST /v1/completions        {"prompt": …, "suffix": …}
     a chat template is named                  POST /v1/chat/completions   {"messages": [{"role": "user", …}]}
 
-Whether a server obeys seeds is its own affair; a run that goes on asks for what is missing alone.
+A server that wants a key gets that of the environment variable OPENAI_API_KEY. Whether a server obeys seeds is its own
+affair; a run that goes on asks for what is missing alone.
 """
 
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +23,9 @@ from puna.evaluate.completing import PROTOCOLS, Ask, How, OnAnswer
 
 #: OpenAI's API takes no more stop strings; what is written beyond the others is cut here all the same.
 MOST_STOPS = 4
+
+#: Names the key of a server that wants one.
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 #: Requests at once by default: a server may have few places, and one that waits too long for its turn fails.
 REQUESTS = 8
@@ -52,7 +57,7 @@ class RemoteCompleter:
         model: what the server calls the model.
 
     Raises:
-        UsageError: the URL is none.
+        UsageError: the URL is none, or the key cannot be one.
         PunaError: the server cannot be reached, or has no model.
     """
 
@@ -70,6 +75,9 @@ class RemoteCompleter:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url} is not a server's URL; begin it with http:// or https://")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UsageError(f"{KEY_VARIABLE} holds characters that are of no key; set it again")
         self._batch_rows, self._is_chat, self._fills_gaps = batch_rows, is_chat, False
         self.model = model or self._first_model()
         self._settings: dict[str, Any] = {
@@ -131,24 +139,32 @@ class RemoteCompleter:
         try:
             return answer["choices"][0]
         except (KeyError, IndexError, TypeError):
-            raise PunaError(f"{self.url}{path} answered without choices: {str(answer)[:200]}") from None
+            raise PunaError(f"{self.url}{path} answered without choices: {self._without_key(answer)[:200]}") from None
 
     def _request(self, path: str, request: dict[str, Any] | None) -> Any:
         body = None if request is None else json.dumps(request).encode()
         asked = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        if self._key:
+            asked.add_unredirected_header("Authorization", f"Bearer {self._key}")  # nobody else gets it
         for pause in (*PAUSE_SECONDS, None):
             try:
                 with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
-                said = f"{error.code} {error.reason}: {_body(error)}"
+                said = self._without_key(f"{error.code} {error.reason}: {_body(error)}")
                 if pause is None or error.code not in (429, 500, 502, 503, 504):
-                    raise PunaError(f"{self.url}{path} refuses: {said}") from None
+                    hint = f"; is the key in {KEY_VARIABLE} right?" if error.code in (401, 403) else ""
+                    raise PunaError(f"{self.url}{path} refuses: {said}{hint}") from None
             except (*BROKEN_OFF, ValueError) as error:  # or it is no JSON
                 if pause is None or body is None:
-                    raise PunaError(f"{self.url}{path} cannot be reached: {error}; is the server up?") from None
+                    said = self._without_key(error)
+                    raise PunaError(f"{self.url}{path} cannot be reached: {said}; is the server up?") from None
             time.sleep(pause)
         raise AssertionError("the last try has no pause")
+
+    def _without_key(self, said: Any) -> str:
+        """What is said, for a message; a server may repeat what it was sent."""
+        return str(said).replace(self._key, "…") if self._key else str(said)
 
 
 def _body(error: urllib.error.HTTPError) -> str:

@@ -32,6 +32,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[tuple[str, Any]] = []
         self.failures: list[int] = []
+        self.key: str | None = None
         self.answer: Any = {
             "choices": [{"text": "    return 1\n", "message": {"content": "```\ndef one(): return 1\n```"}}]
         }
@@ -42,15 +43,25 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        self._say(200, {"data": [{"id": "first"}, {"id": "second"}]})
+        if self._is_known():
+            self._say(200, {"data": [{"id": "first"}, {"id": "second"}]})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.requests.append((self.path, json.loads(body)))
+        if not self._is_known():
+            return
         if self.server.failures:
             self._say(self.server.failures.pop(), {"error": "too much at once"})
         else:
             self._say(200, self.server.answer)
+
+    def _is_known(self) -> bool:
+        given = self.headers["Authorization"]
+        if self.server.key is None or given == f"Bearer {self.server.key}":
+            return True
+        self._say(401, {"error": f"wrong: {given}"})
+        return False
 
     def _say(self, code: int, what: Any) -> None:
         self.send_response(code)
@@ -200,6 +211,30 @@ def test_a_served_model_is_scored(
     assert (result["model"], result["pass@1"]) == ("second", 1.0)
     assert [path for path, _ in server.requests] == ["/v1/completions", "/v1/chat/completions"]
     assert evaluate("humaneval", server=server.url, data=tmp_path / "tasks.jsonl")["model"] == "first"
+
+
+def test_a_server_that_wants_a_key_gets_it_and_nothing_else_has_it(
+    server: FakeServer,
+    bubblewrap: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(TASK))
+    server.key = "sk-secret"
+    command = ["evaluate", "humaneval", "--server", server.url, "--data", str(tmp_path / "tasks.jsonl")]
+    command += ["-o", str(tmp_path / "out")]
+    for key, said in (("", "wrong: None"), ("sk-other", "wrong: Bearer …"), ("sk-\nother", "set it again")):
+        monkeypatch.setenv(remote.KEY_VARIABLE, key)
+        assert run(command) != 0
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert "other" not in captured.err
+    monkeypatch.setenv(remote.KEY_VARIABLE, "sk-secret\n")
+    assert run([*command, "--json"]) == 0
+    written = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert len(written) > 4
+    assert not any("sk-secret" in text for text in [*capsys.readouterr(), *written])
 
 
 def test_a_run_goes_on_with_another_server_or_version_and_names_both(

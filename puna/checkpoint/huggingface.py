@@ -22,7 +22,6 @@ from puna.checkpoint.room import check_room
 from puna.checkpoint.tensors import StoredTensor, check_range, dtype_name, dtype_of
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
 from puna.checkpoint.weights import open_weights, some, write_weights
-from puna.devices import has_fast_bf16
 from puna.errors import PunaError, UsageError
 from puna.files import folder_aside, read_json, write_json
 from puna.model.config import ModelConfig, ends_of
@@ -104,8 +103,8 @@ def build_model(
 ) -> Llama:
     """Makes a model, or a share of one, of stored tensors, reading one at a time; arguments as for `load`.
 
-    A quantised model computes in bf16 where the device is fast at it, else as its other weights are stored, in bf16
-    where that is fp16. One whose weights are stored in several dtypes computes in that of most of them.
+    A quantised model computes in bf16 unless asked for fp32; one whose weights are stored in several dtypes, in that of
+    most of them.
 
     Raises:
         PunaError: the tensors are not exactly those of the model, or there is no room for them.
@@ -114,7 +113,7 @@ def build_model(
     dtype, device = dtype_of(dtype), torch.device(device)
     tensors = fit(config, tensors, quantization)
     if quantization is not None:
-        dtype = _compute_dtype(dtype, tensors[EMBEDDING].dtype, device)
+        dtype = _compute_dtype(dtype)
     whole = tensors
     if share is not None:
         tensors = {name: stored.part(share.index(name, stored.shape)) for name, stored in whole.items()}
@@ -205,12 +204,10 @@ def parameter_shapes(config: ModelConfig, quantization: Quantization | None = No
     return {name: tuple(values.shape) for name, values in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _compute_dtype(asked: torch.dtype | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _compute_dtype(asked: torch.dtype | None) -> torch.dtype:
     if asked == torch.float16:
         raise UsageError("quantised weights are multiplied in bf16 or fp32; take one of these instead of fp16")
-    if asked is None:
-        return torch.bfloat16 if stored == torch.float16 or has_fast_bf16(device) else stored
-    return asked
+    return asked or torch.bfloat16
 
 
 def load_config(folder: Path | str, *, rope_theta: float | None = None) -> ModelConfig:

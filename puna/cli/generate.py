@@ -32,9 +32,7 @@ MinP = Annotated[float, typer.Option(help="Only tokens at least this fraction as
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated; newline: $'\\n'.")]
 Seed = Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored, quantised weights bf16 where it is fast.")
-]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored, or bf16 where quantised.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, npu …; default: an accelerator if there is one.")]
 CacheDtype = Annotated[
     str | None,
@@ -262,7 +260,7 @@ def open_model(name: str, dtype: str | None, device: str | None, context: int | 
         raise PunaError(f"{folder} has no tokenizer; copy the model's tokenizer.model or tokenizer.json there")
     dtype_in_use = model.compute_dtype or model.lm_head.weight.dtype
     is_slow = dtype_in_use.itemsize == 2 if place.type == "cpu" else dtype_in_use == torch.bfloat16
-    is_quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())  # fp32 is slow there
+    is_quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())  # fp32 is no faster then
     if is_slow and not is_quantized and not has_fast_bf16(place):
         kind, faster = ("16-bit numbers", "fp32") if place.type == "cpu" else ("bf16", "fp16")
         say(f"{device_name(place)} has no units for {kind}; --dtype {faster} is many times faster")

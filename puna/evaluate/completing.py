@@ -4,13 +4,14 @@ r"""What a benchmark asks of a model, and what answers: a model's engine, with a
     Ask("def f(x):\n", suffix="    return y\n")         to be filled in between
     Ask("def f(x):\n", question="Complete …")           to be answered, by a model with a chat template
 
-A prompt that is too long for the model loses what is far from the answer.
+A prompt that is too long for the model loses what is far from the answer; a question that is, is refused.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from puna.errors import PunaError
 from puna.evaluate.stored import is_shared
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ class Ask:
         prefix: what the answer continues.
         suffix: what follows the gap that the answer fills; None: nothing is to be filled in.
         question: what a model with a chat template is asked instead; None: the prefix.
+        name: of the task, for messages.
     """
 
     prefix: str
     suffix: str | None = None
     question: str | None = None
+    name: str = "a task"
 
 
 #: Called with the number of an ask and its answer, once that is there.
@@ -146,8 +149,7 @@ class Completer:
     def _asked(self, ask: Ask) -> "tuple[list[int], Sampling]":
         """The prompt's tokens, and how they are completed."""
         if self.template is not None:
-            question = ask.prefix if ask.question is None else ask.question
-            return self.template.encode(self.tokenizer, [{"role": "user", "content": question}]).tokens, self.sampling
+            return self._question(ask), self.sampling
         if ask.suffix is not None:
             return self._gap(ask.prefix, ask.suffix)
         first, *tokens = self.tokenizer.encode(ask.prefix, bos=True)
@@ -156,6 +158,18 @@ class Completer:
             self.cut_prompts += 1
             tokens = tokens[len(tokens) - room :]
         return [first, *tokens], self.sampling
+
+    def _question(self, ask: Ask) -> list[int]:
+        question = ask.prefix if ask.question is None else ask.question
+        assert self.template is not None
+        tokens = self.template.encode(self.tokenizer, [{"role": "user", "content": question}]).tokens
+        context = self.model.config.max_position_embeddings
+        if len(tokens) >= context:
+            raise PunaError(
+                f"the question of {ask.name} has {len(tokens)} tokens, and the model's context is {context}; score a "
+                "model with a longer one, or leave --template out: of prompts that are continued the beginning is cut"
+            )
+        return tokens
 
     def _gap(self, prefix: str, suffix: str) -> "tuple[list[int], Sampling]":
         from puna.generate import gap_prompt

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,7 +310,7 @@ class _Wanted:
     ) -> list[Sample]:
         """All of them, in the order of the tasks; those of the log are not asked for again."""
         found = {(line["task_id"], line["number"]): read_sample(line, SAMPLES) for line in log.lines}
-        asks = {task.task_id: benchmark.ask(task) for task in self.tasks.values()}
+        asks = {name: replace(benchmark.ask(task), name=name) for name, task in self.tasks.items()}
         every = [(task_id, number) for task_id in self.tasks for number in range(self.count)]
         left = [one for one in every if one not in found]
         for sample in found.values():
@@ -366,7 +366,8 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
     check_writable(folder)
     path = folder / "settings.json"
-    if path.exists() and any((folder / name).exists() for name in (SAMPLES, VERDICTS_LOG)):
+    logs = [log for name in (SAMPLES, VERDICTS_LOG) if (log := folder / name).exists()]
+    if path.exists() and any(log.stat().st_size for log in logs):
         before = read_json(path)
         for name in SOURCES:
             old, new = before.pop(name, None), settings.get(name)

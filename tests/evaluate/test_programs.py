@@ -19,7 +19,7 @@ from puna.evaluate.judging import Judge
 from puna.evaluate.paper import paper_name, table
 from puna.evaluate.samples import Log, Sample
 from puna.evaluate.sandbox import Judgement
-from puna.testing import ScriptedModel, write_tiny_model, write_tiny_tasks
+from puna.testing import ScriptedModel, tiny_model, write_tiny_model, write_tiny_tasks
 
 
 @pytest.fixture
@@ -226,6 +226,22 @@ def test_an_instruct_model_is_asked_in_its_layout_and_its_code_taken_out_of_the_
     line = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])
     assert line["answer"].startswith("Of course!")
     assert line["solution"].startswith("def f")
+
+
+def test_a_question_beyond_the_context_is_named_before_any_is_answered(
+    bubblewrap: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    data = write_tiny_tasks(tmp_path / "tasks.jsonl", 3)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[1]["prompt"] = f"# {'long ' * 100}\n{lines[1]['prompt']}"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, tokenizer = puna.load(tiny_model_folder)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "data": data, "max_tokens": 4, "output": tmp_path / "run"}
+    with pytest.raises(PunaError, match=r"question of Tiny/1 has \d+ tokens, and the model's context is 256; score a"):
+        evaluate("humaneval", model, template="codellama", **options)
+    assert (tmp_path / "run/samples.jsonl").read_text() == ""
+    assert evaluate("humaneval", model, **options)["cut_prompts"] == 1
 
 
 @pytest.mark.parametrize(

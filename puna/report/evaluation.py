@@ -137,7 +137,7 @@ def _details(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _grid(details: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """A row of squares a model: the verdict of most of a task's samples, and the share that passed."""
+    """A row of squares a model: a task whose samples pass, the fainter the fewer do; else what befell most of them."""
     return [
         {
             "name": model,

@@ -6,7 +6,6 @@
 
 import gc
 import inspect
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -37,8 +36,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model, or samples that were made before, on a benchmark.
 
-    Where torchrun started several processes, all of them call this: they share a model that is loaded, the first writes
-    and judges, and all have the result. So it is, too, with a model in memory that processes share.
+    Processes that torchrun started and `torch.distributed.init_process_group` joined all call this: they share the
+    model, if they load it or hold it so already; the first writes and judges, and all have the result.
 
     Args:
         benchmark: a file of `puna/evaluate/benchmarks`, e.g. "humaneval" or "completion".
@@ -56,7 +55,7 @@ def evaluate(
 
     Raises:
         PunaError: a file is missing or not what it should be, or the sandbox does not work here.
-        UsageError: no such benchmark or option.
+        UsageError: no such benchmark or option, or processes that were started together have not been joined.
     """
     from puna.evaluate.stored import Stored, is_helper, is_shared, loaded  # here: the sandbox needs no more than Python
 
@@ -68,25 +67,22 @@ def evaluate(
         from puna.generate.engine.storage import storage_dtype
 
         storage_dtype(options["cache_dtype"], pick_device(device))
-    with ExitStack() as stack:
-        if isinstance(model, str | Path) and "server" not in options:
-            from puna.devices import pick_device
-            from puna.parallel.mesh import process_group, rank_device
+    if isinstance(model, str | Path) and "server" not in options:
+        from puna.devices import pick_device
+        from puna.parallel.mesh import rank_device
 
-            place = rank_device(pick_device(device))
-            stack.enter_context(process_group(place))
-            model = Stored(str(model), dtype, place)
-        elif model is not None and "server" not in options:
-            loaded(model, tokenizer)  # refuses one in memory that has no tokenizer
-        if not is_shared(model):
-            return _result(benchmark, model, tokenizer, output, options)
-        import torch.distributed as dist
+        model = Stored(str(model), dtype, rank_device(pick_device(device)))
+    elif model is not None and "server" not in options:
+        loaded(model, tokenizer)  # refuses one in memory that has no tokenizer
+    if not is_shared(model):
+        return _result(benchmark, model, tokenizer, output, options)
+    import torch.distributed as dist
 
-        from puna.parallel.collectives import of_first_rank
+    from puna.parallel.collectives import of_first_rank
 
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        result = _result(benchmark, model, tokenizer, None if is_helper(model) else output, options)
-        return of_first_rank(result, patient)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    result = _result(benchmark, model, tokenizer, None if is_helper(model) else output, options)
+    return of_first_rank(result, patient)
 
 
 def check(benchmark: str, model: str, *, dtype: Any = None, output: Path | str | None = None, **options: Any) -> None:
@@ -138,15 +134,15 @@ def _known(benchmark: str, model: Any, options: dict[str, Any]) -> dict[str, Any
     known: dict[str, Any] = {"benchmark": benchmark}
     if isinstance(model, Stored):
         known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
-    return known | {"options": _asked(benchmarks.find(benchmark), options, model)}
+    dtype = model.dtype if isinstance(model, Stored) else None
+    return known | {"options": _asked(benchmarks.find(benchmark), options | {"dtype": dtype})}
 
 
-def _asked(module: ModuleType, options: dict[str, Any], model: Any) -> dict[str, Any]:
+def _asked(module: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: option.default for name, option in inspect.signature(module.evaluate).parameters.items()}
-    asked = defaults | options | {"dtype": getattr(model, "dtype", None)}
     return {
         name: value if isinstance(value, int | float | None) else str(value)
-        for name, value in asked.items()
+        for name, value in (defaults | options).items()
         if name not in NO_QUESTIONS
     }
 

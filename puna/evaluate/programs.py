@@ -196,7 +196,7 @@ class Programs(ABC):
                 answers: dict[str, Any] = {"file": Path(samples).name, "sha256": sha256_of(samples)}
             else:
                 answers = {"protocol": protocol, **vars(how), "max_tokens": most, "seed": seed, "template": template}
-                of_model = {"dtype": getattr(model, "dtype", None), "cache_dtype": cache_dtype}
+                of_model = {"dtype": model.dtype if isinstance(model, Stored) else None, "cache_dtype": cache_dtype}
                 answers |= {name: str(value) for name, value in of_model.items() if value is not None}
                 if self.ask(next(iter(tasks.values()))).suffix is not None:  # gaps are filled in
                     answers["order"] = order

@@ -90,10 +90,21 @@ def computed_in(model: Any) -> str:
 
 
 def is_shared(model: Any) -> bool:
-    """Whether processes hold a model together, or will once it is loaded; all of them go through a benchmark then."""
+    """Whether processes hold a model together, or will once it is loaded; all of them go through a benchmark then.
+
+    Raises:
+        UsageError: several processes were started, and each would load the whole of it.
+    """
     if isinstance(model, Stored):
         import torch.distributed as dist
 
+        from puna.parallel.mesh import world_size
+
+        if world_size() > 1 and not dist.is_initialized():
+            raise UsageError(
+                f"{world_size()} processes were started together; join them first, once: "
+                "torch.distributed.init_process_group()"
+            )
         return dist.is_initialized()
     if not hasattr(model, "lm_head"):  # none, or a server's
         return False

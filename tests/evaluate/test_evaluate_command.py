@@ -113,8 +113,6 @@ def test_a_model_without_a_tokenizer_is_refused() -> None:
 
 
 def test_every_file_of_the_folder_is_a_benchmark() -> None:
-    folder = Path(benchmarks.__file__).parent
-    assert benchmarks.names() == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     for name in benchmarks.names():
         assert callable(benchmarks.find(name).evaluate)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import puna
 from puna.cli import run
+from puna.errors import UsageError
 from puna.evaluate import evaluate
 from puna.testing import write_tiny_model, write_tiny_tasks
 
@@ -73,6 +73,14 @@ def test_what_the_first_process_alone_finds_wrong_ends_all_with_one_message(
     assert "Traceback" not in said
 
 
+def test_processes_that_have_not_been_joined_load_no_model_each(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"2 processes were started together; join them first, .*init_process_group"):
+        evaluate("completion", str(tiny_model_folder), corpus=tmp_path, device="cpu")
+
+
 def test_processes_that_have_nothing_to_share_are_refused(
     tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,5 +89,5 @@ def test_processes_that_have_nothing_to_share_are_refused(
         assert "--nproc is for a model that computes here; leave it out" in capsys.readouterr().err
     assert run(["evaluate", "completion", str(tiny_model_folder), "--corpus", ".", "--nproc", "3"]) == 2
     assert "--nproc=3" in capsys.readouterr().err
-    with pytest.raises(puna.errors.UsageError, match="completion has no option nproc"):
+    with pytest.raises(UsageError, match="completion has no option nproc"):
         evaluate("completion", str(tiny_model_folder), corpus=".", nproc=2)

@@ -22,7 +22,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Folder of another one.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what two results differ by, whether that is more than chance, and which tasks changed."""
+    """Say whether two results differ by more than chance, and in which tasks."""
     from puna.evaluate.comparing import compare as compared
 
     result = compared(first, second)

@@ -22,7 +22,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Folder of another one.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say whether two results differ by more than chance, and in which tasks."""
+    """Say whether two results differ by more than chance, and where."""
     from puna.evaluate.comparing import compare as compared
 
     result = compared(first, second)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from export import forget, shape_of
-from record import record
+from record import arguments, record
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=None, help="where to work; default: the folder for temporary files")
-    args = parser.parse_args()
+    args = arguments(parser)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         results = context.Queue()
-        arguments = (folder, args.gb, args.rounds + 1, results)
-        ranks = [context.Process(target=measure, args=(rank, *arguments)) for rank in range(RANKS)]
+        rest = (folder, args.gb, args.rounds + 1, results)
+        ranks = [context.Process(target=measure, args=(rank, *rest)) for rank in range(RANKS)]
         for rank in ranks:
             rank.start()
         rows = results.get()

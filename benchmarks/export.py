@@ -25,7 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from record import record
+from record import arguments, record
 
 from puna.checkpoint import export
 from puna.checkpoint.huggingface import parameter_shapes
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sharded", help="a preset to export as four ranks saved it, too")
     parser.add_argument("--dir", type=Path, default=None, help="where to work; default: the folder for temporary files")
-    args = parser.parse_args()
+    args = arguments(parser)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         config = shape_of(args.gb)
         size = 4 * config.parameter_count

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from record import record
+from record import arguments, record
 
 from puna.config import Recipe, load_recipe
 from puna.devices import PROFILES
@@ -156,7 +156,7 @@ RUNS = [
 
 def main() -> None:
     """Predicts every run and records."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     rows = [_row(run) for run in RUNS]
     predicted = [row for row in rows if "error" in row]
     missed = [f"{row['source']} {row['model']}@{row['length']}" for row in predicted if abs(row["error"]) > GOAL]

@@ -1,11 +1,16 @@
-"""Where a measurement goes: `results/NAME.json`, with the machine, versions and commit that it was made with."""
+"""Where a measurement goes: `results/NAME.json`, with the machine, versions and commit that it was made with.
 
+Only code that is in a commit is measured. With RESULTS=FOLDER any is, and results go there: to try a benchmark.
+"""
+
+import argparse
 import compileall
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +22,26 @@ from puna.files import write_json
 #: Packages whose version a reader needs to repeat a measurement.
 PACKAGES = ("torch", "transformers", "sentencepiece", "tokenizers", "pyarrow", "numpy", "safetensors")
 
+#: What a measurement depends on, for git.
+CODE = ("puna", "benchmarks", ":!benchmarks/results")
+
 
 def compile_puna() -> None:
     """Makes puna's bytecode, as pip does of what it installs, so that no process that is timed compiles it first."""
     compileall.compile_dir(Path(puna.__file__).parent, quiet=1)
 
 
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What a benchmark is told; where it could not be recorded it ends here, before anything is measured."""
+    args = parser.parse_args()
+    commit()
+    return args
+
+
 def record(
     name: str, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None, *, command: str | None = None
 ) -> Path:
-    """Writes and prints a benchmark's result.
+    """Prints a benchmark's result and writes it.
 
     Args:
         name: of the benchmark; its file in `results/` is replaced.
@@ -36,12 +51,37 @@ def record(
 
     Returns:
         The file.
+
+    Raises:
+        SystemExit: as `commit`; it is printed nevertheless.
     """
-    result = {"benchmark": name, "command": command or _command(), **_origin(), **(facts or {}), "rows": rows}
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    write_json(path, result)
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    measured = {**(facts or {}), "rows": rows}
+    print(json.dumps(measured, indent=2, ensure_ascii=False))
+    path = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"benchmark": name, "command": command or _command(), **_origin(), **measured})
     return path
+
+
+def commit() -> str:
+    """The commit that is measured; COMMIT names it where git is not there.
+
+    Raises:
+        SystemExit: it would not be what is measured.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
+    name, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--", *CODE)
+    if os.environ.get("RESULTS"):
+        return name + ("+changes" if changes else "")
+    if not name:
+        raise SystemExit("git knows no commit here, so nobody could repeat this measurement; name it: COMMIT=…")
+    if changes:
+        raise SystemExit(
+            f"nobody could repeat this measurement, for no commit has these changes:\n{changes}\n"
+            "commit them, or only try the benchmark: RESULTS=FOLDER python benchmarks/…"
+        )
+    return name
 
 
 def _command() -> str:
@@ -53,7 +93,7 @@ def _origin() -> dict[str, Any]:
     found = {package: _version(package) for package in PACKAGES}
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("COMMIT") or _commit(),
+        "commit": commit(),
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),
@@ -81,10 +121,8 @@ def _processor() -> str:
     )
 
 
-def _commit() -> str:
-    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+def _git(*words: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    root = Path(__file__).parents[1]
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import compile_puna, record
+from record import arguments, compile_puna, record
 
 #: What is started, and the seconds that it may take.
 COMMANDS = {
@@ -24,7 +24,7 @@ def main() -> None:
     """Measures and records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    args = parser.parse_args()
+    args = arguments(parser)
     compile_puna()
     rows = []
     for name, (command, goal) in COMMANDS.items():

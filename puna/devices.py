@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,8 +208,14 @@ def takes_cuda_kernels(device_type: str) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether kernels written in Triton can be built: it comes with torch's builds for CUDA on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether kernels written in Triton can be built: it comes with torch's builds for CUDA on Linux.
+
+    What starts them is C: Triton compiles it with the machine's compiler and Python's headers, which many containers
+    do not have.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return importlib.util.find_spec("triton") is not None and compiler is not None and headers.exists()
 
 
 def multiplies_fp8(device: "torch.device") -> bool:

@@ -25,6 +25,13 @@ INSTALL_COMPILER = {
     "xcode-select": "xcode-select --install",
 }
 
+#: Likewise what Triton makes the C parts of its kernels with.
+INSTALL_FOR_TRITON = {
+    "apt-get": "apt-get install -y gcc python3-dev",
+    "dnf": "dnf install -y gcc python3-devel",
+    "yum": "yum install -y gcc python3-devel",
+}
+
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
 
 

@@ -258,3 +258,14 @@ def test_a_control_groups_limit_counts_less_what_it_uses_but_for_files(tmp_path,
     assert devices.free_host_bytes() == 350_000
     (tmp_path / group.used).write_text("1200000\n")
     assert devices.free_host_bytes() == 0
+
+
+@pytest.mark.parametrize("missing", [None, "triton", "compiler", "headers"])
+def test_kernels_in_triton_need_a_compiler_and_headers(monkeypatch, tmp_path, missing):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None if missing == "triton" else name)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None if missing == "compiler" else f"/bin/{name}")
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda *_: str(tmp_path))
+    if missing != "headers":
+        (tmp_path / "Python.h").touch()
+    assert devices.has_triton.__wrapped__() == (missing is None)

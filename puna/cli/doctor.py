@@ -20,7 +20,7 @@ import typer
 from puna.cli import app
 from puna.devices import package_command
 from puna.errors import PunaError
-from puna.native import INSTALL_COMPILER, compiler, cpp_compiler
+from puna.native import INSTALL_COMPILER, INSTALL_FOR_TRITON, compiler, cpp_compiler
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
-        from puna.devices import device_name, device_names, peak_flops
+        from puna.devices import device_name, device_names, has_triton, peak_flops, takes_cuda_kernels
     except (ImportError, OSError) as error:
         yield Finding("devices", "missing", f"torch does not load: {error}", "pip install --force-reinstall torch")
         return
@@ -150,6 +150,9 @@ def _devices() -> Iterator[Finding]:
         peak = peak_flops(device, torch.bfloat16)
         rate = f"{peak / 1e12:,.0f} TFLOP/s of bf16 published" if peak else "its peak is unknown to puna"
         yield Finding(name, "ok", f"{device_name(device)}, {total / 2**30:.0f} GiB, {rate}")
+    if any(takes_cuda_kernels(torch.device(name).type) for name in names[1:]) and not has_triton():
+        found = "none, so models train and generate more slowly: they need Triton, gcc and Python's headers"
+        yield Finding("kernels of accelerators", "note", found, package_command(INSTALL_FOR_TRITON))
     if not names[1:]:
         measured = (peak_flops(torch.device("cpu"), torch.float32) or 0) / 1e9
         yield Finding("accelerator", "ok", f"none: the processor computes, {measured:,.0f} GFLOP/s of fp32 measured")

@@ -1,6 +1,5 @@
 """What a run begins with, and whether it goes together: the model's shape, the folder of its weights, and its data."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,10 +10,10 @@ from puna.config import Recipe
 from puna.data.loader import Loader
 from puna.data.rows import Rows, open_rows
 from puna.data.shards import Dataset
-from puna.devices import package_command
+from puna.devices import has_triton, package_command, takes_cuda_kernels
 from puna.errors import PunaError
 from puna.model.config import PRESETS, ModelConfig, preset
-from puna.native import INSTALL_COMPILER, compiler, cpp_compiler
+from puna.native import INSTALL_COMPILER, INSTALL_FOR_TRITON, cpp_compiler
 from puna.parallel.mesh import world_rank, world_size
 from puna.progress import say
 
@@ -35,15 +34,16 @@ def weights_folder(recipe: Recipe) -> Path | None:
 
 
 def check_compiler(recipe: Recipe, device: torch.device) -> None:
-    """Refuses to compile layers where nothing is there to do it with: C++ for a CPU, C for what starts kernels."""
+    """Refuses to compile layers where nothing is there to do it with: a C++ compiler for a CPU, Triton for CUDA."""
     if not recipe.compile:
         return
-    language, found = ("C++", cpp_compiler()) if device.type == "cpu" else ("C", os.environ.get("CC") or compiler())
-    if found is None:
-        remedy = package_command(INSTALL_COMPILER) or "install one"
-        raise PunaError(
-            f"compile=true needs a {language} compiler, and none is in PATH: {remedy}; or use compile=false"
-        )
+    if device.type == "cpu" and cpp_compiler() is None:
+        missing, remedy = "a C++ compiler, and none is in PATH", package_command(INSTALL_COMPILER)
+    elif takes_cuda_kernels(device.type) and not has_triton():
+        missing, remedy = "Triton, gcc and Python's headers", package_command(INSTALL_FOR_TRITON)
+    else:
+        return
+    raise PunaError(f"compile=true needs {missing}: {remedy or 'install one'}; or use compile=false")
 
 
 def open_loader(recipe: Recipe) -> Loader:

@@ -155,6 +155,19 @@ def test_accelerators_are_listed_with_memory_and_peak(monkeypatch):
     assert "accelerator" not in shown
 
 
+@pytest.mark.parametrize("has_them", [True, False])
+def test_a_container_that_cannot_build_kernels_is_told_of(monkeypatch, programs, has_them):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (2**30, 139 * 2**30))
+    monkeypatch.setattr(devices, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(devices, "has_triton", lambda: has_them)
+    programs.add("apt-get")
+    finding = found(doctor._devices).get("kernels of accelerators")
+    assert (finding and finding.remedy) == (None if has_them else "apt-get install -y gcc python3-dev")
+
+
 def test_without_accelerators_the_processor_computes(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     (finding,) = doctor._devices()

@@ -142,7 +142,7 @@ def _print_table(results: list[dict[str, Any]]) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, list):
         return " to ".join(map(_shown, value))
     return f"{value:.4f}" if isinstance(value, float) else str(value)

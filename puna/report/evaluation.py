@@ -191,5 +191,6 @@ def _settings(result: Mapping[str, Any]) -> dict[str, str]:
         settings["puna, of the answers"] = result["puna"]
     for name, value in result.items():
         if name not in SHOWN_ELSEWHERE and not _is_score(value):
-            settings[name] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            known = value.items() if isinstance(value, dict) else ()
+            settings[name] = ", ".join(f"{k} {v}" for k, v in known if v is not None) or str(value)
     return settings

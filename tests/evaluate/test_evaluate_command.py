@@ -37,6 +37,10 @@ def test_a_folder_is_loaded_and_scored(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(result)[:2] == ["benchmark", "model"]
     assert (result["model"], result["cases"], result["documents"]) == (str(model), 1, 1)
     assert 0 < result["bits_per_byte"] < 20
+    assert run(["evaluate", "completion", str(model), *options, "-o", str(tmp_path / "out")]) == 0
+    for shown in (capsys.readouterr().out, (tmp_path / "out/report.html").read_text()):
+        assert "max_tokens 2" in shown
+        assert "None" not in shown  # what was not given
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ CPU without bf16 units the bf16 products alone take minutes; there only fp32 say
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from record import record
+from record import arguments, record
 from torch import Tensor
+from turns import in_turn
 
 from puna.model import attention_kernel
 from puna.model.attention_in_blocks import Span, attend_in_blocks
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = arguments(parser)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     shapes = [(TOKENS, heads, args.width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
     rows = []
@@ -43,23 +43,19 @@ def main() -> None:
         contenders = {"blocks": _in_blocks, "scaled_dot_product_attention": _sdpa_per_document}
         if attention_kernel.serves(*qkv):
             contenders["kernel"] = _by_kernel
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(args.rounds + 1):
-            for name, attend in contenders.items():
-                taken = _forward_backward(attend, qkv, slope, [length] * (TOKENS // length))
-                if turn:  # the first warms up
-                    seconds[name].append(taken)
+        lengths = [length] * (TOKENS // length)
+        turns = {name: partial(_forward_backward, attend, qkv, slope, lengths) for name, attend in contenders.items()}
         rows += [
-            {"contender": name, "document_tokens": length, "median_seconds": statistics.median(times), "seconds": times}
-            for name, times in seconds.items()
+            {"contender": name, "document_tokens": length, "median_seconds": taken.median, "seconds": taken.seconds}
+            for name, taken in in_turn(turns, args.rounds).items()
         ]
     record("attention", rows, {"precision": args.precision, "shapes": shapes})
 
 
-def _forward_backward(attend: Callable[..., Tensor], qkv: list[Tensor], slope: Tensor, lengths: list[int]) -> float:
-    started = time.perf_counter()
+def _forward_backward(
+    attend: Callable[..., Tensor], qkv: list[Tensor], slope: Tensor, lengths: list[int], _: int
+) -> None:
     torch.autograd.grad(attend(*qkv, lengths), qkv, slope)
-    return time.perf_counter() - started
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

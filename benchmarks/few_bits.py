@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from in_llama_cpp import TYPES
 from torch import nn
+from turns import timed
 
 from puna.generate import Sampling
 from puna.generate.engine import Engine
@@ -111,14 +112,14 @@ def _ours(model: Llama, size_bytes: int) -> Contender:
     def run(work: str, count: int) -> list[float]:
         if work == "prefill":
             engine = Engine(model, max_rows=1, cache_tokens=count + 128)
-            return [_timed(lambda: engine.generate([ids[:count]], Sampling(max_tokens=1)))]
+            return [timed(lambda: engine.generate([ids[:count]], Sampling(max_tokens=1)))[0]]
         engine = Engine(model, max_rows=1, cache_tokens=256)
         settings = Sampling(max_tokens=count + 1, ignore_eos=True)
         running = engine._new(engine._sequence(0, ids[:64], settings, None))
         engine.scheduler.add(running)
         while running.computed < 64:
             engine._step()
-        return [_timed(engine._step) for _ in range(count)]
+        return [timed(engine._step)[0] for _ in range(count)]
 
     return Contender(size_bytes, run)
 
@@ -171,9 +172,3 @@ def _row(work: str, name: str, seconds_to_read: float, seconds: list[float]) -> 
     tokens = 1 if work == "decode" else PROMPT
     row |= {"tokens_per_second": tokens / median(seconds), "best_tokens_per_second": tokens / min(seconds)}
     return row | ({"share_of_read_rate": seconds_to_read / median(seconds)} if work == "decode" else {})
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -17,7 +17,6 @@ medians count. The share of the memory's rate is weights read for a token, over 
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +29,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 from few_bits import beside_llama_cpp
-from record import record
+from record import arguments, record
 from torch import Tensor
+from turns import in_turn, timed
 
 from puna.generate import Sampling
 from puna.generate.engine import Engine
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--only", default="decode,prefill,requests,lookup,bits")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--llama-cpp", metavar="PYTHON", default=sys.executable)
-    args = parser.parse_args()
+    args = arguments(parser)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
     config = replace(TINY_LLAMA, num_hidden_layers=args.layers)
     ours = random_model(config, dtype)
@@ -91,15 +91,15 @@ def decode(ours: Llama, theirs: Any, n: int, facts: Callable[[float], dict[str, 
         state = theirs(ids, use_cache=True)
         token, past = state.logits[:, -1:].argmax(-1), state.past_key_values
 
-        def their_step() -> None:
+        def their_step(_: int) -> None:
             nonlocal token, past
             state = theirs(token, past_key_values=past, use_cache=True)
             token, past = state.logits[:, -1:].argmax(-1), state.past_key_values
 
-        seconds = in_turn({"puna": engine._step, "transformers": their_step}, 12)
+        taken = in_turn({"puna": lambda _: engine._step(), "transformers": their_step}, 12, warm_ups=2)
     return [
-        {"work": f"decode, {n} rows", "contender": name, "tokens_per_second": n / step, **facts(step)}
-        for name, step in seconds.items()
+        {"work": f"decode, {n} rows", "contender": name, "tokens_per_second": n / each.median, **facts(each.median)}
+        for name, each in taken.items()
     ]
 
 
@@ -108,16 +108,19 @@ def prefill(ours: Llama, theirs: Any) -> list[dict[str, Any]]:
     (prompt,) = random_prompts(1, 512, ours.config.vocab_size)
     ids = torch.tensor([prompt])
 
-    def our_step() -> None:
+    def our_step(_: int) -> None:
         engine = Engine(ours, max_rows=1, cache_tokens=640)
         engine.generate([prompt], Sampling(max_tokens=1))
 
-    def their_step() -> None:
+    def their_step(_: int) -> None:
         with torch.inference_mode():
             theirs(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
-    seconds = in_turn({"puna": our_step, "transformers": their_step}, 5)
-    return [{"work": "prefill, 512", "contender": name, "tokens_per_second": 512 / s} for name, s in seconds.items()]
+    taken = in_turn({"puna": our_step, "transformers": their_step}, 5, warm_ups=2)
+    return [
+        {"work": "prefill, 512", "contender": name, "tokens_per_second": 512 / each.median}
+        for name, each in taken.items()
+    ]
 
 
 def requests(ours: Llama, theirs: Any, count: int) -> list[dict[str, Any]]:
@@ -184,17 +187,6 @@ def start(engine: Engine, prompts: list[list[int]], most: int) -> list[Running]:
     return added
 
 
-def in_turn(steps: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn; the first two of each do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(times + 2):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found[2:]) for name, found in seconds.items()}
-
-
 def random_model(config: ModelConfig, dtype: torch.dtype) -> Llama:
     """Weights drawn quickly."""
     with torch.device("meta"):
@@ -226,12 +218,7 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
 def read_rate() -> float:
     """Bytes a second of a sum over 512 MiB."""
     x = torch.ones(1 << 26, dtype=torch.int64)  # not zeros: those are one page, read again and again
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        x.sum()
-        seconds.append(time.perf_counter() - started)
-    return (1 << 29) / min(seconds)
+    return (1 << 29) / min(timed(x.sum)[0] for _ in range(5))
 
 
 def _serve(

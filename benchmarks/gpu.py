@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import record
+from random_rows import random_batch
+from record import arguments, record
+from turns import timed
 
 from puna import devices
 from puna.config import Recipe, load_recipe
-from puna.data.loader import Batch, stack
-from puna.data.rows import IGNORE, Row
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
 from puna.model.llama import Llama
@@ -121,7 +121,7 @@ def main() -> None:
     gathering = what.add_parser("gather", help="records rows that were printed to a file")
     gathering.add_argument("part", choices=GOALS)
     gathering.add_argument("file", type=Path)
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.what == "gather":
         gather(args.part, [json.loads(line) for line in args.file.read_text().splitlines()])
         return
@@ -211,7 +211,7 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     model, gradients = build(recipe, config, Ranks(layout, None, None, None), device)
     _draw(model.weights)
-    batch = _batch(case, config.vocab_size)
+    batch = random_batch(case.rows * case.micro_batches, case.length, config.vocab_size, document=case.document)
     torch.accelerator.synchronize(device)
     seconds, losses = [time.perf_counter() - started], []
     for update in range(1, steps + 3):  # two to compile and to settle
@@ -286,13 +286,6 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
             running.is_cancelled = True
         engine.scheduler.drop_finished()
 
-    def timed() -> float:
-        torch.accelerator.synchronize(device)
-        started = time.perf_counter()
-        engine._step()
-        torch.accelerator.synchronize(device)
-        return time.perf_counter() - started
-
     decoding: dict[str, tuple[int, dict[str, float], Any]] = {
         **{f"{rows} rows decode": (rows, {}, None) for rows in ROWS},
         "64 rows decode, sampled": (64, SAMPLED, None),
@@ -303,7 +296,7 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         start(rows, 100, **how)
         while any(running.computed < 100 for running in engine.scheduler.running) or engine.scheduler.waiting:
             engine._step()
-        seconds = [timed() for _ in range(40)][8:]  # the first of them are recorded
+        seconds = [timed(engine._step, device)[0] for _ in range(40)][8:]  # the first of them are recorded
         stop()
         step = statistics.median(seconds)
         assert engine._runner._graphs is not None
@@ -317,7 +310,7 @@ def generate(name: str, scheme: str | None, device: torch.device, *, is_compiled
         seconds = []
         for _ in range(4):
             start(1, prompt)
-            seconds.append(timed())
+            seconds.append(timed(engine._step, device)[0])
             stop()
         step = statistics.median(seconds[1:])
         flops = flops_per_token(config, prompt, convention="causal") / 3 * prompt
@@ -428,19 +421,6 @@ def _draw(weights: dict[str, Any]) -> None:
     torch.manual_seed(0)
     for weight in weights.values():
         weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
-
-
-def _batch(case: Training, vocab_size: int) -> Batch:
-    generator = np.random.default_rng(0)
-
-    def row() -> Row:
-        tokens = generator.integers(3, vocab_size, case.length, dtype=np.int32)
-        places = np.arange(case.length, dtype=np.int32)
-        length = case.document or case.length
-        ends = places % length == length - 1
-        return Row(tokens, np.where(ends, IGNORE, np.roll(tokens, -1)), places // length, places % length)
-
-    return stack(row() for _ in range(case.rows * case.micro_batches))
 
 
 if __name__ == "__main__":

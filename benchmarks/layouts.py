@@ -20,18 +20,18 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from record import record
-from train_step import LR, _batch, puna_step
+from random_rows import random_batch
+from record import arguments, record
+from train_step import LR, puna_step, transformers_model
+from turns import Taken, in_turn
 
 from puna import devices
 from puna.config import Parallel
 from puna.data.loader import Batch
 from puna.model.config import ModelConfig, preset
-from puna.model.llama import Llama, init_weights
 from puna.parallel.layout import Layout
 
 RANKS = 2
@@ -51,21 +51,20 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.precision == "auto":
         args.precision = "bf16" if devices.cpu_bf16_units() else "fp32"
-    seconds, processor_seconds, losses = measure(args)
     tokens = args.rows * args.length
     rows = [
         {
             "contender": name,
             "precision": args.precision,
-            "tokens_per_second": tokens / statistics.median(times),
-            "processor_seconds": statistics.median(processor_seconds[name]),
-            "seconds": times,
-            "losses": losses[name],
+            "tokens_per_second": tokens / taken.median,
+            "processor_seconds": statistics.median(spent for _, spent in taken.answers[1:]),
+            "seconds": taken.seconds,
+            "losses": [loss for loss, _ in taken.answers],
         }
-        for name, times in seconds.items()
+        for name, taken in measure(args).items()
     ]
     best = {who: max(row["tokens_per_second"] for row in rows if row["contender"].startswith(who))
             for who in (ALONE, SHARED, PEER)}  # fmt: skip
@@ -74,8 +73,8 @@ def main() -> None:
                              "missed": ", ".join(name for name in GOALS if ratios[name] < GOALS[name])})  # fmt: skip
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
-    """Contender -> seconds, and processor seconds of all its processes, of each step but the first; losses of all."""
+def measure(args: argparse.Namespace) -> dict[str, Taken]:
+    """The steps of each contender, which answer with their loss and the processor seconds of all its processes."""
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait for their turn sleep, as under the command line
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for all, likewise
     context = multiprocessing.get_context("spawn")
@@ -88,35 +87,34 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
             processes.append(context.Process(target=serve, args=(number, Path(folder), args, there), daemon=True))
             processes[-1].start()
         alone, *ranks = ends
-        of_contender = {name: [alone] for name in alone.recv()}
+        turns = {name: partial(ordered, [alone], name) for name in alone.recv()}
         for rank in ranks:  # all have the same
-            of_contender |= dict.fromkeys(rank.recv(), ranks)
-        seconds, processor_seconds, losses = ({name: [] for name in of_contender} for _ in range(3))
-        for update in range(1, args.steps + 2):
-            for name, workers in of_contender.items():
-                started = time.perf_counter()
-                for worker in workers:
-                    worker.send((name, update))
-                answers = [worker.recv() for worker in workers]
-                losses[name].append(answers[0][0])
-                if update > 1:  # the first warms up and compiles
-                    seconds[name].append(time.perf_counter() - started)
-                    processor_seconds[name].append(sum(spent for _, spent in answers))
+            turns |= {name: partial(ordered, ranks, name) for name in rank.recv()}
+        taken = in_turn(turns, args.steps)
         for end in ends:
             end.send(None)
         for process in processes:
             process.join()
     tolerance = 1e-4 if args.precision == "fp32" else 3e-2
-    for update, of_update in enumerate(zip(*losses.values(), strict=True), start=1):
-        assert max(of_update) - min(of_update) < tolerance * max(of_update), f"losses of step {update}: {of_update}"
-    return seconds, processor_seconds, losses
+    for update, of_update in enumerate(zip(*(each.answers for each in taken.values()), strict=True), start=1):
+        losses = [loss for loss, _ in of_update]
+        assert max(losses) - min(losses) < tolerance * max(losses), f"losses of step {update}: {losses}"
+    return taken
+
+
+def ordered(workers: list[Connection], name: str, update: int) -> tuple[float, float]:
+    """Lets a contender's processes take a step; its loss, and the processor seconds of all of them."""
+    for worker in workers:
+        worker.send((name, update))
+    losses, spent = zip(*(worker.recv() for worker in workers), strict=True)
+    return losses[0], sum(spent)
 
 
 def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connection) -> None:
     """Takes steps when told to, as one of the ranks or as the process that is alone."""
     torch.set_num_threads(1 if rank is not None else RANKS)
     devices.keep_freed_memory()  # for the peer too, as `puna train` does for itself
-    batch = _batch(args.rows, args.length, args.vocab)
+    batch = random_batch(args.rows, args.length, args.vocab)
     contenders: dict[str, Step] = {}
     if rank is not None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
@@ -147,14 +145,8 @@ def serve(rank: int | None, folder: Path, args: argparse.Namespace, end: Connect
 def peer_step(args: argparse.Namespace, batch: Batch, *, reshard: bool, is_compiled: bool) -> Step:
     """The same with transformers' model, sharded by torch, and torch's fused AdamW."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = shape(args)
-    fields: dict[str, Any] = {**config.to_json(), "use_cache": False}
-    model = LlamaForCausalLM(LlamaConfig(**fields)).train()
-    start = Llama(config)
-    init_weights(start, seed=0)
-    model.load_state_dict(start.state_dict())
+    model = transformers_model(shape(args))
     policy = MixedPrecisionPolicy(param_dtype=dtype(args), reduce_dtype=torch.float32)
     for layer in model.model.layers:
         if is_compiled:

@@ -14,7 +14,6 @@ rounds.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,13 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import compile_puna, record
+from real_mindspore import installed
+from record import arguments, compile_puna, record
+from turns import children_seconds
 
 from puna.data.mindrecord import MindRecord
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
 from puna.files import read_json, write_json
 from puna.prompts import alpaca_prompt
+
+#: Of the packages that the old script's steps run with.
+VERSIONS = {"mindspore": "2.7.2", "mindformers": "1.3.2"}
 
 #: How many times faster than the old tool puna should be.
 GOAL = 20
@@ -63,12 +67,12 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "mindspore-venv")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seq-length", type=int, default=4096)
-    args = parser.parse_args()
-    python = installed(args.venv)
+    args = arguments(parser)
+    python = installed(args.venv, **VERSIONS)
     compile_puna()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        facts: dict[str, Any] = {"mindspore": "2.7.2", "mindformers": "1.3.2", "goal_ratio": GOAL}
+        facts: dict[str, Any] = {**VERSIONS, "goal_ratio": GOAL}
         if args.fixtures:
             facts["rows_of_the_real_script"] = steps_are_the_scripts(python, args.fixtures, place)
         conversations = place / "conversations.json"
@@ -93,17 +97,6 @@ def main() -> None:
                 )
         facts["ids, chat"] = same_dialogs(place / "chat-0", place / "chat-0.puna")
     record("old_preprocess", rows, facts)
-
-
-def installed(venv: Path) -> Path:
-    """The interpreter of an environment with MindSpore and MindFormers."""
-    python = venv / "bin/python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    if not list(venv.glob("lib/python*/site-packages/mindformers")):
-        wheels = ["mindspore==2.7.2", "mindformers==1.3.2"]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wheels], check=True)
-    return python
 
 
 def converted(records: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -191,12 +184,6 @@ def run(words: list[Any]) -> tuple[str, dict[str, float]]:
     if result.returncode:
         sys.exit(f"{words[1:4]} failed:\n{result.stderr[-3000:]}")
     return result.stdout, {"seconds": time.monotonic() - began, "processor_seconds": children_seconds() - before}
-
-
-def children_seconds() -> float:
-    """Processor time of all processes that this one started and waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def summaries(work: str, source: Path, rounds: list[tuple[dict[str, float], dict[str, float]]]) -> list[dict[str, Any]]:

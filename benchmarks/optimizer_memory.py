@@ -8,13 +8,12 @@ machine down slows all; torch's fused AdamW in fp32 is measured beside them. Gra
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import record
+from record import arguments, record
+from turns import in_turn
 
 from puna import devices
 from puna.config import Optimizer
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = arguments(parser)
     device = devices.pick_device()
     rows = updates((args.rows, args.columns), args.rounds, device)
     rows += [gradients(kind, device) for kind in (Gradients, HostGradients, UpdatesInBackward)]
@@ -54,23 +53,14 @@ def updates(shape: tuple[int, int], rounds: int, device: torch.device) -> list[d
     theirs = torch.optim.AdamW([weight], lr=LR, fused=True)
     steps["torch, fused, float32"] = lambda _: theirs.step()
     state_bytes["torch, fused, float32"] = 8 * n
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for update in range(1, rounds + 2):
-        for name, step in steps.items():
-            _wait(device)
-            started = time.perf_counter()
-            step(update)
-            _wait(device)
-            if update > 1:  # the first warms up
-                seconds[name].append(time.perf_counter() - started)
     return [
         {
             "contender": name,
             "state_bytes_per_weight": state_bytes[name] / n,
-            "ns_per_weight": statistics.median(times) / n * 1e9,
-            "ns_per_weight_best": min(times) / n * 1e9,
+            "ns_per_weight": taken.median / n * 1e9,
+            "ns_per_weight_best": min(taken.seconds) / n * 1e9,
         }
-        for name, times in seconds.items()
+        for name, taken in in_turn(steps, rounds, device=device).items()
     ]
 
 
@@ -94,11 +84,6 @@ def _weight(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     weight = torch.nn.Parameter(torch.randn(shape, device=device).to(dtype))
     weight.grad = (torch.randn(shape, device=device) * 1e-3).to(dtype)
     return weight
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 if __name__ == "__main__":

@@ -8,18 +8,19 @@ targets with the head: the padded side is spared the logits of its padding. In t
 """
 
 import argparse
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from record import record
+from record import arguments, record
+from turns import in_turn
 
 from puna import devices
 from puna.config import Optimizer
-from puna.data.loader import Loader, stack
+from puna.data.loader import Batch, Loader, stack
 from puna.data.prepare import prepare
 from puna.data.rows import IGNORE, PADDING, Row, WholeDocumentRows
 from puna.data.shards import Dataset
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=4)
-    args = parser.parse_args()
+    args = arguments(parser)
     device = devices.pick_device()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "chat"
@@ -55,20 +56,14 @@ def main() -> None:
         model.compute_dtype = torch.bfloat16 if devices.has_fast_bf16(device) else None
         alone = DistributedModel.alone(model)
         gradients = Gradients(AdamW(alone.weights.items(), Optimizer(), seed=0))
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for step in range(args.steps):
-            for side, batches in sides.items():
-                started = time.perf_counter()
-                train_step(
-                    alone,
-                    gradients,
-                    batches[step],
-                    update=step + 1,
-                    lr=1e-5,
-                    micro_batch_rows=1,
-                    max_grad_norm=1.0,
-                )
-                seconds[side].append(time.perf_counter() - started)
+
+        def turn(batches: list[Batch]) -> Callable[[int], Any]:
+            return lambda update: train_step(
+                alone, gradients, batches[update - 1], update=update, lr=1e-5, micro_batch_rows=1, max_grad_norm=1.0
+            )
+
+        turns = {side: turn(batches) for side, batches in sides.items()}
+        seconds = {side: taken.median for side, taken in in_turn(turns, args.steps, warm_ups=0).items()}
         # The padded side's share of targets is that of the whole set, not of the few dialogs that were timed.
         targets = {
             "packed": dataset.info["targets"] / len(rows),
@@ -78,8 +73,8 @@ def main() -> None:
             {
                 "contender": side,
                 "targets_per_row": targets[side],
-                "seconds_per_row": statistics.median(seconds[side]),
-                "targets_per_second": targets[side] / statistics.median(seconds[side]),
+                "seconds_per_row": seconds[side],
+                "targets_per_second": targets[side] / seconds[side],
                 "targets_timed": int(sum((batch.targets != IGNORE).sum() for batch in sides[side])),
             }
             for side in sides

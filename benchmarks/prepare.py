@@ -10,7 +10,6 @@ rounds, so that whatever else runs on the machine disturbs both alike; processor
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from record import record
+from record import arguments, record
+from turns import children_seconds
 
 from puna.files import read_json
 
@@ -37,17 +37,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with Llama's tokenizer.model")
     parser.add_argument("--megabytes", type=float, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    args = arguments(parser)
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as place:
         corpus = Path(place) / "corpus"
-        megabytes = gather(corpus, arguments.megabytes * 1e6) / 1e6
+        megabytes = gather(corpus, args.megabytes * 1e6) / 1e6
         texts = list(kept_texts(corpus))
         kept = sum(len(text.encode()) for text in texts) / 1e6
         runs: dict[str, list[dict[str, float]]] = {"sentencepiece": [], "puna": []}
-        for _ in range(arguments.rounds):
-            runs["sentencepiece"].append(with_sentencepiece(texts, arguments.tokenizer, cores))
-            runs["puna"].append(with_puna(corpus, Path(place) / "out", arguments.tokenizer))
+        for _ in range(args.rounds):
+            runs["sentencepiece"].append(with_sentencepiece(texts, args.tokenizer, cores))
+            runs["puna"].append(with_puna(corpus, Path(place) / "out", args.tokenizer))
     best = {name: min(taken, key=lambda run: run["seconds"]) for name, taken in runs.items()}
     speeds = {name: kept / run["seconds"] for name, run in best.items()}
     record(
@@ -154,12 +154,6 @@ def with_puna(corpus: Path, output: Path, tokenizer: Path) -> dict[str, float]:
         "tokens": tokens,
         "peak_memory_mb": round(peak / 1e6, 1),
     }
-
-
-def children_seconds() -> float:
-    """Processor time of all processes that this one started and waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def family(pid: int) -> list[int]:

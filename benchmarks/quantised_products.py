@@ -10,15 +10,15 @@ chosen by.
 """
 
 import argparse
-import time
 from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from record import record
+from record import arguments, record
 from torch import nn
+from turns import in_turn
 
 from puna.devices import device_name, pick_device
 from puna.model.llama import Linear
@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schemes", nargs="+", choices=schemes.names(), default=["int8", "int4"])
     parser.add_argument("--device", default=None)
-    args = parser.parse_args()
+    args = arguments(parser)
     device = pick_device(args.device)
     layers = {name: _layers(name, args.layers, device) for name in ("bf16", *args.schemes)}
-    contenders: dict[str, Any] = {name: partial(_products, some, device) for name, some in layers.items()}
-    rows = [row for n_rows in ROWS for row in _measured(contenders, n_rows, args.rounds)]
+    contenders: dict[str, Any] = {name: partial(_products, some) for name, some in layers.items()}
+    rows = [row for n_rows in ROWS for row in _measured(contenders, n_rows, args.rounds, device)]
     if device.type == "cpu":
         paths = {
             f"{name}, {path}": partial(_by_path, layers[name], threshold, most)
@@ -52,7 +52,7 @@ def main() -> None:
             if (threshold := _threshold(name, layers[name][0]))
             for path, most in (("packed", max(ROWS_OF_PATHS)), ("dequantised", 0))
         }
-        rows += [row for n_rows in ROWS_OF_PATHS for row in _measured(paths, n_rows, args.rounds)]
+        rows += [row for n_rows in ROWS_OF_PATHS for row in _measured(paths, n_rows, args.rounds, device)]
     sizes = {name: sum(map(_bytes, some)) / args.layers for name, some in layers.items()}
     for row in rows:
         row["median_seconds_per_layer"] = median(row["seconds"]) / args.layers
@@ -82,25 +82,17 @@ def _layer(name: str, out_features: int, in_features: int, device: torch.device)
     return layer
 
 
-def _measured(contenders: dict[str, Any], n_rows: int, rounds: int) -> list[dict[str, Any]]:
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, multiply in contenders.items():
-            taken = multiply(n_rows)
-            if turn:  # the first warms up
-                seconds[name].append(taken)
-    return [{"contender": name, "rows": n_rows, "seconds": times} for name, times in seconds.items()]
+def _measured(contenders: dict[str, Any], n_rows: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    inputs = {width: torch.randn(n_rows, width, dtype=torch.bfloat16, device=device) for _, width in SHAPES}
+    turns = {name: partial(multiply, inputs) for name, multiply in contenders.items()}
+    taken = in_turn(turns, rounds, device=device)
+    return [{"contender": name, "rows": n_rows, "seconds": each.seconds} for name, each in taken.items()]
 
 
 @torch.inference_mode()
-def _products(layers: list[nn.Module], device: torch.device, n_rows: int) -> float:
-    inputs = {width: torch.randn(n_rows, width, dtype=torch.bfloat16, device=device) for _, width in SHAPES}
-    _wait(device)
-    started = time.perf_counter()
+def _products(layers: list[nn.Module], inputs: dict[int, torch.Tensor], _: int) -> None:
     for layer in layers:
         layer(inputs[layer.in_features])
-    _wait(device)
-    return time.perf_counter() - started
 
 
 def _threshold(name: str, layer: nn.Module) -> str | None:
@@ -113,20 +105,15 @@ def _threshold(name: str, layer: nn.Module) -> str | None:
     return None if is_by_digits else f"puna.quantized.schemes.{name}.PACKED_ROWS"
 
 
-def _by_path(layers: list[nn.Module], threshold: str, rows: int, n_rows: int) -> float:
+def _by_path(layers: list[nn.Module], threshold: str, rows: int, *turn: Any) -> None:
     with patch(threshold, rows):
-        return _products(layers, torch.device("cpu"), n_rows)
+        _products(layers, *turn)
 
 
 def _bytes(layer: nn.Module) -> int:
     if isinstance(layer, PackedLinear):
         return layer.weight.nbytes
     return sum(x.nbytes for x in (*layer.parameters(), *layer.buffers()))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":

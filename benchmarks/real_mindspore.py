@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import compile_puna, record
+from record import arguments, compile_puna, record
 
 from puna.checkpoint import convert, save_model
 from puna.checkpoint.formats.mindspore.ckpt import open_ckpt
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="of 4,097 ids, in the file that is timed")
     parser.add_argument("--layers", type=int, default=6, help="of the checkpoint that is timed; 2,048 wide")
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    python = installed(args.venv, args.version)
+    args = arguments(parser)
+    python = installed(args.venv, mindspore=args.version)
     compile_puna()
     with tempfile.TemporaryDirectory() as place:
         checks = checked(python, Path(place))
@@ -75,12 +75,14 @@ def main() -> None:
         sys.exit(f"MindSpore does not read: {', '.join(name for name, passed in checks.items() if not passed)}")
 
 
-def installed(venv: Path, version: str) -> Path:
-    """The interpreter of an environment with MindSpore."""
+def installed(venv: Path, **versions: str) -> Path:
+    """The interpreter of an environment with these packages; what is there already is left as it is."""
     python = venv / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"mindspore=={version}"], check=True)
+    if missing := [name for name in versions if not list(venv.glob(f"lib/python*/site-packages/{name}"))]:
+        wheels = [f"{name}=={versions[name]}" for name in missing]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wheels], check=True)
     return python
 
 

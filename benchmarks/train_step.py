@@ -12,17 +12,18 @@ there and says so in the result.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # both as under the command line, and before torch is loaded
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
-from record import record
+from random_rows import random_batch
+from record import arguments, record
+from turns import in_turn
 
 from puna import devices
 from puna.config import Optimizer, Parallel
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--micro-batch-rows", type=int, help="rows that go through at once (default: all)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    args = parser.parse_args()
+    args = arguments(parser)
     device = devices.pick_device()
     devices.keep_freed_memory()
     precision = args.precision
@@ -58,7 +59,7 @@ def main() -> None:
         precision = "bf16" if devices.has_fast_bf16(device) else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     config = replace(preset("tiny-512"), vocab_size=args.vocab)
-    batch = _batch(args.rows, args.length, args.vocab)
+    batch = random_batch(args.rows, args.length, args.vocab)
     at_once = args.micro_batch_rows or args.rows
     contenders: dict[str, Callable[[int], float]] = {}
     for is_compiled in (False, True):
@@ -68,14 +69,6 @@ def main() -> None:
         contenders[f"transformers, {how}"] = transformers_step(
             config, batch, at_once, dtype, device, is_compiled=is_compiled
         )
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    losses: dict[str, list[float]] = {name: [] for name in contenders}
-    for update in range(1, args.steps + 2):
-        for name, step in contenders.items():
-            started = time.perf_counter()
-            losses[name].append(step(update))
-            if update > 1:  # the first warms up and compiles
-                seconds[name].append(time.perf_counter() - started)
     tokens = args.rows * args.length
     peak = devices.peak_flops(device, dtype)
     flops = flops_per_token(config, args.length) * tokens
@@ -83,12 +76,12 @@ def main() -> None:
         {
             "contender": name,
             "precision": precision,
-            "tokens_per_second": tokens / statistics.median(times),
-            "seconds": times,
-            "share_of_matmul_rate": flops / statistics.median(times) / peak if peak else None,
-            "losses": losses[name],
+            "tokens_per_second": tokens / taken.median,
+            "seconds": taken.seconds,
+            "share_of_matmul_rate": flops / taken.median / peak if peak else None,
+            "losses": taken.answers,
         }
-        for name, times in seconds.items()
+        for name, taken in in_turn(contenders, args.steps).items()
     ]
     best = {who: max((r for r in rows if who in r["contender"]), key=lambda r: r["tokens_per_second"])
             for who in ("puna", "transformers")}  # fmt: skip
@@ -131,13 +124,7 @@ def transformers_step(
     config: ModelConfig, batch: Batch, at_once: int, dtype: torch.dtype, device: torch.device, *, is_compiled: bool
 ) -> Callable[[int], float]:
     """The same with transformers' model, autocast to bf16 over fp32 weights as puna does, and torch's fused AdamW."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    fields = {**config.to_json(), "use_cache": False}
-    model = LlamaForCausalLM(LlamaConfig(**fields)).to(device).train()
-    start = Llama(config)
-    init_weights(start, seed=0)
-    model.load_state_dict(start.state_dict())
+    model = transformers_model(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     forward = torch.compile(model) if is_compiled else model
     tokens = torch.from_numpy(batch.tokens).long().to(device)
@@ -157,20 +144,15 @@ def transformers_step(
     return step
 
 
-def _batch(rows: int, length: int, vocab: int) -> Batch:
-    from puna.data.loader import stack
-    from puna.data.rows import IGNORE, Row
+def transformers_model(config: ModelConfig) -> Any:
+    """Transformers' model with the weights that puna's begins with."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    generator = torch.Generator().manual_seed(0)
-
-    def row() -> Row:
-        tokens = torch.randint(3, vocab, (length,), generator=generator, dtype=torch.int32).numpy()
-        targets = tokens.copy()
-        targets[:-1], targets[-1] = tokens[1:], IGNORE
-        places = torch.arange(length, dtype=torch.int32).numpy()
-        return Row(tokens, targets, 0 * places, places)
-
-    return stack(row() for _ in range(rows))
+    model = LlamaForCausalLM(LlamaConfig(**{**config.to_json(), "use_cache": False})).train()
+    start = Llama(config)
+    init_weights(start, seed=0)
+    model.load_state_dict(start.state_dict())
+    return model
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/plan.py
 
 Each row is a published run. What its source says of layout, recomputation and compilation is taken from there; of what
-it does not say (mostly rows at once, and recomputation), plan takes the fastest that fits. Runs in fp8, with LoRA or
-with state in host memory have no counterpart in puna: they are listed, and not predicted. Some shares in `puna.devices`
-were fitted to these runs: this says how well a few constants explain them, not how well a new run is foretold.
+it does not say (mostly rows at once, and recomputation), plan takes the fastest that fits. Where a source gives MFU
+alone, its tokens a second are those of the full convention. Runs in fp8, with LoRA or with what else puna has not are
+listed, and not predicted. Some shares in `puna.devices` were fitted to these runs, not to nanotron's: this says how
+well a few constants explain them, more than how well a new run is foretold.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from puna.config import Recipe, load_recipe
 from puna.devices import PROFILES
 from puna.errors import UsageError
 from puna.model.config import ModelConfig, preset
+from puna.model.flops import flops_per_token
 from puna.plan.search import RECOMPUTE, Judged, Search
 from puna.plan.speed import Cluster
 
@@ -52,6 +54,8 @@ MODELS: dict[str, ModelConfig] = {
     "Code Llama 34B": preset("codellama-34b"),
     "14.8B": _shape(40, 5120, 17_408, 40, 8, 151_936),  # of Qwen3-14B, which has as many weights; the source names none
     "Qwen2.5-7B": _shape(28, 3584, 18_944, 28, 4, 152_064),
+    "Llama, 8.86B": _shape(32, 4096, 14_336, 32, 32, 131_072),
+    "Llama, 80B": _shape(80, 8192, 28_672, 64, 64, 131_072),
     "MPT-7B": _mpt(32, 4096),
     "MPT-13B": _mpt(40, 5120),
     "MPT-30B": _mpt(48, 7168),
@@ -64,12 +68,13 @@ class Run:
     """A published run.
 
     Attributes:
-        tokens_per_second: of a device.
+        tokens_per_second: of a device; None: the source gives `mfu`.
         recompute: None: the source does not say.
         rows: at once; None: it does not say.
         rows_a_step: of a device; None: as many as make TOKENS_A_STEP.
         fields: the rest of a recipe, dotted.
         lacks: what puna has not; None: it can be predicted.
+        mfu: share of the device's peak, by the full convention.
     """
 
     source: str
@@ -77,16 +82,24 @@ class Run:
     devices: int
     model: str
     length: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     recompute: str | None = None
     rows: int | None = None
     rows_a_step: int | None = None
     fields: tuple[tuple[str, Any], ...] = ()
     per_node: int = 8
     lacks: str | None = None
+    mfu: float | None = None
+
+    @property
+    def published(self) -> float | None:
+        """Tokens a second of a device; None: the source gives MFU, and the model's shape is not among `MODELS`."""
+        if self.mfu is None or self.model not in MODELS:
+            return self.tokens_per_second
+        return self.mfu * PROFILES[self.device].peak_flops / flops_per_token(MODELS[self.model], self.length)
 
 
-TITAN, KEMPNER, FOUNDRY = "torchtitan", "KempnerForge", "llm-foundry"
+TITAN, KEMPNER, FOUNDRY, NANOTRON = "torchtitan", "KempnerForge", "llm-foundry", "nanotron"
 COMPILED = (("compile", True),)
 PURE = (("precision", "bf16-pure"),)
 
@@ -115,6 +128,10 @@ RUNS = [
     Run(FOUNDRY, "a100-80", 8, "MPT-30B", 4096, 814),
     Run(FOUNDRY, "a100-80", 64, "MPT-70B", 2048, 410),
     Run("llmq", "h100", 1, "Qwen2.5-7B", 1024, 13_860, fields=PURE),
+    Run(NANOTRON, "h100", 8, "Llama, 8.86B", 4096, None, None, 1, 32,
+        (("parallel.pp", 4), ("parallel.dp_replicate", 2)), mfu=0.4522),  # ZeRO-1: weights of replicas, once a step
+    Run(NANOTRON, "h100", 128, "Llama, 80B", 4096, None, None, 1, 2,
+        (("parallel.pp", 32), ("parallel.tp", 4)), mfu=0.3429),
     Run("MindFormers, 16 cards", "ascend-910b", 16, "Code Llama 34B", 4096, 669, "none", 1, 8,
         (("parallel.pp", 2), ("parallel.tp", 8))),
     Run("MindFormers, 32 cards", "ascend-910b", 32, "Code Llama 34B", 4096, 747, "none", 1, 8,
@@ -151,6 +168,10 @@ RUNS = [
     Run("Megatron-Bridge, fine-tuning", "h100", 32, "Llama-3-70B", 4096, 1_638, lacks="fp8"),
     Run("Megatron-Bridge, LoRA", "h100", 8, "Llama-3-70B", 4096, 2_643, lacks="fp8, LoRA"),
     Run("llmq", "h100", 1, "Qwen2.5-14B", 1024, 6_330, lacks="state in host memory"),
+    Run("nanochat", "h100", 8, "d18", 2048, None, lacks="Muon, sliding windows", mfu=0.46),
+    Run("Megatron-LM, strong scaling", "h100", 96, "GPT-3, 177B", 4096, None, lacks="async tp", mfu=0.47),
+    Run("Megatron-LM, strong scaling", "h100", 4608, "GPT-3, 177B", 4096, None, lacks="async tp", mfu=0.42),
+    Run("Megatron-LM, weak scaling", "h100", 6144, "GPT, 462B", 4096, None, lacks="async tp", mfu=0.47),
 ]  # fmt: skip
 
 
@@ -173,7 +194,7 @@ def main() -> None:
 def _row(run: Run) -> dict[str, Any]:
     row = {
         "source": run.source, "device": f"{run.devices} x {run.device}", "model": run.model, "length": run.length,
-        "published": run.tokens_per_second,
+        "published": run.published, "published_mfu": run.mfu,
     }  # fmt: skip
     if run.lacks is not None:
         return row | {"why_not": f"puna has no {run.lacks}"}
@@ -181,7 +202,7 @@ def _row(run: Run) -> dict[str, Any]:
     tokens_per_second = judged.speed.tokens_per_second / run.devices
     return row | {
         "predicted": round(tokens_per_second),
-        "error": tokens_per_second / run.tokens_per_second - 1,
+        "error": tokens_per_second / run.published - 1,
         "layout": str(judged.layout),
         "rows_at_once": judged.recipe.micro_batch_rows,
         "recompute": judged.recipe.recompute,

@@ -1,4 +1,4 @@
-"""The page of numbers says what the results say, and a result what anybody could measure again."""
+"""The page of numbers says what the results say, results can be measured again, and contenders are timed in turn."""
 
 import argparse
 import importlib.util
@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from puna.data.rows import IGNORE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -67,6 +69,24 @@ def test_a_trial_of_changed_code_leaves_the_results_alone(
     path = record.record("speed", [])
     assert path == tmp_path / "trial" / "speed.json"
     assert '+changes"' in path.read_text()
+
+
+def test_contenders_take_turns_and_what_warms_up_does_not_count() -> None:
+    turns: list[tuple[str, int]] = []
+    contenders = {name: lambda number, name=name: turns.append((name, number)) or number for name in "ab"}
+    taken = _loaded(BENCHMARKS / "turns.py").in_turn(contenders, 2, warm_ups=1)
+    assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 3)]
+    assert [len(taken[name].seconds) for name in "ab"] == [2, 2]
+    assert taken["b"].answers == [1, 2, 3]
+
+
+def test_a_random_row_asks_for_the_next_token_of_the_same_document() -> None:
+    batch = _loaded(BENCHMARKS / "random_rows.py").random_batch(2, 10, 100, document=4)
+    for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
+        assert documents.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+        for place in range(10):
+            is_last = place in (3, 7, 9)
+            assert targets[place] == (IGNORE if is_last else tokens[place + 1])
 
 
 def _loaded(path: Path) -> ModuleType:

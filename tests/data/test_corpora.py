@@ -314,6 +314,12 @@ def test_what_is_not_one_object_a_line_is_told_at_once(tmp_path, content):
         documents_of("jsonl", tmp_path)
 
 
+def test_an_array_is_told_of_in_any_file(tmp_path):
+    write(tmp_path, {"a.jsonl": '{"text": "x"}\n', "b.json": '[{"text": "y"}, {"text": "z"}]\n'})
+    with pytest.raises(PunaError, match=r"b\.json holds an array"):
+        documents_of("jsonl", tmp_path)
+
+
 def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path):
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n")
     assert list(reasons_of("jsonl", tmp_path / "lines.jsonl").values()) == ["not JSON"]
@@ -491,9 +497,10 @@ def test_a_turn_of_an_unknown_role_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(records))
     found = everything("chat", tmp_path / "a.json")
     assert [(left.reason, left.detail) for left in found] == [
-        ("unknown role", "tool"),
-        ("unknown role", "function_call"),
+        (chat.UNKNOWN_ROLE, "tool"),
+        (chat.UNKNOWN_ROLE, "function_call"),
     ]
+    assert "known: system, human, user, gpt" in chat.UNKNOWN_ROLE
 
 
 def test_a_dialog_with_an_answer_of_weight_0_is_left_out(tmp_path):

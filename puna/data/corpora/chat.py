@@ -66,6 +66,9 @@ _ROLES = {
     "bot": "assistant",
 }
 
+#: Why a record is left out that has a turn of another role.
+UNKNOWN_ROLE = f"unknown role (known: {', '.join(_ROLES)})"
+
 #: Templates that take an Alpaca record in the words of Stanford Alpaca.
 _IN_ALPACA_WORDS = ("alpaca", "vicuna")
 
@@ -93,7 +96,7 @@ def read(span: Span, data: bytes, options: Mapping[str, Any]) -> Iterator[Docume
         if isinstance(record, Exception):
             yield LeftOut(id, span.source, "not JSON", str(record))
         elif messages is None and (role := _unknown_role(record)) is not None:
-            yield LeftOut(id, span.source, "unknown role", role.encode(errors="replace").decode())
+            yield LeftOut(id, span.source, UNKNOWN_ROLE, role.encode(errors="replace").decode())
         elif messages is None:
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
             yield LeftOut(id, span.source, UNKNOWN, keys.encode(errors="replace").decode())

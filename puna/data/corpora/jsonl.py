@@ -26,6 +26,8 @@ def spans(source: Path, options: Mapping[str, Any]) -> Iterator[Span | LeftOut]:
             continue
         line = 1
         for start, data in cut_file(file.path, after_last_line):
+            if start == 0 and data.lstrip().startswith(b"["):  # of any file: all of it may be one line
+                raise PunaError(f"{file.path} holds an array; this kind wants one object a line")
             is_checked = is_checked or _is_of_this_kind(file.path, data, options["field"])
             yield Span(str(file.path), file.name, source.name, start, start + len(data), checksum(data), line)
             line += data.count(b"\n")
@@ -58,11 +60,9 @@ def _is_of_this_kind(path: Path, data: bytes, field: str | None) -> bool:
     """Looks at the first lines, so that a wrong field is found at once and not line by line; False: all are blank.
 
     Raises:
-        PunaError: they are an array, or none of them is JSON.
+        PunaError: none of them is JSON, or an object.
         UsageError: none of them has the field.
     """
-    if data.lstrip().startswith(b"["):
-        raise PunaError(f"{path} holds an array; this kind wants one object a line")
     records = [record for _, record in json_lines(data, 1)]
     if not records or any(_text_of(record, field) is not None for record in records):
         return bool(records)

@@ -5,8 +5,8 @@
                                       rest/                 likewise what else a run needs: optimizer, generators
                                       run.json              step, caller's notes, size and checksum of every file, and
                                                             a checksum of all this
-    run_dir/checkpoints/step-00000200.aside/                a save that is going on, or was interrupted: the next save
-                                                            clears it away
+    run_dir/checkpoints/step-00000200.aside/                a save that is going on, was interrupted, or is the first
+                                                            and has failed: the next save clears it away
 
 `Checkpoints.save` copies the state and returns; a thread writes it. `run.json` (`manifest.py`) is written last, then
 the folder is synced and takes its name. Before loading, every file is compared with it: a damaged newest checkpoint is
@@ -17,6 +17,7 @@ Which rank held what is not stored: a checkpoint is whole tensors in pieces, and
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import os
 import re
@@ -245,6 +246,9 @@ class Checkpoints:
         except BaseException as error:
             if ranks.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
+                if not checkpoints(self.run_dir):  # what is empty says that none were saved, rather than lost
+                    with contextlib.suppress(OSError):
+                        aside.mkdir(exist_ok=True)
                 progress.say(f"{path.name} could not be saved: {error}")  # now, while there is time to make room
             raise
 

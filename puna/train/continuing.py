@@ -19,7 +19,7 @@ from puna.files import ASIDE, differing
 from puna.model.config import ModelConfig
 from puna.progress import say
 from puna.train.inputs import model_config
-from puna.train.metrics import read_metrics
+from puna.train.metrics import FILE, read_metrics
 
 #: The resolved recipe, in the run's folder.
 RECIPE = "recipe.yaml"
@@ -65,13 +65,13 @@ def check_presence(run_dir: Path, save_every: int) -> None:
     folder = run_dir / CHECKPOINTS
     if folder.is_symlink() and not folder.exists():
         raise PunaError(f"{folder} leads to {folder.readlink()}, which is not there; bring it back, or remove the link")
-    if checkpoints(run_dir) or any(folder.glob(f"step-*{ASIDE}")):  # what is aside was killed in its first save
+    if checkpoints(run_dir) or any(folder.glob(f"step-*{ASIDE}")):  # its first save was killed, or failed
         return
     last = max((numbers["step"] for numbers in read_metrics(run_dir)), default=0)
     if last >= save_every:
         raise PunaError(
             f"{run_dir} holds {last:,} steps of a run but none of its checkpoints; bring them back, or choose another "
-            f"run_dir"
+            f"run_dir, or remove its {FILE} to begin afresh"
         )
 
 

@@ -43,19 +43,16 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         del at_once[signal.SIGHUP]
 
-    first = 0.0
-
     def note(number: int, frame: object) -> None:
-        nonlocal first
-        if not came:
-            came.append(number)
-            first = time.monotonic()
-            if number == signal.SIGHUP:
-                leave_terminal()
-            say("stopping after this step; once more to stop at once")
-        elif time.monotonic() - first >= SAME_SECONDS:
-            signal.signal(number, at_once[number])
-            signal.raise_signal(number)
+        if came:
+            return
+        came.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
+        say("stopping after this step; once more to stop at once")
+        time.sleep(SAME_SECONDS)
+        for each in previous:  # the system's own handlers end a process that waits for others in vain, too
+            signal.signal(each, at_once[each])
 
     try:
         previous = {number: signal.signal(number, note) for number in at_once}

@@ -143,7 +143,8 @@ def _explained(error: Exception) -> int:
     is_said: bool | None = getattr(error, "is_said", None)  # by the machine's first rank; None: they have not met yet
     if is_said:
         return error.exit_code if isinstance(error, PunaError) else 1
-    if isinstance(error, UsageError) and is_said is None and os.environ.get("LOCAL_RANK", "0") != "0":
+    rank_here = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    if isinstance(error, UsageError) and is_said is None and rank_here != "0":
         time.sleep(_FIRST_SECONDS)  # the first rank here makes the same of a wrong request, and then all are stopped
     if isinstance(error, PunaError):
         complain(f"puna: {error}")

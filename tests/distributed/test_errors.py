@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
-from puna.errors import PunaError
+from puna import cli
+from puna.errors import PunaError, UsageError
 from puna.parallel import errors, hangs
 
 SCRIPT = """
@@ -70,6 +72,28 @@ def test_what_ends_a_rank_is_said_on_every_machine(in_ranks: Callable[..., list[
 
 def test_what_all_ranks_meet_is_said_by_the_first_of_each_machine(in_ranks: Callable[..., list[Any]]) -> None:
     assert in_ranks(4, fail_on_two_machines, [0, 1, 2, 3]) == [["a full disk"], [], ["a full disk"], []]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "waits"),
+    [
+        ({}, False),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "2", "LOCAL_RANK": "1"}, True),
+        ({"RANK": "2"}, True),
+    ],
+)
+def test_a_wrong_request_is_left_to_the_first_rank_of_a_machine(
+    ranks: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, waits: bool
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    waited: list[float] = []
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append))
+    assert cli._explained(UsageError("steps=0")) == UsageError.exit_code
+    assert bool(waited) == waits
 
 
 def fail_on_two_machines(culprits: list[int]) -> list[str]:

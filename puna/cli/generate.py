@@ -127,7 +127,8 @@ def generate(
         if batch_rows is not None:
             options["batch_rows"] = batch_rows
         weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
-        asked = [model, weights, dtype, cache_dtype, longest, n, healing, settings, records]
+        asked = [model, weights, dtype, cache_dtype, n, healing, settings, records]
+        asked += [] if context_tokens is None else [context_tokens]
         with Results(output if is_first else None, asked, total) as results:
             _complete(loaded, tokenizer, fitting, results, on_text, options)
     if not is_first:

@@ -1,5 +1,6 @@
 """`puna generate`, `puna infill` and `puna chat`, as someone at a terminal meets them, and their Python twins."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,9 @@ import torch
 import puna
 from puna.checkpoint import quantize, save_model
 from puna.cli import run
-from puna.cli.generate import Results
+from puna.cli.generate import SAMPLING, Results
 from puna.errors import PunaError, UsageError
+from puna.files import mark_of
 from puna.generate import Sampling, complete
 from puna.generate.engine import storage
 from puna.generate.engine.runner import Logits, Runner
@@ -332,7 +334,7 @@ def test_a_longer_context_than_the_files_is_an_option(tiny_model_folder: Path, t
     assert run(["chat", *longer, "--template", "codellama"]) == 0
 
 
-@pytest.mark.parametrize("changed", ["prompts", "options", "weights"])
+@pytest.mark.parametrize("changed", ["prompts", "options", "context", "weights"])
 def test_completions_of_another_run_are_neither_taken_up_nor_lost(
     tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch, changed: str
 ) -> None:
@@ -353,9 +355,23 @@ def test_completions_of_another_run_are_neither_taken_up_nor_lost(
         source.write_text('{"prompt": "x"}\n{"prompt": "z"}\n')
     elif changed == "weights":
         os.utime(model / "model.safetensors", ns=(0, 0))
-    assert run([*words, "--temperature", "0.5"] if changed == "options" else words) == 1
+    more = {"options": ["--temperature", "0.5"], "context": ["--context", "3000"]}
+    assert run([*words, *more.get(changed, [])]) == 1
     assert "holds completions of another run" in capsys.readouterr().err
     assert partial.read_text() == before
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    (source := tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    weights = mark_of(tiny_model_folder.glob("*.safetensors"))
+    settings = {name: getattr(Sampling(max_tokens=2), name) for name in SAMPLING}
+    records = [{"prompt": "x"}, {"prompt": "y"}]
+    asked = json.dumps([str(tiny_model_folder), weights, None, None, 1, False, settings, records])  # no --context yet
+    there = json.dumps([1, {"prompt": "y", "completion": "of before", "completion_tokens": 2}])
+    (tmp_path / "out.partial").write_text(hashlib.sha256(asked.encode()).hexdigest() + f"\n{there}\n")
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(tmp_path / "out")]
+    assert run([*words, "--max-tokens", "2"]) == 0
+    assert json.loads((tmp_path / "out").read_text().splitlines()[1])["completion"] == "of before"
 
 
 def test_a_bad_line_among_prompts_can_be_left_out(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:

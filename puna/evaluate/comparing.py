@@ -25,7 +25,7 @@ SAME = ("benchmark", "variant", "data", "length", "cases", "seed")
 CHECKSUMS, PLACE = ("corpus_sha256", "tokens_sha256"), "corpus"
 
 #: What they may differ in, but a reader must know: how the model was asked, and how its answers were judged.
-TOLD = ("puna", "server", "answers", "options", "dtype", "cache_dtype", "limits", "sandbox", "window")
+TOLD = ("puna", "server", "answers", "dtype", "limits", "sandbox", "window")
 
 #: Of the options, what is no difference: where texts lay whose checksums agree, and a dtype by any other name.
 NOT_TOLD = ("options.corpus", "options.dtype")
@@ -80,9 +80,19 @@ def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    known = [name for name in TOLD if name != "options" or all(name in result for result in (one, other))]
-    told = ({name: result[name] for name in known if name in result} for result in (one, other))
-    return {name: list(values) for name, values in differing(*told).items() if name not in NOT_TOLD}
+    told = differing(_told(one, beside=other), _told(other, beside=one))
+    return {name: list(values) for name, values in told.items() if name not in NOT_TOLD}
+
+
+def _told(result: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of its settings, as far as the one beside it says such: earlier versions said less."""
+    told = {name: result[name] for name in TOLD if name in result and (name != "dtype" or name in beside)}
+    options = _options(beside)
+    return told | {f"options.{name}": value for name, value in _options(result).items() if name in options}
+
+
+def _options(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.get("options", {"cache_dtype": result.get("cache_dtype")})
 
 
 def read_result(folder: Path | str) -> dict[str, Any]:

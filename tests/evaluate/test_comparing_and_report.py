@@ -219,6 +219,24 @@ def test_answers_of_another_length_compare_and_it_is_said(tmp_path: Path, tiny_m
     assert puna.compare(tmp_path / "2", tmp_path / "bf16")["settings"] == {"dtype": ["fp32", "bf16"]}
 
 
+@pytest.mark.parametrize("stated", [None, "int8"])
+def test_what_an_earlier_version_did_not_say_is_no_difference(
+    tmp_path: Path, tiny_model_folder: Path, stated: str | None
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n" * 9)
+    options: dict[str, Any] = {"corpus": tmp_path / "a.py", "cases": 1, "max_tokens": 1, "device": "cpu"}
+    for name, cache_dtype in (("plain", None), ("int8", "int8")):
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / name, cache_dtype=cache_dtype, **options)
+    result = read_json(tmp_path / "plain/result.json")
+    assert (result.pop("dtype"), result.pop("options")["max_tokens"]) == ("fp32", 1)
+    earlier = result if stated is None else result | {"cache_dtype": stated}
+    write_json(tmp_path / "earlier/result.json", earlier)
+    shutil.copy(tmp_path / "plain/cases.jsonl", tmp_path / "earlier")
+    for name, cache_dtype in (("plain", None), ("int8", "int8")):
+        said = {} if stated == cache_dtype else {"options.cache_dtype": [stated, cache_dtype]}
+        assert puna.compare(tmp_path / "earlier", tmp_path / name)["settings"] == said
+
+
 @pytest.mark.parametrize("benchmark", ["completion", "perplexity", "key_retrieval", "humaneval"])
 def test_a_result_says_what_it_was_computed_in(
     benchmark: str, bubblewrap: str, tmp_path: Path, tiny_model_folder: Path

@@ -161,7 +161,7 @@ class Programs(ABC):
             cache_dtype: as for `Completer`.
             max_tokens: an answer's greatest length, other than the benchmark's.
             workers: how many judgements run at once; by default one a core.
-            complete: instead of a model, a function from asks and seeds to answers.
+            complete: instead of a model, a function that is given asks, seeds and where each answer goes (`Completes`).
 
         Returns:
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;

@@ -93,9 +93,9 @@ def check_recipe(before: Recipe, now: Recipe) -> None:
         if [weight for _, weight in was] != [weight for _, weight in weights]:
             forbidden.append(changed[-1])
     if forbidden:
+        way = f"begin {new_run_from(now.run_dir)}" if checkpoints(now.run_dir) else "remove that folder"
         raise UsageError(
-            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or begin "
-            f"{new_run_from(now.run_dir)}"
+            f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or {way}"
         )
     if changed:
         say(f"continuing with changes: {'; '.join(changed)}")

@@ -585,6 +585,15 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
+def test_another_recipe_may_take_the_folder_of_a_run_that_has_saved_nothing_once_it_is_removed(recipe: Make) -> None:
+    run_dir = Path(puna.train(recipe())["run_dir"])
+    with pytest.raises(UsageError, match=r"begin a new run with its weights: puna export"):
+        puna.train(recipe(seed=1))
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(UsageError, match=r"seed: 0 -> 1\); choose another run_dir, or remove that folder$"):
+        puna.train(recipe(seed=1))
+
+
 def test_a_run_that_has_saved_is_not_begun_afresh_where_its_checkpoints_are_out_of_sight(
     recipe: Make, tmp_path: Path
 ) -> None:

@@ -109,22 +109,24 @@ def test_what_is_asked_is_what_the_protocol_says(server: FakeServer) -> None:
 
 def test_an_answer_is_given_as_it_comes_and_the_next_ask_takes_its_place() -> None:
     class Turns(RemoteCompleter):
-        """The first ask is answered once the last is asked."""
+        """The first ask is answered once the answer of the last is given."""
 
-        last_is_asked = threading.Event()
+        last_is_given = threading.Event()
 
         def _answer(self, ask: Ask, seed: int) -> str:
-            if ask.prefix == "0":
-                assert self.last_is_asked.wait(20)
-            elif ask.prefix == "4":
-                self.last_is_asked.set()
+            assert ask.prefix != "0" or self.last_is_given.wait(20)
             return ask.prefix
+
+    def note(number: int, text: str) -> None:
+        given.append((number, text))
+        if number == 4:
+            Turns.last_is_given.set()
 
     given: list[tuple[int, str]] = []
     complete = Turns("http://nowhere", "model", max_tokens=1, stop=(), batch_rows=2)
-    answers = complete([Ask(f"{i}") for i in range(5)], [0] * 5, lambda *one: given.append(one))
+    answers = complete([Ask(f"{i}") for i in range(5)], [0] * 5, note)
     assert answers == ["0", "1", "2", "3", "4"]
-    assert given[0] == (1, "1")
+    assert given[-1] == (0, "0")
     assert sorted(given) == list(enumerate(answers))
 
 

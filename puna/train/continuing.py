@@ -16,7 +16,7 @@ from puna.checkpoint.runs import CHECKPOINTS, checkpoints
 from puna.config import Recipe, load_recipe
 from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, differing
-from puna.model.config import ModelConfig
+from puna.model.config import PRESETS, ModelConfig
 from puna.progress import say
 from puna.train.inputs import model_config
 from puna.train.metrics import FILE, read_metrics
@@ -78,7 +78,7 @@ def check_presence(run_dir: Path, save_every: int) -> None:
 def check_recipe(before: Recipe, now: Recipe) -> None:
     """Refuses to continue a run under a recipe that would make it another run.
 
-    Where the data lies may change: `check_checkpoint` knows it by its fingerprints.
+    Where the data and the first weights lie may change: `check_checkpoint` knows the data by its fingerprints.
     """
     fields = (recipe.model_dump(exclude={"data": {"train"}}) for recipe in (before, now))
     changed = _differences(*fields)
@@ -86,6 +86,8 @@ def check_recipe(before: Recipe, now: Recipe) -> None:
     if now.arithmetic == "mindformers":
         may_change = may_change - {"micro_batch_rows"}  # whose means its loss is the mean of
     free = tuple(name + end for name in may_change for end in ".:")
+    if _begins_with_others(before, now):
+        free = tuple(name for name in free if not name.startswith(("model", "start")))
     forbidden = [change for change in changed if not change.startswith(free)]
     was, weights = list(before.data.weights.items()), list(now.data.weights.items())
     if was != weights:
@@ -137,6 +139,16 @@ def check_checkpoint(
 def new_run_from(run_dir: Path | str) -> str:
     """How the weights of a run are trained further where the run itself cannot go on."""
     return f"a new run with its weights: puna export {run_dir} -o DIR, then start=DIR and another run_dir"
+
+
+def _begins_with_others(before: Recipe, now: Recipe) -> bool:
+    """Whether other first weights are asked for: where the same have moved, they are no longer where they were."""
+    was, asked = (recipe.start or recipe.model for recipe in (before, now))
+    if asked == was or asked in PRESETS:
+        return False
+    if was in PRESETS:  # random ones
+        return True
+    return Path(was).exists() and not (Path(asked).exists() and Path(asked).samefile(was))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -712,6 +712,21 @@ def test_a_run_goes_on_where_its_data_and_first_weights_have_moved_or_are_spelle
     _assert_same_weights(_weights(content["run_dir"]), _weights(tmp_path / "whole"))
 
 
+def test_other_first_weights_are_refused_in_a_run_folder(recipe: Make, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        save_model(tiny_model(), tmp_path / name)
+    (tmp_path / "link").symlink_to("one")
+    content = recipe(steps=2, start=str(tmp_path / "one"))
+    puna.train(content)
+    with pytest.raises(UsageError, match=r"another recipe \(start: .*one -> .*other\)"):
+        puna.train({**content, "start": str(tmp_path / "other")})
+    assert puna.train({**content, "steps": 3, "start": str(tmp_path / "link")})["step"] == 3
+    random = recipe(steps=2, run_dir=str(tmp_path / "random"))
+    puna.train(random)
+    with pytest.raises(UsageError, match=r"another recipe \(start: None -> .*one\)"):
+        puna.train({**random, "start": str(tmp_path / "one")})
+
+
 @pytest.mark.parametrize("weights", [[1, 3], [3], [3, 2]])
 def test_another_mixture_is_refused_in_a_run_folder(
     recipe: Make, prepared: Path, tmp_path: Path, weights: list[int]

@@ -11,6 +11,7 @@ model and one tensor more. Every tensor of the model must be there and every ten
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -304,6 +305,8 @@ def write_model(
     tensors = fit(config, tensors, quantization)
     if tokenizer is not None:
         tokenizer.check_vocab_size(config.vocab_size)
+    ends = (id for id in config.eos_token_ids if id < config.vocab_size)  # its source may name those of such markers
+    config = replace(config, eos_token_id=None).with_ends(ends)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     fields = without_eot(config, tokenizer).to_json()
     if quantization is not None:

@@ -283,8 +283,8 @@ def test_a_model_without_an_end_is_saved_without_one(tmp_path):
 @pytest.mark.parametrize(
     ("in_config", "in_generation_config", "ends"),
     [
-        (128009, [128001, 128009], (128009, 128001)),  # as Llama-3-Instruct
-        (151645, [151645, 151643], (151645, 151643)),  # as Qwen2.5-Instruct
+        (109, [101, 109], (109, 101)),  # as Llama-3-Instruct, whose are 128,009 and 128,001
+        (145, [145, 143], (145, 143)),  # as Qwen2.5-Instruct, likewise
         (2, 2, (2,)),  # as Code Llama
         (2, None, (2,)),
         (None, 7, (7,)),
@@ -331,6 +331,7 @@ def test_markers_without_embeddings_end_no_text_of_what_is_written(tmp_path, wri
     added = {f"{SPACE_MARK}<{name}>": 512 + i for i, name in enumerate(("PRE", "MID", "SUF", "EOT"))}
     (tmp_path / "model/added_tokens.json").write_text(json.dumps(added))
     assert load_tokenizer(tmp_path / "model").infilling.eot_id == 515
+    edit_json(tmp_path / "model/generation_config.json", eos_token_id=[2, 515])  # as earlier versions exported it
     write(tmp_path / "model", tmp_path / "written")
     written = json.loads((tmp_path / "written/generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "eos_token_id": 2}
@@ -425,7 +426,10 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("files", "fetched"),
     [
-        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], {"model.safetensors"}),
+        (
+            ["model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth"],
+            {"model.safetensors"},
+        ),
         (["pytorch_model-00001-of-00001.bin", "optimizer.bin"], {"pytorch_model-00001-of-00001.bin"}),
     ],
 )

@@ -1,5 +1,5 @@
 # make demo   the whole story, small: code -> tokens -> model -> report, on the CPU
-# make test   lint, types and every test
+# make test   lint, types and every test that takes neither minutes nor a GPU
 # A machine without a GPU saves gigabytes with TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3

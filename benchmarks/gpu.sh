@@ -7,6 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+git rev-parse HEAD >/dev/null 2>&1 || export COMMIT=${COMMIT:-unknown} # a machine that was sent files alone
 python=${PYTHON:-python3} log=${LOG:-gpu.log} last=${SECONDS_LEFT:-3600}
 
 measure() {

@@ -133,7 +133,7 @@ def _known(benchmark: str, model: Any, options: dict[str, Any]) -> dict[str, Any
 
     known: dict[str, Any] = {"benchmark": benchmark}
     if isinstance(model, Stored):
-        known |= {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+        known |= model.named
     dtype = model.dtype if isinstance(model, Stored) else None
     return known | {"options": _asked(benchmarks.find(benchmark), options | {"dtype": dtype})}
 

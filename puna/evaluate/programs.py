@@ -270,7 +270,7 @@ def _named(complete: Completes | None, model: Any, output: Path | str | None) ->
     if isinstance(complete, RemoteCompleter):
         return {"model": complete.model, "server": complete.url}
     if isinstance(model, Stored):
-        return {"model": model.name} | ({} if model.weights is None else {"weights": model.weights})
+        return model.named
     if model is None or output is None:
         return {}
     from puna.model.mark import mark_in_memory

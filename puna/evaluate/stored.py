@@ -23,11 +23,12 @@ class Stored:
     device: Any = "cpu"
 
     @property
-    def weights(self) -> str | None:
-        """What tells its files from others; None: a hub id."""
+    def named(self) -> dict[str, str]:
+        """As a result names it: "model", and "weights", which tell its files from others; a hub id has none here."""
         from puna.files import mark_of
 
-        return mark_of(file for kind in OF_A_MODEL for file in Path(self.name).glob(kind))
+        weights = mark_of(file for kind in OF_A_MODEL for file in Path(self.name).glob(kind))
+        return {"model": self.name} | ({} if weights is None else {"weights": weights})
 
     def check(self) -> None:
         """Says at once what loading would say; of a hub id, which is not here yet, nothing.

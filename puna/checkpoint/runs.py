@@ -62,7 +62,7 @@ class Checkpoints:
 
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay. One that `newest` found damaged is none of them.
         keep_every: the first one at or after each multiple of so many steps stays for good; None: none does.
 
     Raises:
@@ -73,6 +73,7 @@ class Checkpoints:
         self.run_dir, self._keep, self._keep_every = Path(run_dir), keep, keep_every
         self._ranks = Collectives.of_run()
         self._copies: dict[str, Tensor] = {}
+        self._damaged: set[Path] = set()
         self._has_room: bool | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -133,7 +134,11 @@ class Checkpoints:
         self.wait()
 
         def sound(path: Path) -> Path:
-            check_files(path, ranks=self._ranks)
+            try:
+                check_files(path, ranks=self._ranks)
+            except Damaged:
+                self._damaged.add(path)
+                raise
             return path
 
         steps = partial(self._ranks.broadcast, lambda: list(checkpoints(self.run_dir)))
@@ -234,8 +239,9 @@ class Checkpoints:
             written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
             write_manifest(aside, step, meta, written)
             _put_in_place(aside, path)
+            self._damaged.discard(path)
             try:
-                _prune(aside.parent, step, self._keep, self._keep_every)
+                _prune(aside.parent, step, self._keep, self._keep_every, self._damaged)
             except OSError as error:  # the checkpoint itself is there
                 progress.say(f"checkpoints that need not be kept could not be removed: {error}")
 
@@ -390,20 +396,20 @@ def _put_in_place(aside: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
-    """Removes what need not be kept up to a step.
+def _prune(folder: Path, step: int, keep: int, keep_every: int | None, damaged: set[Path]) -> None:
+    """Removes what need not be kept up to a step, and what is damaged.
 
     Later ones, which could not be read when the run was continued from an earlier step, stay until the run has come to
     theirs: they may have been sound, and the reading have failed for the moment.
     """
-    paths = checkpoints(folder.parent)
-    past = [s for s in paths if s <= step]
-    kept = set(past[-max(keep, 1) :])
+    paths = {s: path for s, path in checkpoints(folder.parent).items() if s <= step}
+    sound = [s for s, path in paths.items() if path not in damaged]
+    kept = set(sound[-max(keep, 1) :])
     if keep_every:
-        kept |= {s for before, s in pairwise([0, *past]) if s // keep_every > before // keep_every}
-    for s in past:
+        kept |= {s for before, s in pairwise([0, *sound]) if s // keep_every > before // keep_every}
+    for s, path in paths.items():
         if s not in kept:
-            _remove(paths[s])
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

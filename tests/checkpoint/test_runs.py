@@ -124,6 +124,41 @@ def test_a_later_one_stays_until_the_run_has_come_to_its_step(tmp_path):
     assert list(checkpoints(tmp_path)) == [10]
 
 
+@pytest.mark.parametrize(
+    ("keep", "after_20", "after_30"),
+    [
+        ({"keep": 1}, [20, 23], [30]),
+        ({"keep": 2}, [10, 20, 23], [20, 30]),
+        ({"keep": 1, "keep_every": 12}, [20, 23], [20, 30]),
+    ],
+)
+def test_a_damaged_one_takes_no_sound_ones_place_and_goes_once_the_run_has_passed_it(
+    tmp_path, keep, after_20, after_30
+):
+    for step in (10, 15, 23):
+        path = save(tmp_path, step, some_state(), {})
+        if step > 10:
+            (path / "rest" / ".metadata").write_bytes(b"")
+    run = Checkpoints(tmp_path, **keep)
+    assert run.newest(say=lambda _: None).name == "step-00000010"
+    for step, expected in ((20, after_20), (30, after_30)):
+        run.save(step, some_state(), {})
+        run.wait()
+        assert list(checkpoints(tmp_path)) == expected
+
+
+def test_one_that_was_damaged_and_is_replaced_counts_again(tmp_path):
+    for step in (10, 20):
+        path = save(tmp_path, step, some_state(), {})
+    (path / "rest" / ".metadata").write_bytes(b"")
+    run = Checkpoints(tmp_path, keep=2)
+    run.newest(say=lambda _: None)
+    for step in (20, 30):
+        run.save(step, some_state(), {})
+        run.wait()
+    assert list(checkpoints(tmp_path)) == [20, 30]
+
+
 def test_one_whose_reading_failed_for_the_moment_is_not_lost(tmp_path, monkeypatch):
     for step in (1, 3):
         save(tmp_path, step, some_state(), {})

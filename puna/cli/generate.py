@@ -68,7 +68,7 @@ def generate(
         Path | None,
         typer.Option("--output", "-o", help='JSON lines with "completion" to write; killed, the same command goes on.'),
     ] = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out lines that are not prompts.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out prompts that cannot be completed.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Completions of each prompt, with seeds one apart.")] = 1,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -121,7 +121,7 @@ def generate(
         records = list(fitting.values())
         guesser = None if draft is None else open_draft(draft, tokenizer, dtype, device, context_tokens)
         started, total = time.monotonic(), n * len(records)
-        on_text = print_piece if is_first and not as_json and output is None else None
+        on_text = print_piece if is_first and not as_json and output is None and total == 1 else None
         options: dict[str, Any] = {"n": n, "healing": healing, **settings}
         options |= {"lookup": lookup, "draft": guesser, "cache_dtype": cache_dtype}
         if batch_rows is not None:
@@ -130,7 +130,7 @@ def generate(
         asked = [model, weights, dtype, cache_dtype, n, healing, settings, records]
         asked += [] if context_tokens is None else [context_tokens]
         with Results(output if is_first else None, asked, total) as results:
-            _complete(loaded, tokenizer, fitting, results, on_text, options)
+            _complete_missing(loaded, tokenizer, fitting, results, on_text, options, keep_going=keep_going)
     if not is_first:
         return  # the first process speaks for all
     summary = {
@@ -145,33 +145,61 @@ def generate(
     elif total == 1:
         print()
     else:
-        for number, result in enumerate(results, 1):
-            print(f"=== {number}/{total}: {_last_line(result['prompt'])} ({result['finish']})")
+        for number, result in enumerate(there := list(results), 1):
+            print(f"=== {number}/{len(there)}: {_last_line(result['prompt'])} ({result['finish']})")
             print(result["completion"])
 
 
-def _complete(
+def _complete_missing(
     model: "Llama",
     tokenizer: "Tokenizer",
     asked_for: dict[str, dict[str, Any]],
     results: "Results",
     on_text: "OnText | None",
     options: dict[str, Any],
+    *,
+    keep_going: bool,
 ) -> None:
-    """Completes what is missing of the results; a single text is given to `on_text`, several move a progress bar."""
-    from puna.generate import generate as complete_texts
+    """Completes what is missing of the results, but for prompts that may outgrow the cache."""
     from puna.generate.engine.scheduler import OutgrowsCache
     from puna.parallel.collectives import of_first_rank
 
-    n, places, records = options["n"], list(asked_for), list(asked_for.values())
-    total = n * len(records)
-    missing = [number for number in range(len(records)) if not results.has(range(number * n, number * n + n))]
+    n, places, total = options["n"], list(asked_for), options["n"] * len(asked_for)
+    records = enumerate(asked_for.values())
+    missing = {number: record for number, record in records if not results.has(range(number * n, number * n + n))}
     missing = of_first_rank(missing)  # it alone knows what was there before
-    texts = [records[number]["prompt"] for number in missing]
+    while missing:
+        try:
+            return _complete(model, tokenizer, missing, total, results, on_text, options)
+        except OutgrowsCache as error:  # none has been begun
+            numbers = list(missing)
+            reasons = {numbers[index // n]: reason for index, reason in error.reasons.items()}
+        for number, reason in reasons.items():
+            _leave_out(PunaError(f"{places[number]} {reason}"), keep_going=keep_going)
+            del missing[number]
+            total -= n
+    if total == 0:
+        raise PunaError("no prompt leaves room for a completion in the cache")
+
+
+def _complete(
+    model: "Llama",
+    tokenizer: "Tokenizer",
+    missing: dict[int, dict[str, Any]],
+    total: int,
+    results: "Results",
+    on_text: "OnText | None",
+    options: dict[str, Any],
+) -> None:
+    """Completes records, by their numbers; a text that is all there is goes to `on_text`, several move a bar."""
+    from puna.generate import generate as complete_texts
+
+    n, numbers = options["n"], list(missing)
+    texts = [record["prompt"] for record in missing.values()]
 
     def keep(index: int, completion: "Completion") -> None:
-        number, sample = divmod(index, n)
-        results.put(missing[number] * n + sample, records[missing[number]] | as_record(completion))
+        number, sample = numbers[index // n], index % n
+        results.put(number * n + sample, missing[number] | as_record(completion))
 
     if total == 1:
         complete_texts(model, tokenizer, texts, on_text=on_text, on_completion=keep, **options)
@@ -183,10 +211,7 @@ def _complete(
             keep(index, completion)
             progress.advance()
 
-        try:
-            complete_texts(model, tokenizer, texts, on_completion=note, **options)
-        except OutgrowsCache as error:
-            raise PunaError(f"{places[missing[error.index // n]]} {error.reason}") from None
+        complete_texts(model, tokenizer, texts, on_completion=note, **options)
 
 
 def checked_settings(context: typer.Context) -> dict[str, Any]:
@@ -332,7 +357,7 @@ class Results:
     """Completions as they come, in any order; a run that was killed finds those of before.
 
     Args:
-        output: JSON lines in the order of the prompts, written when all are there; until then each completion is kept
+        output: JSON lines in the order of the prompts, written when the block ends; until then each completion is kept
             in a file beside it, unless it is a device. None: nothing is written.
         asked: what the completions depend on.
         count: of completions.
@@ -372,7 +397,7 @@ class Results:
             Path(self._partial.name).unlink()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._found[number] for number in range(self._count))
+        return (result for _, result in sorted(self._found.items()))
 
     def has(self, numbers: range) -> bool:
         """Whether all of these are there."""

@@ -25,7 +25,7 @@ from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
 from puna.generate.engine.network import ByModules
 from puna.generate.engine.paged_attention import MOST_TOKENS
-from puna.generate.engine.scheduler import Running
+from puna.generate.engine.scheduler import OutgrowsCache, Running
 from puna.generate.sequence import Sequence
 from puna.model.llama import Llama
 from puna.model.packed import pack_layers
@@ -312,6 +312,9 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(model: Llama) -> 
         PunaError, match=r"prompt 1 may grow to 103 tokens, and the cache holds 64; lower max_tokens, .* in 8 bits"
     ):
         engine.generate([[1], [1, 2, 3]], [Sampling(max_tokens=9), Sampling(max_tokens=100)])
+    with pytest.raises(OutgrowsCache) as refused:
+        engine.generate([[1], [2], [3]], [Sampling(max_tokens=number) for number in (64, 63, 65)])
+    assert list(refused.value.reasons) == [0, 2]
     with pytest.raises(PunaError, match="prompt 0 is empty"):
         engine.generate([[]], Sampling())
     with pytest.raises(UsageError, match="2 samplings for 1 prompts"):

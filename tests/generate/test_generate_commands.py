@@ -300,18 +300,57 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
     assert "no prompt leaves room" in capsys.readouterr().err
 
 
-def test_a_prompt_that_may_outgrow_the_cache_is_named_by_its_line(
-    tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
+def test_a_prompt_that_may_outgrow_the_cache_is_named_by_its_line_and_can_be_left_out(
+    loaded, tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda device: 0)  # one block
-    (source := tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in "x" * 3))
-    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(tmp_path / "out"), "--n", "2"]
-    assert run([*words, "--max-tokens", "8"]) == 0
-    (tmp_path / "out").unlink()
-    long = json.dumps({"prompt": "x = 1\n" * 9})
-    source.write_text(source.read_text() + long)
+    source, output, long = tmp_path / "in.jsonl", tmp_path / "out", "x = 1\n" * 9
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in ("x", long, "y", long)))
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--n", "2"]
     assert run([*words, "--max-tokens", "8"]) == 1
-    assert re.search(r"in.jsonl:7 may grow to \d+ tokens, and the cache holds 32; lower", capsys.readouterr().err)
+    said = r"in.jsonl:3 may grow to \d+ tokens, and the cache holds 32; lower .*, or leave it out with --keep-going"
+    assert re.search(said, capsys.readouterr().err)
+    assert run([*words, "--max-tokens", "8", "--keep-going"]) == 0
+    assert re.findall(r"left out: .*:(\d) may grow", capsys.readouterr().err) == ["3", "7"]
+    answered = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in answered] == ["x", "x", "y", "y"]
+    assert [record["completion"] for record in answered[::2]] == [continued(loaded, one, max_tokens=8) for one in "xy"]
+
+
+def test_where_no_prompt_but_one_fits_the_cache_only_that_is_printed(
+    loaded, tiny_model_folder: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("puna.generate.engine.engine.free_memory_bytes", lambda device: 0)
+    words, long = ["generate", str(tiny_model_folder), "--max-tokens", "8", "--keep-going"], "x = 1\n" * 9
+    assert run([*words, long, "y"]) == 0
+    assert capsys.readouterr().out == f"=== 1/1: 'y' (length)\n{continued(loaded, 'y', max_tokens=8)}\n"
+    assert run([*words, long]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search("left out: prompt 1 may grow .*\npuna: no prompt leaves room .* in the cache", captured.err)
+
+
+def test_a_prompt_that_outgrew_the_cache_is_completed_once_there_is_room(
+    loaded, tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    source, output, long = tmp_path / "in.jsonl", tmp_path / "out", "x = 1\n" * 9
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("x", long, "y")))
+    words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "8"]
+
+    def killed(self: Results, number: int, result: dict) -> None:
+        put(self, number, result)
+        raise KeyboardInterrupt
+
+    put = Results.put
+    with monkeypatch.context() as small:
+        small.setattr("puna.generate.engine.engine.free_memory_bytes", lambda device: 0)
+        small.setattr(Results, "put", killed)
+        assert run([*words, "--keep-going", "--batch-rows", "1"]) == 130
+    assert not output.exists()
+    assert run(words) == 0
+    assert "1 of 3 are there" in capsys.readouterr().err
+    answered = [json.loads(line)["completion"] for line in output.read_text().splitlines()]
+    assert answered == [continued(loaded, text, max_tokens=8) for text in ("x", long, "y")]
 
 
 def test_a_longer_context_than_the_files_is_an_option(tiny_model_folder: Path, tmp_path: Path, capsys, typed) -> None:

@@ -136,8 +136,7 @@ class Engine:
         try:
             with self._lock:
                 self._look_at_weights()
-                for running in added:
-                    self.scheduler.add(running)
+                self.scheduler.add(*added)
                 pending = set(added)
                 while pending:
                     self._let_in()  # streams that come meanwhile take part

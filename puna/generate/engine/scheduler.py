@@ -21,19 +21,19 @@ from puna.generate.sequence import Sequence
 
 
 class OutgrowsCache(PunaError):
-    """A sequence could need more blocks than there are.
+    """Sequences could need more blocks than there are.
 
     Attributes:
-        index: number of its prompt.
-        reason: what the message says of it.
+        reasons: number of a prompt -> what the message says of it.
     """
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(index, reason)
-        self.index, self.reason = index, reason
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
     def __str__(self) -> str:
-        return f"prompt {self.index} {self.reason}"
+        index, reason = next(iter(self.reasons.items()))
+        return f"prompt {index} {reason}"
 
 
 @dataclass(eq=False)
@@ -123,21 +123,22 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
-    def add(self, running: Running) -> None:
-        """Takes a sequence in.
+    def add(self, *those: Running) -> None:
+        """Takes sequences in, all of them or none.
 
         Raises:
-            OutgrowsCache: it could outgrow the whole pool.
+            OutgrowsCache: some could outgrow the whole pool.
         """
-        needed = -(-running.sequence.most_tokens // self.pool.size)
-        if needed > self.pool.n_blocks:
-            raise OutgrowsCache(
-                running.sequence.index,
-                f"may grow to {running.sequence.most_tokens} tokens, and the cache holds "
-                f"{self.pool.n_blocks * self.pool.size}; lower max_tokens, give the engine more memory, or "
-                "keep keys and values in 8 bits (cache_dtype)",
-            )
-        self.waiting.append(running)
+        room = self.pool.n_blocks * self.pool.size
+        reasons = {
+            running.sequence.index: f"may grow to {running.sequence.most_tokens} tokens, and the cache holds {room}; "
+            "lower max_tokens, give the engine more memory, or keep keys and values in 8 bits (cache_dtype)"
+            for running in those
+            if running.sequence.most_tokens > room
+        }
+        if reasons:
+            raise OutgrowsCache(reasons)
+        self.waiting.extend(those)
 
     def next_step(self) -> list[Chunk]:
         """The chunks of the next step, decoding ones first; empty where nothing is to be done."""

@@ -68,7 +68,7 @@ def generate(
         Path | None,
         typer.Option("--output", "-o", help='JSON lines with "completion" to write; killed, the same command goes on.'),
     ] = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out prompts that cannot be completed.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out what cannot be completed.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Completions of each prompt, with seeds one apart.")] = 1,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,

@@ -8,7 +8,7 @@ so its place behind top-p changes nothing that it keeps. Temperature 0 takes the
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -33,7 +33,7 @@ class Sampling:
         frequency_penalty: is taken from them once for every time that it holds them.
         logit_bias: id -> what is added to its logit.
         max_tokens: most tokens of a completion; the model's context ends it too.
-        stop: the completion ends before the first of these strings.
+        stop: the completion ends before the first of these strings; where one alone is given, or None, a tuple is made.
         stop_ids: tokens that end a completion besides the tokenizer's EOS and EOT, and stay out of it.
         begins_with: bytes that the first tokens must spell, which are no part of the text: the end of the prompt, cut
             off to be split anew (`puna.prompts.heal`).
@@ -60,11 +60,11 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        for name in ("stop", "stop_ids"):
+            object.__setattr__(self, name, _several(getattr(self, name)))
         for name, (kind, is_valid, expected) in _RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind) or not is_valid(value):
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not is_valid(value):
                 raise UsageError(f"{name}={value!r} must be {expected}")
 
     @classmethod
@@ -84,8 +84,17 @@ class Sampling:
 GREATEST = 1e15
 
 
-def _is_usable(value: float) -> bool:
-    return abs(value) <= GREATEST
+def _is_usable(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= GREATEST
+
+
+def _several(given: Any) -> Any:
+    """A tuple of what was given: some, one text or None; anything else as it is, to be refused."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, Iterable) else given
 
 
 #: Setting -> its type, whether a value of it is valid, and that in words.
@@ -112,6 +121,7 @@ _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] =
     "stop_ids": (tuple, lambda value: all(isinstance(id, int) for id in value), "token ids"),
     "begins_with": (bytes, lambda value: True, "bytes"),
     "seed": (int, lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
+    "ignore_eos": (bool, lambda value: True, "True or False"),
 }
 
 

@@ -1,5 +1,7 @@
 """How the next token is chosen, held against transformers' processors and against counted frequencies."""
 
+import contextlib
+import dataclasses
 import math
 
 import pytest
@@ -222,11 +224,28 @@ def test_logits_that_are_not_numbers_are_an_error_not_a_token(number: float) -> 
         ("temperature", None),
         ("top_k", 2.5),
         ("max_tokens", "9"),
+        ("logit_bias", {5: None}),
+        ("stop", 5),
+        ("stop_ids", 5),
+        ("ignore_eos", "no"),
+        ("seed", True),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_its_value_and_range(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^{field}=.* must be "):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(Sampling)])
+@pytest.mark.parametrize("value", [None, 5, 1.5, "x", b"x", [None], {"a": 1}, True, object()])
+def test_a_setting_of_any_kind_is_taken_or_refused_in_words(field: str, value: object) -> None:
+    with contextlib.suppress(UsageError):
+        Sampling(**{field: value})
+
+
+def test_stop_strings_are_given_as_several_as_one_or_not_at_all() -> None:
+    assert [Sampling(stop=stop).stop for stop in (["a", "b"], "ab", [], None)] == [("a", "b"), ("ab",), (), ()]
+    assert [Sampling(stop_ids=ids).stop_ids for ids in ([5, 6], None)] == [(5, 6), ()]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

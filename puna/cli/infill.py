@@ -78,30 +78,32 @@ def infill(
     from puna.generate import infill as fill
     from puna.generate import prompt_room
     from puna.parallel.collectives import of_first_rank
-    from puna.prompts import check_order, cut_around_gap
+    from puna.prompts import check_order
 
     settings = checked_settings(context)
     check_order(order)
     with processes(device):
         before, behind = of_first_rank((before, behind))
         loaded, tokenizer = open_model(model, dtype, device, context_tokens)
-        budget = prompt_room(loaded, max_tokens) if budget is None else budget
-        kept_before, kept_behind = cut_around_gap(tokenizer, before, behind, budget)
-        if (kept_before, kept_behind) != (before, behind):
+        most = prompt_room(loaded, max_tokens) if budget is None else budget
+
+        def tell(kept_before: str, kept_behind: str) -> None:
             say(
-                f"more than {budget} tokens: the model sees the last {len(kept_before)} of {len(before)} characters "
+                f"more than {most} tokens: the model sees the last {len(kept_before)} of {len(before)} characters "
                 f"before the gap, and the first {len(kept_behind)} of {len(behind)} behind it"
             )
+
         completion = fill(
             loaded,
             tokenizer,
-            kept_before,
-            kept_behind,
-            budget=budget,
+            before,
+            behind,
+            budget=most,
             healing=healing,
             order=order,  # type: ignore[arg-type]  # it is checked above
             cache_dtype=cache_dtype,
             on_text=print_piece if is_first and not as_json else None,
+            on_cut=tell,
             **settings,
         )
     if not is_first:

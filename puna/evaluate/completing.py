@@ -173,8 +173,10 @@ class Completer:
 
     def _gap(self, prefix: str, suffix: str) -> "tuple[list[int], Sampling]":
         from puna.generate import gap_prompt
-        from puna.prompts import cut_around_gap
 
-        kept = cut_around_gap(self.tokenizer, prefix, suffix, self.longest_prompt)
-        self.cut_prompts += kept != (prefix, suffix)
-        return gap_prompt(self.tokenizer, *kept, self.sampling, order=self.order, budget=self.longest_prompt)
+        def count(*_: str) -> None:
+            self.cut_prompts += 1
+
+        return gap_prompt(
+            self.tokenizer, prefix, suffix, self.sampling, order=self.order, budget=self.longest_prompt, on_cut=count
+        )

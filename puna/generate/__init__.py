@@ -12,7 +12,7 @@ from typing import Any, Literal
 from puna.errors import PunaError
 from puna.generate.engine import Engine
 from puna.generate.engine.engine import MAX_ROWS
-from puna.generate.gap import gap_prompt
+from puna.generate.gap import OnCut, gap_prompt
 from puna.generate.loop import complete
 from puna.generate.sampling import Sampling
 from puna.generate.sequence import Completion, OnCompletion, OnText
@@ -25,6 +25,7 @@ __all__ = [
     "Completion",
     "Engine",
     "OnCompletion",
+    "OnCut",
     "OnText",
     "Sampling",
     "chat",
@@ -100,6 +101,7 @@ def infill(
     healing: bool = True,
     cache_dtype: str | None = None,
     on_text: OnText | None = None,
+    on_cut: OnCut | None = None,
     **sampling: Any,
 ) -> Completion:
     """Writes what is missing between `prefix` and `suffix`, as an editor does at the cursor.
@@ -117,6 +119,7 @@ def infill(
             and is left alone.
         cache_dtype: as for `generate`.
         on_text: as for `generate`; the number is 0.
+        on_cut: is given what the budget leaves of a longer text.
         sampling: the fields of `Sampling`.
 
     Raises:
@@ -124,7 +127,9 @@ def infill(
     """
     settings = Sampling.of(sampling)
     budget = prompt_room(model, settings.max_tokens) if budget is None else budget
-    tokens, settings = gap_prompt(tokenizer, prefix, suffix, settings, order=order, budget=budget, healing=healing)
+    tokens, settings = gap_prompt(
+        tokenizer, prefix, suffix, settings, order=order, budget=budget, healing=healing, on_cut=on_cut
+    )
     engine = Engine(model, tokenizer, max_rows=1, cache_dtype=cache_dtype)
     return engine.generate([tokens], settings, on_text=on_text)[0]
 

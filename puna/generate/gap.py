@@ -3,12 +3,16 @@
 prefix, suffix ──▶ lines next to the gap, as many as the budget holds ──▶ psm or spm ──▶ spm: healed ──▶ tokens
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 from puna.generate.sampling import Sampling
 from puna.prompts import cut_around_gap, heal, infill_prompt, infill_stops
 from puna.tokenizer import Tokenizer
+
+#: Called with what is kept of prefix and suffix, where that is not all.
+OnCut = Callable[[str, str], None]
 
 
 def gap_prompt(
@@ -20,6 +24,7 @@ def gap_prompt(
     order: Literal["psm", "spm"],
     budget: int,
     healing: bool = True,
+    on_cut: OnCut | None = None,
 ) -> tuple[list[int], Sampling]:
     """The prompt of a gap, and how it is completed: until the model says that the gap is filled.
 
@@ -32,6 +37,7 @@ def gap_prompt(
         budget: most tokens of the prompt: lines far from the gap are left out beyond it (`cut_around_gap`).
         healing: in spm order, where prefix and middle are split together, let the model split the end of `prefix` anew
             (`heal`); in psm order the prefix ends where a token ends, in training as here, and is left alone.
+        on_cut: is given what the budget leaves of a longer text.
 
     Returns:
         Token ids, at most `budget`, and `sampling` with the ids that end what was filled in and the text that it must
@@ -41,7 +47,10 @@ def gap_prompt(
         PunaError: the model cannot infill; the message says which can.
     """
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *infill_stops(tokenizer)))
-    tokens = infill_prompt(tokenizer, *cut_around_gap(tokenizer, prefix, suffix, budget), order=order)
+    kept = cut_around_gap(tokenizer, prefix, suffix, budget)
+    if on_cut is not None and kept != (prefix, suffix):
+        on_cut(*kept)
+    tokens = infill_prompt(tokenizer, *kept, order=order)
     if not healing or order != "spm":
         return tokens, sampling
     tokens, begins_with = heal(tokenizer, tokens)

@@ -18,6 +18,7 @@ from puna.checkpoint import quantize, save_model
 from puna.cli import run
 from puna.cli.generate import SAMPLING, Results
 from puna.errors import PunaError, UsageError
+from puna.evaluate.completing import Ask, Completer
 from puna.files import mark_of
 from puna.generate import Sampling, complete
 from puna.generate.engine import storage
@@ -111,6 +112,31 @@ def test_infill_fits_a_long_file_to_the_context_or_a_budget(loaded) -> None:
     assert context - 20 - 10 < completion.prompt_tokens <= context - 20
     assert puna.infill(model, tokenizer, long, long, max_tokens=1, budget=30).prompt_tokens <= 30
     assert puna.infill(model, tokenizer, long, "", max_tokens=2 * context).prompt_tokens <= context // 2
+
+
+def test_infill_tells_what_it_keeps_of_a_longer_file_and_cuts_it_once(
+    loaded, tiny_model_folder: Path, monkeypatch
+) -> None:
+    cuts: list[int] = []
+
+    def counted(tokenizer: Tokenizer, prefix: str, suffix: str, budget: int) -> tuple[str, str]:
+        cuts.append(budget)
+        return cut_around_gap(tokenizer, prefix, suffix, budget)
+
+    monkeypatch.setattr("puna.generate.gap.cut_around_gap", counted)
+    monkeypatch.setattr("puna.prompts.cut_around_gap", counted)
+    kept: list[tuple[str, ...]] = []
+    prefix, suffix = "a = 1\n" * 50, "b = 2\n" * 50
+    puna.infill(*loaded, prefix, suffix, budget=100, max_tokens=1, on_cut=lambda *texts: kept.append(texts))
+    assert kept == [cut_around_gap(loaded[1], prefix, suffix, 100)]
+    puna.infill(*loaded, "a", "b", budget=100, max_tokens=1, on_cut=lambda *texts: kept.append(texts))
+    assert len(kept) == 1
+    words = ["infill", str(tiny_model_folder), "--prefix", prefix, "--suffix", suffix, "--max-tokens", "1"]
+    assert run([*words, "--budget", "60"]) == 0
+    completer = Completer(*loaded, max_tokens=1, stop=(), batch_rows=1)
+    completer([Ask(prefix * 9, suffix=suffix * 9)])
+    assert completer.cut_prompts == 1
+    assert cuts == [100, 100, 60, completer.longest_prompt]
 
 
 def test_chat_ends_where_the_template_says(loaded) -> None:

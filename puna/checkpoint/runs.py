@@ -5,8 +5,11 @@
                                       rest/                 likewise what else a run needs: optimizer, generators
                                       run.json              step, caller's notes, size and checksum of every file, and
                                                             a checksum of all this
-    run_dir/checkpoints/step-00000200.aside/                a save that is going on, was interrupted, or is the first
-                                                            and has failed: the next save clears it away
+    run_dir/checkpoints/step-00000200.aside/                a save that is going on, or was interrupted: the next one
+                                                            clears it away
+    run_dir/.unsaved                                        there until the first save is done: that there are no
+                                                            checkpoints means that none were saved, not that they are
+                                                            out of sight
 
 `Checkpoints.save` copies the state and returns; a thread writes it. `run.json` (`manifest.py`) is written last, then
 the folder is synced and takes its name. Before loading, every file is compared with it: a damaged newest checkpoint is
@@ -42,6 +45,9 @@ from puna.files import ASIDE, sync_folder
 
 #: The folder of a run's checkpoints, in the run's.
 CHECKPOINTS = "checkpoints"
+
+#: The note that a run has saved nothing yet, in its folder.
+UNSAVED = ".unsaved"
 
 #: The share of a host's free memory that copies of the state may take: training needs some, too.
 ROOM_SHARE = 0.8
@@ -108,6 +114,14 @@ class Checkpoints:
         if not has_room:
             concurrent.futures.wait([self._saving])  # errors are raised by `wait`, as always
         return _path(self.run_dir, step)
+
+    def note_unsaved(self) -> None:
+        """Notes in the folder of a run without checkpoints that it has saved none; the first save takes the note away.
+
+        One process calls it, before the run has come to its first save.
+        """
+        if not checkpoints(self.run_dir):
+            (self.run_dir / UNSAVED).touch()
 
     def wait(self) -> None:
         """Returns when the last save is done.
@@ -227,8 +241,9 @@ class Checkpoints:
         """Writes a checkpoint, then removes those that need not be kept; in the background of every rank."""
         from puna.checkpoint.sharded import write_sharded
 
-        ranks, path = self._ranks, _path(self.run_dir, step)
+        ranks, path, note = self._ranks, _path(self.run_dir, step), self.run_dir / UNSAVED
         aside = path.with_name(path.name + ASIDE)
+        is_unsaved = note.exists()
 
         def make_room(parts: list[list[str]]) -> list[str]:
             _clear_leftovers(aside.parent)
@@ -238,6 +253,9 @@ class Checkpoints:
         def finish(files: list[dict[str, Any]]) -> None:
             written = {name: fingerprint for of_rank in files for name, fingerprint in sorted(of_rank.items())}
             write_manifest(aside, step, meta, written)
+            if is_unsaved:  # no longer, as soon as the checkpoint has its name
+                note.unlink(missing_ok=True)
+                sync_folder(note.parent)
             _put_in_place(aside, path)
             self._damaged.discard(path)
             try:
@@ -251,10 +269,10 @@ class Checkpoints:
             ranks.all_reduce(lambda: fingerprints(aside, ranks.rank), finish)
         except BaseException as error:
             if ranks.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
-                if not checkpoints(self.run_dir):  # what is empty says that none were saved, rather than lost
+                if is_unsaved and not path.exists():
                     with contextlib.suppress(OSError):
-                        aside.mkdir(exist_ok=True)
+                        note.touch()
+                shutil.rmtree(aside, ignore_errors=True)
                 progress.say(f"{path.name} could not be saved: {error}")  # now, while there is time to make room
             raise
 

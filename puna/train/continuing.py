@@ -1,7 +1,7 @@
 """Whether a run goes on as it is asked to: under this recipe, with this model, from this data.
 
     recipe.yaml               check_recipe       steps: 100 -> 200 is the same run, seed: 0 -> 1 would be another
-    metrics.jsonl             check_presence     a run whose checkpoints are out of sight is not begun afresh
+    metrics.jsonl, .unsaved   check_presence     a run whose checkpoints are out of sight is not begun afresh
     checkpoints/…/run.json    check_checkpoint   the model's shape and the data's fingerprints are those of the save
 
 What would make it another run is refused; the message says how a new one begins with its weights.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.checkpoint.manifest import read_meta
-from puna.checkpoint.runs import CHECKPOINTS, checkpoints
+from puna.checkpoint.runs import CHECKPOINTS, UNSAVED, checkpoints
 from puna.config import Recipe, load_recipe
 from puna.errors import PunaError, UsageError
 from puna.files import ASIDE, differing
@@ -65,7 +65,9 @@ def check_presence(run_dir: Path, save_every: int) -> None:
     folder = run_dir / CHECKPOINTS
     if folder.is_symlink() and not folder.exists():
         raise PunaError(f"{folder} leads to {folder.readlink()}, which is not there; bring it back, or remove the link")
-    if checkpoints(run_dir) or any(folder.glob(f"step-*{ASIDE}")):  # its first save was killed, or failed
+    if checkpoints(run_dir) or (run_dir / UNSAVED).exists():
+        return
+    if any(folder.glob(f"step-*{ASIDE}")):  # its first save was killed in its last moment, or by an earlier version
         return
     last = max((numbers["step"] for numbers in read_metrics(run_dir)), default=0)
     if last >= save_every:

@@ -236,6 +236,7 @@ class _Run:
         """What a run's folder holds from the start: its recipe, and the tokenizer of its data."""
         if not is_first_rank():
             return
+        self.checkpoints.note_unsaved()
         with file_aside(self.run_dir / RECIPE, "w") as file:
             file.write(self.recipe.to_yaml())
         if self.tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():

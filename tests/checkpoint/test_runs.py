@@ -186,6 +186,22 @@ def test_a_save_that_was_killed_is_ignored_and_cleared_away_by_the_next(tmp_path
     assert sorted(path.name for path in left.parent.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def test_the_note_that_nothing_was_saved_is_there_until_something_is(tmp_path, monkeypatch):
+    note, run = tmp_path / ".unsaved", Checkpoints(tmp_path)
+    run.note_unsaved()
+    for work in ("manifest.write_json", "runs._put_in_place"):
+        with monkeypatch.context() as broken:
+            broken.setattr(f"puna.checkpoint.{work}", full)
+            run.save(1, some_state(), {})
+            with pytest.raises(OSError, match="No space left"):
+                run.wait()
+        assert note.exists(), work
+    run.save(2, some_state(), {})
+    run.wait()
+    run.note_unsaved()
+    assert not note.exists()
+
+
 def test_a_process_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path, processes):
     steps, sent = processes.Pipe(duplex=False)
     process = processes.Process(target=save_for_ever, args=(str(tmp_path), sent))

@@ -1,6 +1,7 @@
 """`puna train --nproc`: one run under several layouts in turn; a process that fails, and one that is told to stop."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 import puna
 from puna.checkpoint import load
 from puna.checkpoint.runs import checkpoints
+from puna.launch import ENVIRONMENT
 from puna.train.metrics import read_metrics
 from tests.train.conftest import write_random_folder
 
@@ -153,6 +155,36 @@ def test_an_impossible_layout_is_refused_once_with_what_would_do(content: dict[s
     assert done.returncode == 2
     assert done.stderr.count("parallel.tp=4 must divide the 2 key/value heads; use one of [1, 2]") == 1
     assert not (tmp_path / "run").exists()
+
+
+#: A `puna` whose first rank dies once in a save: before it has begun, or before the first checkpoint has its name.
+DYING = """
+import os, signal, sys
+import puna.cli, puna.checkpoint.runs as runs
+if os.environ['RANK'] == '0' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    runs.MOMENT = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(puna.cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["Checkpoints.save", "_put_in_place"])
+def test_a_run_that_dies_before_it_has_saved_begins_again_under_torchrun(
+    content: dict[str, Any], alone: Path, tmp_path: Path, moment: str
+) -> None:
+    run_dir, program = tmp_path / "run", tmp_path / "dying.py"
+    program.write_text(DYING.replace("MOMENT", moment))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [*torchrun, str(program), *_command(content, run_dir)[3:]]
+    environment = {**os.environ, **ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a new run, from random weights") == 2
+    losses, expected = ([line["loss"] for line in read_metrics(folder)] for folder in (run_dir, alone))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    shutil.rmtree(run_dir / "checkpoints")  # from now on they are missed
+    done = _train(content, run_dir)
+    assert done.returncode == 1
+    assert "holds 9 steps of a run but none of its checkpoints; bring them back" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -37,7 +37,8 @@ def evaluate(
     """Scores a model, or samples that were made before, on a benchmark.
 
     Processes that torchrun started and `torch.distributed.init_process_group` joined all call this: they share the
-    model, if they load it or hold it so already; the first writes and judges, and all have the result.
+    model, if they load it or hold it so already; the first writes and judges, and all have the result, or the error
+    where it cannot begin. One that it meets later, a full disk say, it has alone: the others wait until it leaves.
 
     Args:
         benchmark: a file of `puna/evaluate/benchmarks`, e.g. "humaneval" or "completion".
@@ -109,14 +110,16 @@ def _result(
     benchmark: str, model: Any, tokenizer: Any, output: Path | str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a benchmark says, and of which model; written into a folder if there is one."""
+    from puna.evaluate.stored import agreed
     from puna.files import check_writable, write_json
 
     module, known = benchmarks.find(benchmark), _known(benchmark, model, options)
-    if output is not None:
-        check_writable(output)
-        _check_same(Path(output), known)
-        if "output" in inspect.signature(module.evaluate).parameters:
-            options = options | {"output": output}
+    with agreed(model):
+        if output is not None:
+            check_writable(output)
+            _check_same(Path(output), known)
+    if output is not None and "output" in inspect.signature(module.evaluate).parameters:
+        options = options | {"output": output}
     result: dict[str, Any] = module.evaluate(model=model, tokenizer=tokenizer, **options)
     gc.collect()  # a first import of torch's compiler leaves its callers' frames in a circle: the model, and its cache
     if "answers" in result:  # which say how they were asked for

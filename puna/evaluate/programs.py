@@ -30,7 +30,7 @@ from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import REQUESTS, RemoteCompleter
 from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
-from puna.evaluate.stored import Stored, computed_in, is_helper, loaded
+from puna.evaluate.stored import Stored, agreed, computed_in, is_helper, loaded
 from puna.files import check_writable, differing, file_aside, read_json, sha256_of, write_json
 from puna.progress import Progress, say
 from puna.prompts import chat_template, check_order
@@ -185,11 +185,12 @@ class Programs(ABC):
         options: dict[str, Any] = {"max_tokens": most, "stop": self.stops, "batch_rows": rows, "how": how}
         of_a_model = options | {"template": template, "order": order, "cache_dtype": cache_dtype}
         if is_helper(model):
+            with agreed(model):  # the first opens sandbox and folder
+                pass
             Completer(*loaded(model, tokenizer), **of_a_model)([])
             return {}
         with ExitStack() as stack:
             # Before a large model is loaded: is there a sandbox, is the server there, is the folder this run's?
-            sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
             if server is not None:
                 complete = RemoteCompleter(server, model, is_chat=template is not None, **options)
             if samples is not None:
@@ -211,15 +212,17 @@ class Programs(ABC):
                 "answers": answers,
             }
             folder = None if output is None else Path(output)
-            if folder is not None:
-                settings = _open_folder(folder, settings)
+            with agreed(model):
+                sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
+                if folder is not None:
+                    settings = _open_folder(folder, settings)
+                log = stack.enter_context(Log(folder and folder / VERDICTS_LOG))
+                written = stack.enter_context(Log(folder and folder / SAMPLES if samples is None else None))
             if samples is None and complete is None:
                 complete = Completer(*loaded(model, tokenizer), **of_a_model)
             started = time.monotonic()
-            log = stack.enter_context(Log(folder and folder / VERDICTS_LOG))
             judge = Judge(lambda sample: self.job(tasks[sample.task_id], sample), sandbox, log)
             if complete is not None:
-                written = stack.enter_context(Log(folder and folder / SAMPLES))
                 wanted = _Wanted(tasks, how.samples, seed)
                 given = wanted.samples(self, complete, written, judge, is_chat=template is not None)
             generated = time.monotonic()

@@ -4,11 +4,13 @@ Processes that were started together share it, each with a part of every matrix,
 together. The first of them judges, writes and speaks; the others are its helpers.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 
 #: Files of a model that its answers depend on.
 OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
@@ -121,3 +123,26 @@ def is_helper(model: Any) -> bool:
     from puna.parallel.mesh import is_first_rank
 
     return not is_first_rank()
+
+
+@contextlib.contextmanager
+def agreed(model: Any) -> Iterator[None]:
+    """What the first of the processes that share a model does alone, here: an error that it meets is an error of all.
+
+    The others pass through the block, and wait at its end. Without them it does nothing.
+
+    Raises:
+        PunaError, OSError: that of the first, on all.
+    """
+    if not is_shared(model):
+        yield
+        return
+    from puna.parallel.collectives import of_first_rank
+
+    error: Exception | None = None
+    try:
+        yield
+    except (PunaError, OSError) as met:
+        error = met
+    if (said := of_first_rank(error)) is not None:
+        raise error or said

@@ -1,6 +1,8 @@
 """A model that processes share: scores, answers and messages are those of one process, and the first one speaks."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,49 @@ def test_what_the_first_process_alone_finds_wrong_ends_all_with_one_message(
     assert printed == ""
     assert said.count("a.py is a file; name a folder") == 1
     assert "Traceback" not in said
+
+
+#: Scores thrice: into a file, without a sandbox, and as it should be.
+SCORING = """
+import json, os, sys
+import torch.distributed as dist
+from puna.errors import PunaError
+from puna.evaluate import evaluate
+
+model, corpus, tasks = sys.argv[1:]
+dist.init_process_group("gloo")
+os.environ["PATH"] = ""  # nothing is found there, and no bubblewrap
+for benchmark, options in (
+    ("completion", {"corpus": corpus, "output": corpus}),
+    ("humaneval", {"data": tasks}),
+    ("completion", {"corpus": corpus}),
+):
+    try:
+        result = evaluate(benchmark, model, max_tokens=3, device="cpu", **options)
+        said = result["benchmark"]
+    except PunaError as error:
+        said = str(error)
+    sys.stdout.write(json.dumps([dist.get_rank(), said]) + "\\n")
+    sys.stdout.flush()
+dist.destroy_process_group()
+"""
+
+
+def test_what_keeps_the_first_process_from_beginning_is_an_error_of_all_after_which_they_go_on(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    (code := tmp_path / "a.py").write_text("import os\nprint(os.getcwd())\n")
+    (script := tmp_path / "scoring.py").write_text(SCORING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    words = map(str, (tiny_model_folder, code, write_tiny_tasks(tmp_path / "tasks.jsonl")))
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for rank in range(2):
+        unwritable, without_sandbox, result = (message for of, message in said if of == rank)
+        assert "a.py is a file; name a folder" in unwritable
+        assert "bubblewrap" in without_sandbox
+        assert result == "completion"
 
 
 def test_processes_that_have_not_been_joined_load_no_model_each(

@@ -328,6 +328,22 @@ def page_locked(size_bytes: float) -> int:
     return 1 << (math.ceil(size_bytes) - 1).bit_length() if size_bytes > 0 else 0
 
 
+def page_locked_like(x: "torch.Tensor") -> "torch.Tensor":
+    """Page-locked host memory for the values of a tensor, unfilled: copies to and from it wait for nobody.
+
+    Raises:
+        MemoryError: the system gives no more; torch's error is that of a library's, and says nothing of the host.
+    """
+    import torch
+
+    try:
+        return torch.empty_like(x, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise MemoryError(f"no page-locked memory for {x.nbytes:,} bytes") from error
+
+
 def has_fast_bf16(device: "torch.device") -> bool:
     """Whether bf16 products are faster than fp32 ones: on CPUs with units for them, and on accelerators.
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from puna.devices import page_locked_like
+
 #: Tensors that may be on their way to the host: the forward pass waits beyond that, or they would fill the device.
 IN_FLIGHT = 2
 
@@ -42,7 +44,7 @@ class Offload:
         stream = self._stream = self._stream or torch.Stream(x.device)
         stream.wait_stream(torch.accelerator.current_stream(x.device))
         with stream:
-            copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+            copy = page_locked_like(x).copy_(x, non_blocking=True)
             leaves = stream.record_event()
         self._in_flight.append((leaves, x.detach()))  # its memory is not given to others before it has left
         while len(self._in_flight) > IN_FLIGHT:

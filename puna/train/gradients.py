@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from puna.devices import page_locked_like
 from puna.errors import PunaError
 from puna.train.optimizer import AdamW, local_part, placed_like, rows_at_once, sharded_like
 from puna.train.rounding import Chance, Place, round_stochastically, seeds_of
@@ -312,8 +313,7 @@ class _PageLocked:
     def __init__(self, parameters: dict[str, Any], device: torch.device) -> None:
         self._device = device
         self._stream = torch.Stream(device)
-        self._sums = {name: torch.empty_like(local_part(p), device="cpu", pin_memory=True)
-                      for name, p in parameters.items()}  # fmt: skip
+        self._sums = {name: page_locked_like(local_part(p)) for name, p in parameters.items()}
         self._is_formed: set[str] = set()
         self._in_flight: deque[tuple[torch.Event, Tensor, Tensor]] = deque()
         self._in_flight_bytes = 0

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -40,15 +41,17 @@ from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
 from puna.model.config import preset
 from puna.model.llama import Llama
+from puna.model.offload import Offload
 from puna.parallel.model import DistributedModel
 from puna.testing import tiny_model
-from puna.train import claim, stopping
+from puna.train import claim, out_of_memory, stopping
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
+from puna.train.gradients import _PageLocked
 from puna.train.loss import IGNORE
 from puna.train.metrics import Metrics, read_metrics
 from puna.train.optimizer import AdamW
-from puna.train.out_of_memory import _ways_out
+from puna.train.out_of_memory import _ways_out, explained
 from puna.train.step import StepResult
 from puna.train.stopping import stop_signals
 from tests.train.conftest import write_random_folder
@@ -431,6 +434,46 @@ def test_memory_that_runs_out_is_one_message_with_what_would_help(
     )
     assert puna.cli.run(shlex.split(message[2])[1:]) in (0, 1)
     assert puna.cli.run(["train", str(path), "micro_batch_rows=2", "recompute=block"]) == 0
+
+
+def _no_page_locked_memory(*_: Any, pin_memory: bool, **__: Any) -> None:
+    assert pin_memory
+    raise torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in …")
+
+
+@pytest.mark.parametrize(
+    ("runs_out", "said"),
+    [
+        (lambda: _PageLocked({"x": torch.ones(4)}, torch.device("cpu")), "of the host's {host}"),
+        (lambda: Offload()._to_host(torch.empty(4, device="meta")), "of the host's {host}"),  # not the CPU's
+        (lambda: torch.empty(1 << 50), "of the host's {host}"),
+        (lambda: _no_page_locked_memory(pin_memory=True), "abacus has 8.0 GiB, the peak was 7.5 GiB. {device}"),
+    ],
+    ids=["gradients", "activations", "elsewhere", "the device's, in a library"],
+)
+def test_memory_that_runs_out_on_an_accelerators_host_is_said_to_be_the_hosts(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, runs_out: Callable[[], Any], said: str
+) -> None:
+    monkeypatch.setattr(torch, "empty_like", _no_page_locked_memory)
+    monkeypatch.setattr(torch, "Stream", MagicMock())
+    monkeypatch.setattr(torch.accelerator, "current_stream", MagicMock())
+    abacus = {"device_name": "abacus", "_total_gib": 8.0, "memory_gib": 7.5}
+    host = {"memory_bytes": 64 * 2**30, "free_host_bytes": 3 * 2**30}
+    for name, value in {**abacus, **host}.items():
+        monkeypatch.setattr(out_of_memory, name, lambda *_, value=value: value)
+    content = recipe(micro_batch_rows=4, recompute="offload", optimizer={"in_backward": True})
+    with (
+        pytest.raises(PunaError) as caught,
+        explained("in step 3", load_recipe(content), torch.device("meta")),
+    ):
+        runs_out()
+    of_host = (
+        "64.0 GiB no more than 3.0 GiB are left. What takes less: micro_batch_rows=2, recompute=block, "
+        "optimizer.in_backward=false (in a new run), fewer devices a host; what fits is said by\n"
+    )
+    of_device = "What takes less: micro_batch_rows=2, optimizer.state_bits=8 (in a new run), more devices; what fits"
+    assert str(caught.value).startswith(f"out of memory in step 3: {said.format(host=of_host, device=of_device)}")
+    assert str(caught.value).endswith("puna plan RECIPE --devices 1 --memory-gib 8.0")
 
 
 def test_a_model_larger_than_the_machines_memory_is_refused_before_it_is_made(

@@ -59,6 +59,31 @@ def test_a_rank_leaves_to_the_first_what_both_of_them_meet(tmp_path: Path) -> No
     assert json.loads(found.read_text()) == list(cases.values())
 
 
+TWICE = """
+import sys
+import torch, torch.distributed as dist
+from puna.parallel.mesh import process_group
+
+for _ in range(2):
+    with process_group(torch.device("cpu")):
+        total = torch.ones(())
+        dist.all_reduce(total)
+        store = dist.distributed_c10d._get_default_store()
+        sys.stdout.write(f"{int(total)} {store.check(['left'])}\\n")
+        sys.stdout.flush()
+        dist.barrier()
+        store.set("left", "")
+"""
+
+
+def test_processes_of_torchrun_are_joined_again_by_nothing_of_before(tmp_path: Path) -> None:
+    (script := tmp_path / "twice.py").write_text(TWICE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["2 False"] * 4
+
+
 @pytest.mark.parametrize("culprit", [0, 2, 3])
 def test_what_ends_a_rank_is_said_on_every_machine(in_ranks: Callable[..., list[Any]], culprit: int) -> None:
     said = in_ranks(4, fail_on_two_machines, [culprit])

@@ -125,6 +125,23 @@ class Moment(NamedTuple):
         return self.shared | own | {"working memory": self.shared.get("working memory", 0.0) + self.formed}
 
 
+class Pass(NamedTuple):
+    """A micro-batch on its way back through the largest of a rank's stages.
+
+    Attributes:
+        in_flight: activations that there are when it begins, in micro-batches of one stage.
+        others: layers of the rank's other stages that have gradients by then.
+        is_again: whether this stage's have, from earlier micro-batches.
+        is_over: whether the other stages have had their last micro-batch, the loss too. Torch's pipelines then sum
+            their gradients over the shards; until then they and the weights stay whole.
+    """
+
+    in_flight: int
+    others: int
+    is_again: bool
+    is_over: bool = False
+
+
 def memory(case: Case, *, with_runtime: bool = True) -> Memory:
     """The memory of the fullest rank at its fullest moment.
 
@@ -177,18 +194,16 @@ class _Rank:
         self.n_layers, self.size = sum(self.stages), max(self.stages)
         self.has_embedding, self.has_head = rank == 0, rank == layout.pp - 1
         self.hidden = case.hidden_bytes
-        #: torch's pipelines sum whole gradients over micro-batches and reduce them once, at the end.
+        #: torch's pipelines sum whole gradients over micro-batches and reduce them once a stage, after its last one.
         self.sums_whole = layout.pp > 1 and case.is_sharded
         self.kinds = {"layer": self.n_layers, "embedding": int(self.has_embedding), "norm": int(self.has_head),
                       "head": int(self.has_head)}  # fmt: skip
         self.parts = case.weights.parts(layout.tp, layout.shard_size)
         #: Whole weights outside the layers, and layers whose weights are gathered together.
         self.root = sum(self.kinds[kind] * self.parts[kind].gathered for kind in ("embedding", "norm", "head"))
+        self._embedding = self.kinds["embedding"] * self.parts["embedding"].gathered
         self.own = sum(n * self.parts[kind].own for kind, n in self.kinds.items())
         self._largest = max(self.parts[kind].largest for kind in self.kinds)
-        #: Layers of the rank's other stages: in a pipeline a backward pass leaves their weights whole until they run
-        #: forward again. With one round of micro-batches that is when most activations are gone.
-        self._left_whole = self.n_layers - self.size if self.sums_whole and layout.micro_batches > layout.pp else 0
         self.unit = min(case.recipe.parallel.layers_per_unit, self.size)
         is_sum = self.sums_whole or (layout.micro_batches > 1 and not case.recipe.optimizer.in_backward)
         self.gradient_bytes = 4 if is_sum else case.weights.weight_bytes  # what comes in bf16 is summed in fp32
@@ -204,10 +219,10 @@ class _Rank:
         #: Rotations and ids; with the final norm.
         self._rotations = (2 * 4 * case.config.head_dim + 24) * case.tokens
         self._ends = self._rotations + case.tokens * (4 + case.compute_bytes) * D / tp + self.hidden
-        self._shared: dict[tuple[int, bool], Moment] = {}
-        #: Micro-batches in flight, whether gradients of others are there, and the moment of the loss then.
-        self._fullest = [(n, accumulates, self._loss(accumulates) if self.has_head else None)
-                         for n, accumulates in self._fullest_passes()]  # fmt: skip
+        self._shared: dict[tuple[int, Pass], Moment] = {}
+        #: With the moment of the loss that comes before each.
+        self._fullest = [(each, self._loss(each) if self.has_head and not each.is_over else None)
+                         for each in self._fullest_passes()]  # fmt: skip
         update = {**self._always, "gradients": self._gradients_at_update(), "working memory": self._update()}
         sums = Moment.of("the last sums of gradients", self._last_sums())
         self._end = max(sums, Moment.of("the update", update), key=attrgetter("total"))
@@ -216,7 +231,8 @@ class _Rank:
         """From the loss to the last layer's backward pass, or at the end of the step."""
         found = self._end.under(0.0, layers.always_cast, 0.0)
         most = found.total
-        for n, accumulates, loss in self._fullest:
+        for each, loss in self._fullest:
+            n = each.in_flight
             beside = n * self._output + layers.leaving + self._beside
             if loss is not None:
                 kept, cast = n * layers.kept + beside + self._ends, n * layers.keeping.cast * layers.n_keeping
@@ -225,19 +241,26 @@ class _Rank:
                     most = found.total
             for done, left, formed in layers.turns:
                 kept = (n - 1) * layers.kept + left + beside * (1 - done / self.size / n) + self._rotations
-                cast, shared = layers.cast(n, done), self._backward(done, accumulates)
+                cast, shared = layers.cast(n, done), self._backward(done, each)
                 if shared.total + kept + cast + formed > most:
                     found = shared.under(kept, cast, formed)
                     most = found.total
         return found
 
-    def _fullest_passes(self) -> Iterator[tuple[int, bool]]:
-        """Micro-batches in flight when they are most, and whether gradients of earlier ones are there by then."""
-        layout, in_flight = self.case.layout, self.case.in_flight(self.rank)
-        comes_again = layout.micro_batches * layout.stages_per_rank > in_flight
-        yield in_flight, comes_again
-        if not comes_again and in_flight > 1:
-            yield in_flight - 1, True
+    def _fullest_passes(self) -> Iterator[Pass]:
+        """Those that begin with the most activations, or with fewer and more gradients."""
+        layout, n = self.case.layout, self.case.in_flight(self.rank)
+        others = self.n_layers - self.size
+        comes_again = layout.micro_batches * layout.stages_per_rank > n
+        if others and layout.micro_batches == layout.pp:  # every micro-batch leaves a stage before one enters the next
+            yield Pass(n, 0, is_again=comes_again)
+            yield Pass(n - 1, 0, is_again=True)
+            yield Pass(layout.pp, others, is_again=False, is_over=True)
+            yield Pass(layout.pp - 1, others, is_again=True, is_over=True)
+            return
+        yield Pass(n, others, is_again=comes_again)
+        if not comes_again and n > 1:
+            yield Pass(n - 1, others, is_again=True)
 
     def _deferred(self) -> float:
         """Gradients of products that wait, in a zero-bubble pipeline, for those of the weights to be formed."""
@@ -265,74 +288,78 @@ class _Rank:
             product = cast + (4 * V * case.config.hidden_size if case.is_cpu else 0)  # a CPU adds bf16 up in fp32
         return c * n + max(softmax, product) + cast + self._head_gradient() + 2 * self.hidden
 
-    def _gathered(self, layers: float) -> dict[str, float]:
-        """Whole weights: those outside layers, and of so many layers."""
+    def _gathered(self, layers: float, way: Pass | None = None) -> dict[str, float]:
+        """Whole weights: those outside layers, and of so many layers of a stage and of those that are not over."""
         case = self.case
         if not case.is_sharded:
             return {}
+        root = self.root
+        if way is not None and self.sums_whole:
+            root = self._embedding if way.is_over else root
+            layers += 0 if way.is_over else way.others
         if not case.recipe.parallel.reshards:
             layers = max(layers, self.n_layers)
-        return {"gathered weights": case.compute_bytes * (self.root + layers * self.parts["layer"].gathered)}
+        return {"gathered weights": case.compute_bytes * (root + layers * self.parts["layer"].gathered)}
 
-    def _loss(self, accumulates: bool) -> Moment:
+    def _loss(self, before: Pass) -> Moment:
         """The loss or the gradient of the head, whichever takes more."""
-        whole = self._left_whole if accumulates else 0
-        shared = {**self._always, **self._gathered(whole), "gradients": self._gradients(0, accumulates)}
+        shared = {**self._always, **self._gathered(0, before), "gradients": self._gradients(0, before)}
         at_loss, after = self._logits(), 2 * (self._head_gradient() + self.hidden)
         if at_loss >= after:
             return Moment.of("the loss", {**shared, "logits and head": at_loss})
         return Moment.of("the gradient of the head", {**shared, "logits and head": after})
 
-    def _backward(self, done: int, accumulates: bool) -> Moment:
+    def _backward(self, done: int, way: Pass) -> Moment:
         """While a layer is in its backward pass, after `done` others."""
-        key = (done, accumulates)
+        key = (done, way)
         if key not in self._shared:
-            self._shared[key] = Moment.of("the backward pass of a layer", self._shared_rows(done, accumulates))
+            self._shared[key] = Moment.of("the backward pass of a layer", self._shared_rows(done, way))
         return self._shared[key]
 
-    def _shared_rows(self, done: int, accumulates: bool) -> dict[str, float]:
+    def _shared_rows(self, done: int, way: Pass) -> dict[str, float]:
         case, rows = self.case, dict(self._always)
         c, (_, _, F) = case.compute_bytes, case.widths
         exchanged = self.hidden if case.layout.tp > 1 else 0
         down = 0 if self.case.uses_gradients_at_once else c * case.config.hidden_size * F
         rows["working memory"] = 2 * c * F * case.tokens + down + exchanged + case.stream_bytes
-        rows["gradients"] = self._gradients(done, accumulates)
+        rows["gradients"] = self._gradients(done, way)
         if case.is_sharded:
             whole = min(self.size - done, 2 * self.unit)
-            rows |= self._gathered(whole + done + self._left_whole if self.sums_whole else whole)
+            rows |= self._gathered(whole + done if self.sums_whole else whole, way)
             if done and not self.sums_whole:  # sums of the unit before are under way
                 rows["communication buffers"] += (c + 4) * self.unit * self.parts["layer"].gathered
-            rows["logits and head"] = self._head_gradient() if self.has_head else 0
+            rows["logits and head"] = self._head_gradient() if self.has_head and not way.is_over else 0
         return rows
 
     def _last_sums(self) -> dict[str, float]:
-        """What lies outside layers is summed over the shards last; in pipelines, everything is."""
-        rows = {**self._always, "gradients": self._gradients(self.n_layers, True)}
+        """What lies outside layers is summed over the shards last; in pipelines, all of the first stage is."""
+        last = Pass(0, self.n_layers - self.size, is_again=True, is_over=self.n_layers > self.size)
+        rows = {**self._always, "gradients": self._gradients(self.size, last)}
         if self.sums_whole:
-            unit = self.unit * self.parts["layer"].gathered
-            return (
-                rows
-                | self._gathered(self.n_layers)
-                | {"communication buffers": rows["communication buffers"] + 4 * max(unit, self.root)}
-            )
-        if self.case.is_sharded:
+            rows |= self._gathered(self.size, last)
+            root = self._embedding if last.is_over else self.root
+            rows["communication buffers"] += 4 * max(self.unit * self.parts["layer"].gathered, root)
+        elif self.case.is_sharded:
             rows |= self._gathered(0)
             rows["communication buffers"] += (self.case.compute_bytes + 4) * self.root
         return rows
 
-    def _gradients(self, done: int, accumulates: bool) -> float:
-        """Gradients there are when so many layers have been through the backward pass, the first or a later one."""
+    def _gradients(self, done: int, way: Pass) -> float:
+        """Gradients there are when so many layers of the stage have been through the backward pass."""
+        layers = way.others + (self.size if way.is_again else done)
         if self.sums_whole:
-            outside = self.root if accumulates else 0
-            return 4 * (outside + (self.n_layers if accumulates else done) * self.parts["layer"].gathered)
+            held = attrgetter("own" if way.is_over else "gathered")
+            after_loss = sum(self.kinds[kind] * held(self.parts[kind]) for kind in ("norm", "head"))
+            outside = (after_loss if layers > done else 0) + (self._embedding if layers >= self.n_layers else 0)
+            whole = (layers - way.others) * self.parts["layer"].gathered
+            return 4 * (outside + way.others * held(self.parts["layer"]) + whole)
         leaving = self._leaving()
         if leaving is not None:
-            return leaving if accumulates or done else 0
-        if accumulates or done >= self.n_layers:
+            return leaving if layers else 0
+        if layers >= self.n_layers:
             return self._all_gradients()
         head = 0 if self.case.is_sharded else sum(self.kinds[k] * self.parts[k].own for k in ("norm", "head"))
-        is_past_the_loss = done > 0
-        return self.gradient_bytes * (done * self.parts["layer"].own + head * is_past_the_loss)
+        return self.gradient_bytes * (layers * self.parts["layer"].own + head * (layers > 0))
 
     def _all_gradients(self) -> float:
         return self.gradient_bytes * self.own

@@ -53,6 +53,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2, "sequence_length": 64, "batch_tokens": 1024},
     ),
+    "pp 2, dp_shard 2, interleaved, one round of micro-batches": (
+        4,
+        {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2, "batch_tokens": 1024},
+    ),
+    "pp 2, dp_shard 2, interleaved, one round of short rows": (
+        4,
+        {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2, "sequence_length": 64, "batch_tokens": 256},
+    ),
     "pp 2, cp 2, interleaved": (
         8,
         {"pp": 2, "cp": 2, "schedule": "interleaved", "stages_per_rank": 2, "sequence_length": 128},

@@ -434,6 +434,16 @@ def test_recorded_steps_of_rounded_sizes_give_the_tokens_of_others(
     assert_all_free(engine)
 
 
+def test_a_prompt_alone_is_attended_to_on_a_cuda_device_as_some_together(
+    model: Llama, recorded: list[EagerGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch takes for whole texts there is planned anew for each length."""
+    prompt, sampling = [1, *range(5, 75)], Sampling(max_tokens=4, ignore_eos=True)
+    monkeypatch.setattr("puna.generate.engine.cache.attend", None)
+    engine = Engine(model, cache_tokens=128)
+    assert engine.generate([prompt], sampling) == complete(model, None, [prompt], sampling)
+
+
 def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is given up meanwhile spoils the one that is recorded, and torch leaves it to us."""
     fakes = {"Stream": MagicMock, "current_stream": MagicMock, "CUDAGraph": MagicMock, "graph_pool_handle": MagicMock}

@@ -191,7 +191,8 @@ class PagedLayer:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
     """The last (t, N, H) queries of texts see their (L, K, H) keys and values up to themselves."""
-    if len(spans) == 1 and len(q) == len(k):
+    is_whole = len(spans) == 1 and len(q) == len(k)
+    if is_whole and not takes_cuda_kernels(q.device.type):  # cuDNN, which torch prefers, plans anew for each length
         return attend(q[None], k[None], v[None])[0]
     return attend_spans(q[None], k[None], v[None], spans)[0]
 

@@ -40,7 +40,7 @@ def layer_bytes(case: Case, mode: str) -> LayerBytes:
     everything = 2 * norm + attention + mlp
     cast = 0 if c == case.weights.weight_bytes or case.is_sharded else c * case.weights.part("layer", tp, 1).gathered
     is_input_kept = stream if c == 4 or is_compiled else 0  # in bf16 the norm keeps its input in fp32, beside
-    if mode == "none" or (mode == "selective" and is_compiled):
+    if mode == "none":
         return LayerBytes(everything * R, 0, cast)
     if mode == "offload" and not case.is_cpu:
         return LayerBytes(0, (everything - is_input_kept + stream) * R, cast)

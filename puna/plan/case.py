@@ -27,12 +27,6 @@ class Recompute:
         """What a recipe says of it."""
         return {"recompute": self.mode, "recompute_layers": self.layers}
 
-    def layers_of(self, size: int) -> int:
-        """How many of a stage of `size` layers compute again."""
-        if self.mode == "none":
-            return 0
-        return size if self.layers is None else min(self.layers, size)
-
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -55,6 +49,12 @@ class Case:
     def recompute(self) -> Recompute:
         """What the recipe computes again."""
         return Recompute(self.recipe.recompute, self.recipe.recompute_layers)
+
+    def layers_again(self, recompute: Recompute, size: int) -> int:
+        """How many of a stage of `size` layers compute again, as `puna.model.recompute` prepares them."""
+        if recompute.mode == "none" or (recompute.mode == "selective" and self.recipe.compile):
+            return 0
+        return size if recompute.layers is None else min(recompute.layers, size)
 
     @cached_property
     def compute_bytes(self) -> int:

@@ -33,7 +33,7 @@ def _of_rank(case: Case, recompute: Recompute, rank: int) -> dict[str, float]:
     if case.is_cpu:
         copies = sum(n * (case.weights.weight_bytes * part.own + part.state) for n, part in held)
         return {"gradients": 0, "activations": 0, COPIES: copies}
-    waits = recompute.layers_of(max(stages)) * case.in_flight(rank) if recompute.mode == "offload" else 0
+    waits = case.layers_again(recompute, max(stages)) * case.in_flight(rank) if recompute.mode == "offload" else 0
     return {
         "gradients": sum(n * part.locked for n, part in held) if case.has_gradients_on_host else 0,
         "activations": waits * page_locked(case.stream_bytes),

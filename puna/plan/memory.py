@@ -174,7 +174,7 @@ class Footprint:
         leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
         layers = {
             size: Layers(
-                self._layer["none"], self._layer[mode], size, recompute.layers_of(size), leaving,
+                self._layer["none"], self._layer[mode], size, case.layers_again(recompute, size), leaving,
                 casts_once=case.layout.casts_once,
             )
             for size in self._sizes

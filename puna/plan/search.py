@@ -143,6 +143,8 @@ class Search:
         size = case.first_stages[0]
         for mode in RECOMPUTE[1:]:
             all_layers = Recompute(mode)
+            if not case.layers_again(all_layers, size):  # it is as to recompute nothing
+                continue
             least = footprint.memory(all_layers)
             yield all_layers, least
             if self._has_room(keeps_all) or not self._has_room(least):

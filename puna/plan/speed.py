@@ -132,7 +132,7 @@ class Pace:
     def speed(self, recompute: Recompute) -> Speed:
         """The time of a step, row by row."""
         case, layout = self.case, self.case.layout
-        again = sum(map(recompute.layers_of, case.first_stages))
+        again = sum(case.layers_again(recompute, size) for size in case.first_stages)
         keeping = case.most_layers - again
         kept, formed, head, shared = self._layer("none"), self._layer(recompute.mode), self._head, self._of_step
         micro = {name: keeping * kept[name] + again * formed[name] + head[name] for name in ROWS}

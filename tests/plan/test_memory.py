@@ -129,8 +129,19 @@ def test_a_rank_of_a_layout_takes_what_is_planned(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_device_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_one_device(SETTINGS[name], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch's own modules
+def test_one_device_whose_layers_are_compiled_takes_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_compiled = {"compile": True, "recompute": "selective"}  # recomputes nothing
+    _check_one_device({"precision": "bf16", "micro_batch_rows": 1, **is_compiled}, monkeypatch)
+
+
+def _check_one_device(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "kernel_for", lambda *_: None)  # planned is torch's way; a CPU's kernel takes 4 MiB less
-    recipe = _recipe({"batch_tokens": 1024, **SETTINGS[name]})
+    recipe = _recipe({"batch_tokens": 1024, **fields})
     layout = Layout.of(recipe, CONFIG, 1)
     assert _planned(recipe, layout).total == pytest.approx(_measured(recipe, layout), rel=0.05)
 

@@ -5,6 +5,7 @@ import math
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,16 @@ def test_what_would_help_is_said_where_nothing_fits() -> None:
 @pytest.mark.parametrize("remedy", REMEDIES)
 def test_every_remedy_is_of_a_recipes_fields(remedy: str) -> None:
     load_recipe("codellama-7b-pretrain", remedy.split())
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_compiled_layers_take_with_selective_what_they_take_without(devices: int) -> None:
+    def own(recompute: str) -> dict[str, Any]:
+        changes = {"compile": True, "recompute": recompute, "micro_batch_rows": 1}
+        found = puna.plan("codellama-7b-pretrain", changes, devices=devices, memory_gib=139, layout=True)["own"]
+        return {name: found[name] for name in ("memory", "seconds")}
+
+    assert own("selective") == own("none") != own("block")
 
 
 def test_offload_frees_the_inputs_of_all_layers_but_two() -> None:

@@ -74,6 +74,8 @@ def _recomputations(search: Search, recipe: Recipe) -> Iterator[Judged]:
     """Every mode in all layers; in as few layers as fit, where not to recompute does not fit."""
     keeps_all = None
     for mode in RECOMPUTE:
+        if mode == "selective" and recipe.compile:
+            continue  # as none
         n_layers = range(1, 33 if keeps_all is not None and not search.fits(keeps_all) else 1)
         found = []
         for layers in (None, *n_layers):

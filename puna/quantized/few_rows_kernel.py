@@ -20,7 +20,7 @@ from puna.devices import early_launch, has_tensor_memory
 #: Rows of a product's tiles -> outputs of a program, and the bytes of each that it reads at a time: 8 KiB, four times
 #: on their way.
 TILES = {16: (32, 256), 32: (64, 128), 64: (64, 128)}
-STAGES = 4
+STAGES, WARPS = 4, 4
 
 #: Bytes that a device brings into its second-level cache at a time.
 LINE_BYTES = 128
@@ -78,8 +78,8 @@ def multiply(
         x, row_scales, norm, first, second, third, first_scales, second_scales, third_scales, residual, out,
         n_rows, *sizes, width, depth, x.stride(0), first.stride(0), eps,
         ROWS=rows, OUTPUTS=outputs, DEPTH=step_bytes // first.element_size(), IS_GATED=is_gated,
-        LINES=STAGES * step_bytes // LINE_BYTES, LINE=LINE_BYTES // first.element_size(),
-        num_warps=4, num_stages=STAGES, **early_launch(x.device),
+        LINES=triton.next_power_of_2(STAGES * step_bytes // LINE_BYTES), LINE=LINE_BYTES // first.element_size(),
+        num_warps=WARPS, num_stages=STAGES, **early_launch(x.device),
     )  # fmt: skip
     return out
 

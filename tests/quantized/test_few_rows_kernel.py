@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,26 @@ def compare_all() -> None:
     for case in CASES:
         compare(case, torch.float16, "cpu")
         compare_fp8(case, "cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize("stages", [3, 4, 6])
+def test_lines_that_come_early_are_as_many_as_triton_can_number(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
+    from puna.quantized import few_rows_kernel
+
+    launched: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.update(options)
+
+    monkeypatch.setattr(few_rows_kernel, "_multiply", Kernel())
+    monkeypatch.setattr(few_rows_kernel, "STAGES", stages)
+    x, codes, scales = factors(3, 40, 272, torch.bfloat16, "cpu")
+    few_rows_kernel.multiply(x, [codes], [scales])
+    covered = launched["LINES"] * launched["LINE"]
+    assert covered >= stages * launched["DEPTH"], "all that is on its way"
+    assert launched["LINES"].bit_count() == 1, "a power of two"
 
 
 @pytest.mark.gpu

@@ -343,11 +343,13 @@ def products(device: torch.device) -> Iterator[dict[str, Any]]:
                 "fp8, kernel": (of_fp8, fp8),
                 "int8, kernel": (partial(_by_kernel, multiply, x, scales.view(-1)), int8),
             }
-            shares = {
-                name: weights[0].nbytes / _seconds_of_each(product, weights, device) / copied
-                for name, (product, weights) in ways.items()
-            }
-            yield {"rows": rows, "inputs": inputs, "outputs": outputs, **shares}
+            row: dict[str, Any] = {"rows": rows, "inputs": inputs, "outputs": outputs}
+            for name, (product, weights) in ways.items():
+                try:
+                    row[name] = weights[0].nbytes / _seconds_of_each(product, weights, device) / copied
+                except RuntimeError as error:
+                    row["error"] = f"{name}: {str(error).splitlines()[0]}"
+            yield row
 
 
 def _by_kernel(

@@ -15,12 +15,13 @@ measure() {
 		echo "left out, for want of time: $*" | tee -a "$log"
 		return
 	fi
-	timeout 120 "$python" benchmarks/gpu.py "$@" >>"$rows" 2>>"$log" || echo "failed: $*" | tee -a "$log"
+	timeout "${limit:-120}" "$python" benchmarks/gpu.py "$@" >>"$rows" 2>>"$log" || echo "failed: $*" | tee -a "$log"
 }
 
-check() {
-	timeout 300 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/model tests/train tests/generate tests/quantized \
-		>>"$log" 2>&1 || echo "a path is wrong: see $log"
+check() { # file by file at the same time where pytest-xdist is there: most of the time kernels are compiled
+	workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
+	timeout 300 "$python" -m pytest -m gpu -vv -p no:cacheprovider $workers tests/model tests/train tests/generate \
+		tests/quantized >>"$log" 2>&1 || echo "a path is wrong: see $log"
 }
 
 train() {
@@ -34,8 +35,8 @@ generate() {
 	measure generate codellama-7b
 	measure generate codellama-34b --scheme fp8
 	measure generate codellama-34b
-	measure generate codellama-7b --compile
 	for scheme in int8 int4 fp8; do measure generate codellama-7b --scheme $scheme; done
+	limit=240 measure generate codellama-7b --compile
 }
 
 products() { measure products; }

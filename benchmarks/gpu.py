@@ -4,6 +4,8 @@
     python benchmarks/gpu.py attention              the kernels that may serve attention, forward and backward
     python benchmarks/gpu.py train CASE [--steps 3] a training step; cases are listed by --help
     python benchmarks/gpu.py generate MODEL [--scheme fp8] [--compile]   prompts and decoding of the engine
+    python benchmarks/gpu.py products               products of few rows, by torch and by our kernel
+    python benchmarks/gpu.py tiles                  our kernels of decoding with other tiles than those in use
 
 `benchmarks/gpu.sh` runs all of it, part by part, and gathers the rows; each case is a process of its own, prints its
 row as JSON and needs no file but this package. Weights are random, drawn on the device; rows are one document each.
@@ -11,13 +13,16 @@ row as JSON and needs no file but this package. Weights are random, drawn on the
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -46,6 +51,7 @@ GOALS = {
     "generate": "bf16, one row: 85 % of the copy's rate; 34B in fp8, two rows: 200 tokens/s; prompts: half of the "
                 "product's rate",
     "products": "none; shares of the copy's rate at which weights are read",
+    "tiles": "none; shares of the copy's rate at which our kernels read with other tiles than those in use",
     "attention": "none",
 }  # fmt: skip
 
@@ -58,6 +64,26 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 #: Outputs and inputs of 34B's products, and bytes of weights of which none are in a cache when their turn comes again.
 SHAPES = ((8192, 8192), (1024, 8192), (22016, 8192), (8192, 22016))
 COLD_BYTES = 1 << 30
+
+#: Likewise the shapes that `tiles` looks at: 34B's largest and 7B's.
+TILE_SHAPES = ((8192, 8192), (22016, 8192), (8192, 22016), (4096, 4096), (11008, 4096), (4096, 11008))
+
+#: Of the kernel of few rows: outputs of a program x bytes of each that it reads at a time x stages x warps.
+PRODUCT_TILES = (
+    *((outputs, size, stages, 4)
+      for outputs, size in ((16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256))
+      for stages in (3, 4, 6)),
+    (16, 512, 4, 2), (32, 256, 4, 2), (32, 256, 4, 8), (64, 128, 4, 8),
+)  # fmt: skip
+
+#: Of attention to blocks: bytes of the keys that a program reads at a time x stages, two for each that is on its way.
+ATTENTION_TILES = ((8192, 5), (8192, 7), (8192, 9), (16384, 3), (16384, 5), (16384, 7), (32768, 3), (32768, 5))
+
+#: Rows, tokens that each has, and how many programs a multiprocessor is meant to work on: it matters for few rows only.
+ATTENTION_CASES = ((64, 4000, (2,)), (1, 16000, (1, 2, 3, 4)))
+
+#: Query heads and key/value heads of 34B, their width, and tokens of a block.
+HEADS, BLOCK_TOKENS = (64, 8, 128), 32
 
 #: Calls between two looks at the clock.
 AT_ONCE = 10
@@ -111,6 +137,7 @@ def main() -> None:
     what.add_parser("limits")
     what.add_parser("attention")
     what.add_parser("products")
+    what.add_parser("tiles")
     training = what.add_parser("train", help=f"cases: {'; '.join(TRAINING)}")
     training.add_argument("case", choices=TRAINING)
     training.add_argument("--steps", type=int, default=3)
@@ -131,7 +158,8 @@ def main() -> None:
     elif args.what == "generate":
         rows = generate(args.model, args.scheme, device, is_compiled=args.compile)
     else:
-        rows = {"limits": limits, "attention": attention, "products": products}[args.what](device)
+        parts = {"limits": limits, "attention": attention, "products": products, "tiles": tiles}
+        rows = parts[args.what](device)
     for row in rows:
         print(json.dumps({"what": args.what, "device": devices.device_name(device), **row}), flush=True)
 
@@ -352,6 +380,110 @@ def products(device: torch.device) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def tiles(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Shares of the copy's rate at which our kernels of decoding read, with many tiles, the best first."""
+    _, copied = (row["rate"] for row in limits(device))
+    build_together(partial(way, reading.pieces[0]) for reading in readings(device) for way in reading.ways())
+    for reading in readings(device):
+        size = reading.pieces[0].nbytes / copied
+        in_use, *shares = (size / _seconds_of_each(way, reading.pieces, device, least=0.02) for way in reading.ways())
+        ranked = dict(sorted(zip(reading.tiles, shares, strict=True), key=lambda item: -item[1]))
+        best = ", ".join(f"{name} {share:.2f}" for name, share in list(ranked.items())[:3])
+        yield {**reading.case, "in_use": in_use, "best": best, "shares": ranked}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a kernel reads, to be read with many tiles.
+
+    Attributes:
+        case: in words.
+        read: takes one of the pieces.
+        pieces: so many that none is in a cache when its turn comes again.
+        tiles: name -> the constants of `module` that make the kernel take it.
+        module: of the kernel.
+    """
+
+    case: dict[str, Any]
+    read: Callable[[torch.Tensor], torch.Tensor]
+    pieces: torch.Tensor
+    tiles: dict[str, dict[str, Any]]
+    module: Any
+
+    def ways(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Reading as it is, and with each of the tiles."""
+        return [self.read, *(partial(self._with, constants) for constants in self.tiles.values())]
+
+    def _with(self, constants: dict[str, Any], piece: torch.Tensor) -> torch.Tensor:
+        with patch.multiple(self.module, **constants):
+            return self.read(piece)
+
+
+def readings(device: torch.device) -> Iterator[Reading]:
+    """One after the other, for all of them do not fit a device together."""
+    from puna.generate.engine import paged_attention_kernel
+    from puna.quantized import few_rows_kernel
+    from puna.quantized.schemes.fp8 import FP8, round_rows
+
+    of_products = {
+        "x".join(map(str, tile)): {"TILES": {16: tile[:2]}, "STAGES": tile[2], "WARPS": tile[3],
+                                   "FEW_OUTPUTS": 0, "FEW_OUTPUTS_OF_INT8": 0}
+        for tile in PRODUCT_TILES
+    }  # fmt: skip
+    for outputs, inputs in TILE_SHAPES:
+        shape = -(-COLD_BYTES // (outputs * inputs)), outputs, inputs
+        drawn, scales = torch.randn(shape, device=device, dtype=torch.bfloat16), torch.rand(outputs, device=device)
+        int8 = torch.randint(-127, 128, shape, device=device, dtype=torch.int8)
+        for rows in (1, 8):
+            x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+            rounded, x_scales = round_rows(x)
+            product = partial(_by_kernel, few_rows_kernel.multiply)
+            of_fp8 = partial(product, rounded, scales, row_scales=x_scales.view(-1))
+            kinds = {"bf16": (partial(product, x, None), drawn), "fp8": (of_fp8, drawn.to(FP8)),
+                     "int8": (partial(product, x, scales), int8)}  # fmt: skip
+            for name, (read, weights) in kinds.items():
+                case = {"read": name, "rows": rows, "outputs": outputs, "inputs": inputs}
+                yield Reading(case, read, weights, of_products, few_rows_kernel)
+
+    heads, kv_heads, width = HEADS
+    for rows, tokens, programs in ATTENTION_CASES:
+        blocks = rows * -(-tokens // BLOCK_TOKENS)
+        shape = 2, blocks, BLOCK_TOKENS, kv_heads, width
+        pools = torch.randn(-(-COLD_BYTES // (2 * math.prod(shape))), *shape, device=device, dtype=torch.bfloat16)
+        tables = torch.randperm(blocks, device=device).view(rows, -1).int()
+        lengths = torch.full((rows,), tokens, dtype=torch.int32, device=device)
+        q = torch.randn(rows, heads, width, device=device, dtype=torch.bfloat16)
+        read = partial(_attended, paged_attention_kernel.attend_paged, q, tables, lengths)
+        of_attention = {
+            f"{size}x{stages}x{each}": {"TILE_BYTES": size, "STAGES": stages, "PROGRAMS_EACH": each}
+            for size, stages in ATTENTION_TILES for each in programs
+        }  # fmt: skip
+        case = {"read": "keys and values", "rows": rows, "tokens": tokens}
+        yield Reading(case, read, pools, of_attention, paged_attention_kernel)
+
+
+def _attended(
+    attend: Callable[..., torch.Tensor], q: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor,
+    pools: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    return attend(q, *pools, tables, lengths)
+
+
+def build_together(calls: Iterable[Callable[[], object]]) -> None:
+    """Has Triton build the kernels that calls would launch, many at a time; it launches none."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def build(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        return run(kernel, *args, warmup=True, **options)
+
+    with patch.object(JITFunction, "run", build), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        for call in calls:
+            call()
+
+
 def _by_kernel(
     multiply: Callable[..., torch.Tensor], x: torch.Tensor, scales: torch.Tensor | None, weight: torch.Tensor,
     **options: Any,
@@ -359,14 +491,16 @@ def _by_kernel(
     return multiply(x, [weight], [] if scales is None else [scales], **options)
 
 
-def _seconds_of_each(product: Callable[..., torch.Tensor], weights: torch.Tensor, device: torch.device) -> float:
+def _seconds_of_each(
+    product: Callable[..., torch.Tensor], weights: torch.Tensor, device: torch.device, *, least: float = 0.1
+) -> float:
     """Of a product with each of several weights, recorded together, so that no launch is waited for."""
     product(weights[0])  # what is built at first use is not recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for weight in weights:
             product(weight)
-    return seconds_of(graph.replay, device, least=0.1) / len(weights)
+    return seconds_of(graph.replay, device, least=least) / len(weights)
 
 
 def _drawn_model(config: ModelConfig, scheme: str | None, device: torch.device) -> Llama:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What an accelerator does, checked against the CPU and then measured: benchmarks/gpu.sh [check|train|generate|products|attention ...]
+# What an accelerator does, checked against the CPU and then measured: benchmarks/gpu.sh [check|train|generate|products|tiles|attention ...]
 # Each part takes under ten minutes; without arguments all do, in this order. What was measured goes to
 # benchmarks/results/gpu_PART.json, the tests' output and what failed to LOG (default: gpu.log). PYTHON names an
 # interpreter that has puna's dependencies (default: python3); COMMIT the commit where git is not there; SECONDS_LEFT how
@@ -41,9 +41,11 @@ generate() {
 
 products() { measure products; }
 
+tiles() { measure tiles; }
+
 attention() { measure attention; }
 
-for part in "${@:-check train generate products attention}"; do
+for part in "${@:-check train generate products tiles attention}"; do
 	for part in $part; do
 		if [ "$part" = check ]; then
 			check

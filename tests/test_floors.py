@@ -13,7 +13,7 @@ PACKAGE = Path(puna.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "twins"},
     {"files", "garbage", "progress"},
-    {"tokenizer", "prompts", "config", "devices", "native", "story"},
+    {"tokenizer", "prompts", "config", "devices", "native", "log", "story"},
     {"data", "model"},
     {"quantized"},
     {"checkpoint", "parallel"},

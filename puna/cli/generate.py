@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from puna.cli import app, words_of
 from puna.errors import PunaError, UsageError
-from puna.files import check_file, file_aside, is_device, lock, mark_of, read_json
+from puna.files import check_file, file_aside, is_device, mark_of, read_json
+from puna.log import Log, open_log
 from puna.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def generate(
         weights = mark_of(file for suffix in ("safetensors", "bin") for file in Path(model).glob(f"*.{suffix}"))
         asked = [model, weights, dtype, cache_dtype, n, healing, settings, records]
         asked += [] if context_tokens is None else [context_tokens]
-        with Results(output if is_first else None, asked, total) as results:
+        with results_in(output if is_first else None, asked) as results:
+            if len(results):
+                say(f"continuing {output}: {len(results)} of {total} are there")
             _complete_missing(loaded, tokenizer, fitting, results, on_text, options, keep_going=keep_going)
     if not is_first:
         return  # the first process speaks for all
@@ -354,47 +357,14 @@ def _decoded(content: bytes, where: str) -> str:
 
 
 class Results:
-    """Completions as they come, in any order; a run that was killed finds those of before.
+    """Completions by their numbers, as they come, in any order; those of a log are there already."""
 
-    Args:
-        output: JSON lines in the order of the prompts, written when the block ends; until then each completion is kept
-            in a file beside it, unless it is a device. None: nothing is written.
-        asked: what the completions depend on.
-        count: of completions.
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._found: dict[int, dict[str, Any]] = dict(log.lines)
 
-    Raises:
-        PunaError: on entering: there are completions of something else that was asked, or another process writes there.
-    """
-
-    def __init__(self, output: Path | None, asked: Any, count: int) -> None:
-        self._output, self._count = output, count
-        self._found: dict[int, dict[str, Any]] = {}
-        self._partial: TextIO | None = None
-        self._asked = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
-
-    def __enter__(self) -> Self:
-        if self._output is not None and not is_device(self._output):
-            path = self._output.with_name(self._output.name + ".partial")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as before:
-                lock(before, self._output)
-                self._take_up(path)
-                with file_aside(path, "w") as lines:
-                    lines.write(self._asked + "\n")
-                    lines.writelines(_line([number, result]) for number, result in self._found.items())
-            self._partial = open(path, "a", encoding="utf-8")  # closed in __exit__
-            lock(self._partial, self._output)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._partial is not None:
-            self._partial.close()
-        if self._output is None or kind is not None:
-            return
-        with file_aside(self._output, "w") as lines:
-            lines.writelines(_line(result) for result in self)
-        if self._partial is not None:
-            Path(self._partial.name).unlink()
+    def __len__(self) -> int:
+        return len(self._found)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (result for _, result in sorted(self._found.items()))
@@ -406,25 +376,33 @@ class Results:
     def put(self, number: int, result: dict[str, Any]) -> None:
         """Keeps one."""
         self._found[number] = result
-        if self._partial is not None:
-            self._partial.write(_line([number, result]))
-            self._partial.flush()
+        self._log.append([number, result])
 
-    def _take_up(self, path: Path) -> None:
-        first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if first != self._asked and any(lines):
-            raise PunaError(
-                f"{path} holds completions of another run: its prompts, its options or the model's files were not "
-                "these; repeat that command to go on with it, choose another output, or remove the file"
-            )
-        for line in lines:
-            try:
-                number, result = json.loads(line)
-            except ValueError:  # the last one, cut off
-                break
-            self._found[number] = result
-        if self._found:
-            say(f"continuing {self._output}: {len(self._found)} of {self._count} are there")
+
+@contextlib.contextmanager
+def results_in(output: Path | None, asked: Any) -> Iterator[Results]:
+    """Results that are written to a file, in the order of their numbers, once the block has ended without an error.
+
+    Args:
+        output: of JSON lines; until then each result is kept in a file beside it, where a run that was killed finds it,
+            unless the output is a device. None: nothing is written.
+        asked: what the results depend on.
+
+    Raises:
+        PunaError: there are results of something else that was asked, or another process writes there.
+    """
+    partial = None
+    if output is not None and not is_device(output):
+        partial = output.with_name(output.name + ".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    head = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+    with open_log(partial, head=head, name=output) as log:
+        yield (results := Results(log))
+        if output is not None:
+            with file_aside(output, "w") as lines:
+                lines.writelines(_line(result) for result in results)
+        if partial is not None:
+            partial.unlink()
 
 
 def _line(content: Any) -> str:

@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from puna.evaluate.samples import Log, Sample
+from puna.evaluate.samples import Sample
 from puna.evaluate.sandbox import Job, Judgement, Sandbox, Script
+from puna.log import Log
 from puna.progress import Progress
 
 #: Most jobs that wait for a judgement; some hold thousands of inputs.

@@ -28,10 +28,11 @@ from puna.evaluate.judging import Judge
 from puna.evaluate.paper import Figures
 from puna.evaluate.pass_at_k import intervals, scores
 from puna.evaluate.remote import REQUESTS, RemoteCompleter
-from puna.evaluate.samples import LinesError, Log, Sample, data_file, read_lines, read_sample, read_samples
+from puna.evaluate.samples import LinesError, Sample, data_file, read_lines, read_sample, read_samples
 from puna.evaluate.sandbox import VERDICTS, Job, Judgement, Limits, Sandbox, Script
 from puna.evaluate.stored import Stored, agreed, computed_in, is_helper, loaded
 from puna.files import check_writable, differing, file_aside, read_json, sha256_of, write_json
+from puna.log import Log, open_log
 from puna.progress import Progress, say
 from puna.prompts import chat_template, check_order
 
@@ -216,8 +217,8 @@ class Programs(ABC):
                 sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
                 if folder is not None:
                     settings = _open_folder(folder, settings)
-                log = stack.enter_context(Log(folder and folder / VERDICTS_LOG))
-                written = stack.enter_context(Log(folder and folder / SAMPLES if samples is None else None))
+                log = stack.enter_context(open_log(folder and folder / VERDICTS_LOG))
+                written = stack.enter_context(open_log(folder and folder / SAMPLES if samples is None else None))
             if samples is None and complete is None:
                 complete = Completer(*loaded(model, tokenizer), **of_a_model)
             started = time.monotonic()

@@ -1,11 +1,8 @@
-"""Files of tasks, samples and verdicts: JSON lines, plain or gzipped, read strictly and appended to safely.
+"""Files of tasks and samples: JSON lines, plain or gzipped, read strictly.
 
-    tasks       what a benchmark's authors publish, found by `data_file`
-    samples     {"task_id", "completion"}, OpenAI's: what follows the prompt
-                {"task_id", "solution"}, EvalPlus': the whole program
-    log         lines that a run appends while it works
-
-A run that was killed goes on behind the last whole line of its logs.
+tasks       what a benchmark's authors publish, found by `data_file`
+samples     {"task_id", "completion"}, OpenAI's: what follows the prompt
+            {"task_id", "solution"}, EvalPlus': the whole program
 """
 
 import gzip
@@ -14,10 +11,9 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from puna.errors import PunaError, UsageError
-from puna.files import file_aside, lock
 
 #: Names the folder where official data files are looked for.
 FOLDER_VARIABLE = "PUNA_DATA"
@@ -142,49 +138,3 @@ def _line(text: str, fields: Mapping[str, type | tuple[type, ...]], where: str) 
             f"{where}: nothing usable under {', '.join(lacking)}; each line must be an object with {', '.join(fields)}"
         )
     return line
-
-
-class Log:
-    """A file of JSON lines that grows while work is done; what a kill cut off in its last line is dropped.
-
-    Args:
-        path: of the file; None keeps the lines nowhere.
-
-    Attributes:
-        lines: those that were there at the start.
-
-    Raises:
-        PunaError: another process is writing it, or it is damaged.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self._file = None
-        if path is not None:
-            with open(path, "a", encoding="utf-8") as before:
-                lock(before, path)
-                self.lines = _whole_lines(path)
-                with file_aside(path, "w") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-            lock(self._file, path)
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Writes a line at once."""
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PunaError(f"{path} is damaged ({error}); remove it to make it again") from None

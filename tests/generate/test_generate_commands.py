@@ -1,5 +1,6 @@
 """`puna generate`, `puna infill` and `puna chat`, as someone at a terminal meets them, and their Python twins."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import torch
 import puna
 from puna.checkpoint import quantize, save_model
 from puna.cli import run
-from puna.cli.generate import SAMPLING, Results
+from puna.cli.generate import SAMPLING, Results, results_in
 from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
 from puna.files import mark_of
@@ -295,13 +296,13 @@ def test_a_killed_run_continues_with_the_completions_it_has(
 
 def test_completions_of_any_characters_are_found_again(tmp_path: Path) -> None:
     ones = [{"completion": text, "note": "\ud800"} for text in ("a\u2028b", "c\x85d\x0ce", "f\r\n")]
-    killed = Results(tmp_path / "out", "asked", 4).__enter__()
-    for number, one in enumerate(ones):
-        killed.put(number, one)
-    killed.__exit__(KeyboardInterrupt)
+    with contextlib.suppress(KeyboardInterrupt), results_in(tmp_path / "out", "asked") as killed:
+        for number, one in enumerate(ones):
+            killed.put(number, one)
+        raise KeyboardInterrupt
     partial = tmp_path / "out.partial"
     partial.write_bytes(partial.read_bytes() + '[3, {"completion": "é'.encode()[:-1])  # cut off within a character
-    with Results(tmp_path / "out", "asked", 4) as results:
+    with results_in(tmp_path / "out", "asked") as results:
         assert [results.has(range(number, number + 1)) for number in range(4)] == [True, True, True, False]
         results.put(3, {"completion": "g"})
     lines = (tmp_path / "out").read_text().split("\n")
@@ -422,7 +423,7 @@ def test_completions_of_another_run_are_neither_taken_up_nor_lost(
         os.utime(model / "model.safetensors", ns=(0, 0))
     more = {"options": ["--temperature", "0.5"], "context": ["--context", "3000"]}
     assert run([*words, *more.get(changed, [])]) == 1
-    assert "holds completions of another run" in capsys.readouterr().err
+    assert "was begun by another run" in capsys.readouterr().err
     assert partial.read_text() == before
 
 
@@ -540,9 +541,9 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_looked_for(tmp_pa
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    with Results(tmp_path / "out", "asked", 1) as results:
+    with results_in(tmp_path / "out", "asked") as results:
         with pytest.raises(PunaError, match=r"another process is writing .*out; wait for it"):
-            Results(tmp_path / "out", "asked", 1).__enter__()
+            results_in(tmp_path / "out", "asked").__enter__()
         results.put(0, {"prompt": "x"})
     assert (tmp_path / "out").read_text() == '{"prompt": "x"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

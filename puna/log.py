@@ -1,0 +1,65 @@
+"""Lines that are written while work is done, so that a run that is killed goes on with what it has."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from puna.errors import PunaError
+from puna.files import lock
+
+
+class Log:
+    """JSON lines that are written while work is done.
+
+    Attributes:
+        lines: those that were there at the start.
+    """
+
+    def __init__(self, lines: Iterable[Any] = (), file: IO[bytes] | None = None) -> None:
+        self.lines, self._file = list(lines), file
+
+    def append(self, line: Any) -> None:
+        """Writes a line at once, if there is a file."""
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+
+
+@contextlib.contextmanager
+def open_log(path: Path | None, *, head: str = "", name: Path | None = None) -> Iterator[Log]:
+    """Goes on with the lines of a file, or begins them; what a kill or a full disk cut off in the last one is dropped.
+
+    Args:
+        path: of the file; None: lines are kept nowhere.
+        head: what the lines belong to: stands in a line before them, if it is not empty.
+        name: what the work is on, for messages; the file by default.
+
+    Raises:
+        PunaError: another process is writing it, its lines belong to something else, or they are damaged.
+    """
+    if path is None:
+        yield Log()
+        return
+    with open(path, "a+b") as file:
+        lock(file, name or path)
+        first = f"{head}\n".encode() if head else b""
+        file.seek(0)
+        found = file.readline() if head else b""
+        lines = [line for line in file if line.endswith(b"\n")]
+        if lines and found != first:
+            raise PunaError(
+                f"{path} was begun by another run, with other prompts, options or files; repeat its command to go on "
+                "with it, choose another output, or remove the file"
+            )
+        try:
+            log = Log(map(json.loads, lines), file)
+        except (ValueError, RecursionError) as error:
+            raise PunaError(f"{path} is damaged ({error}); remove it to make it again") from None
+        if lines:
+            file.truncate(len(first) + sum(map(len, lines)))
+        else:
+            file.truncate(0)
+            file.write(first)
+        yield log

@@ -7,7 +7,7 @@ rank's own parts are allocated and filled. One rank alone casts once an update w
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ from puna.parallel.tensor import gather_tokens, split_weights
 
 #: Does what it will to the layers of a network, and returns those that keep what they compute for the backward pass.
 Prepare = Callable[[Llama], Iterable[nn.Module]]
+
+
+class Whole(Protocol):
+    """A whole weight, of which parts are taken: a tensor, or one that is stored."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        """The values of a part."""
+
 
 #: (hidden (B, T, D), head (V or V / tp, D), targets (B, T)) -> a scalar whose gradient is wanted.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -112,11 +120,11 @@ class DistributedModel:
         return model
 
     @torch.no_grad()
-    def fill(self, whole: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    def fill(self, whole: Callable[[str, tuple[int, ...]], Whole]) -> None:
         """Fills the weights.
 
         Args:
-            whole: gives a whole weight by name and shape; mapped memory is best, for only this rank's part is read.
+            whole: gives a whole weight by name and shape, of which this rank's part is taken.
         """
         for name, weight in self.weights.items():
             part = weight.to_local() if isinstance(weight, DTensor) else weight

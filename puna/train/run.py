@@ -40,6 +40,7 @@ from puna.model.llama import initial_weight
 from puna.parallel.collectives import all_max
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks, is_first_rank, process_group, rank_device, world_size
+from puna.parallel.model import Whole
 from puna.progress import Progress, say
 from puna.train.build import build
 from puna.train.claim import Claim, only_run_in
@@ -220,14 +221,14 @@ class _Run:
             return contextlib.nullcontext()
         return Metrics(self.run_dir, step=self.step, tensorboard=self.recipe.log.tensorboard)
 
-    def _first_weights(self) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    def _first_weights(self) -> Callable[[str, tuple[int, ...]], Whole]:
         """What a new run begins with, a weight at a time: those of a folder, or drawn ones."""
         source = weights_folder(self.recipe)
         say(f"a new run, from {'random weights' if source is None else f'the weights of {source}'}")
         if source is None:
             return lambda name, shape: initial_weight(name, shape, self.config, seed=self.recipe.seed)
         stored = fit(self.config, open_weights(source))
-        return lambda name, shape: stored[name].read()
+        return lambda name, _: stored[name]
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.weights, "optimizer": self.gradients.optimizer.state}

@@ -96,10 +96,23 @@ def test_a_full_disk_is_an_error(source, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2), slice(0, 2), slice(1, None), slice(5, 9)])
+def test_a_part_read_alone_is_that_of_the_whole(source, rows):
+    for name, values in TENSORS.items():
+        for columns in (slice(None), slice(1, 3)):
+            index = (rows, columns)[: values.ndim]
+            part = source[name].part(index)
+            assert torch.equal(part.read(), values[index]), (name, index)
+            assert torch.equal(source[name][index], values[index])
+            assert (part.shape, part.dtype) == (tuple(values[index].shape), values.dtype)
+
+
 def test_a_file_that_was_cut_meanwhile_is_named(source, tmp_path):
     os.truncate(tmp_path / "source.safetensors", 5000)
     with pytest.raises(PunaError, match=r"source\.safetensors is cut off"):
         write_safetensors(tmp_path / "copy", source)
+    with pytest.raises(PunaError, match=r"source\.safetensors is cut off"):
+        _ = source["matrix"][slice(1, None), slice(None)]
 
 
 def test_fewer_bytes_than_promised_are_refused(source, tmp_path):

@@ -119,12 +119,29 @@ class Case:
         return self.stages_of(0)
 
     @cached_property
-    def _stage_sizes(self) -> list[int]:
+    def stage_sizes(self) -> list[int]:
+        """Layers of every stage, in their order."""
         return [len(layers) for layers in self.layout.stage_layers(self.config.num_hidden_layers)]
 
     def stages_of(self, rank: int) -> list[int]:
         """Layers of each stage that a pipeline rank holds."""
-        return self._stage_sizes[rank :: self.layout.pp]
+        return self.stage_sizes[rank :: self.layout.pp]
+
+    @cached_property
+    def gathers(self) -> int:
+        """How often a step gathers the sharded weights of a layer.
+
+        A pipeline leaves them whole from a backward pass to the next forward pass.
+        """
+        m, reshards = self.layout.micro_batches, self.recipe.parallel.reshards
+        if self.layout.pp == 1:
+            return 2 * m if reshards else m
+        return m + 1 if reshards else 1
+
+    @cached_property
+    def sums(self) -> int:
+        """How often a step sums gradients over the shards; in a pipeline once, after the last micro-batch."""
+        return self.layout.micro_batches if self.layout.pp == 1 else 1
 
     def in_flight(self, rank: int) -> int:
         """The most activations that a pipeline rank holds at a time, counted in micro-batches of one stage.

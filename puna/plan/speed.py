@@ -1,7 +1,9 @@
 """Time of an optimizer step from a few physical constants: rates of products, memory and links, and what overlaps.
 
     micro-batch of a rank = layers x (forward + backward + what is exchanged and cannot hide behind them) + head
-    step                  = micro-batches x the slowest stage x (1 + idle share of the pipeline) + update
+    step                  = micro-batches x the slowest rank + what that idles in the pipeline + update
+
+The head is the last stage's, which may have fewer layers than the slowest.
 
 Recomputation takes time and never counts as work: MFU is that of `puna.model.flops`, in both conventions. Rows are
 taken as one document each, so packed short documents run somewhat faster than said here.
@@ -12,6 +14,7 @@ from functools import cached_property
 
 from puna.devices import Profile
 from puna.model.flops import flops_per_token
+from puna.parallel.layout import Layout
 from puna.plan.case import Case, Recompute
 
 #: Rows of the table, in its order, and what each of them is.
@@ -45,7 +48,7 @@ FUSED = 0.3
 UPDATE_SHARE = 0.5
 #: Bytes that the update reads and writes a weight in a dozen operations: fp32, bf16 with random bits, codes.
 UPDATE_BYTES = {"fp32": 100, "bf16": 200, "codes": 350}
-#: Idle time of a zero-bubble pipeline, of that of an interleaved one (arXiv:2401.10241, table 2: ZB-H1).
+#: Idle time of a zero-bubble pipeline, as a share of an interleaved one's (arXiv:2401.10241, table 2: ZB-H1).
 ZERO_BUBBLE = 1 / 3
 
 
@@ -132,15 +135,28 @@ class Pace:
     def speed(self, recompute: Recompute) -> Speed:
         """The time of a step, row by row."""
         case, layout = self.case, self.case.layout
-        again = sum(case.layers_again(recompute, size) for size in case.first_stages)
-        keeping = case.most_layers - again
-        kept, formed, head, shared = self._layer("none"), self._layer(recompute.mode), self._head, self._of_step
-        micro = {name: keeping * kept[name] + again * formed[name] + head[name] for name in ROWS}
-        of_micro_batch = sum(micro.values())
-        rows = {name: layout.micro_batches * micro[name] + shared[name] for name in ROWS}
-        rows["pipeline"] += of_micro_batch * _idle(case)
-        rows["host"] += _host(case, self.cluster.device, of_micro_batch)
+        stages = self._stages(recompute)
+        slowest, idle = idle_seconds(stages, layout.pp, case.recipe.parallel.schedule)
+        micro = self._micro_batch(case.stages_of(slowest), recompute, has_head=slowest == layout.pp - 1)
+        rows = {name: layout.micro_batches * micro[name] + self._of_step[name] for name in ROWS}
+        rows["pipeline"] += idle
+        rows["host"] += _host(case, self.cluster.device, sum(micro.values()))
         return Speed(rows, case, self.cluster.device.peak_flops * layout.devices)
+
+    def _stages(self, recompute: Recompute) -> list[float]:
+        """Seconds of a micro-batch in each stage."""
+        sizes = self.case.stage_sizes
+        seconds = {size: sum(self._micro_batch([size], recompute, has_head=False).values()) for size in set(sizes)}
+        stages = [seconds[size] for size in sizes]
+        stages[-1] += sum(self._head.values())
+        return stages
+
+    def _micro_batch(self, stages: list[int], recompute: Recompute, *, has_head: bool) -> dict[str, float]:
+        """Row of ROWS -> seconds of a micro-batch in stages of so many layers."""
+        again = sum(self.case.layers_again(recompute, size) for size in stages)
+        keeping = sum(stages) - again
+        kept, formed, head = self._layer("none"), self._layer(recompute.mode), self._head
+        return {name: keeping * kept[name] + again * formed[name] + has_head * head[name] for name in ROWS}
 
     def _layer(self, mode: str) -> dict[str, float]:
         if mode not in self._layers:
@@ -155,11 +171,40 @@ class Pace:
     def _of_step(self) -> dict[str, float]:
         case, cluster = self.case, self.cluster
         return _NOTHING | {
-            "pipeline": case.layout.micro_batches * _sending(case, cluster),
+            "pipeline": _sending(case, cluster),
             "update": _update(case, cluster.device),
             "replicas": _replicas(case, cluster),
             "sharding": _ends(case, cluster),
         }
+
+
+def idle_seconds(stages: list[float], pp: int, schedule: str) -> tuple[int, float]:
+    """The slowest rank of a pipeline, and how long that idles in a step.
+
+    It waits for one stage of each other rank to fill and to drain: as torch's schedules order the work this is so to
+    the digit where the layers divide evenly, whatever the head takes, and within a fifth where they do not.
+
+    Args:
+        stages: seconds of a micro-batch in each, forward and backward; rank r has every pp-th from stage r on.
+        pp: pipeline ranks.
+        schedule: of the recipe.
+    """
+    ranks = [sum(stages[rank::pp]) for rank in range(pp)]
+    slowest = ranks.index(max(ranks))
+    share = ZERO_BUBBLE if schedule == "zero-bubble" else 1.0
+    return slowest, share * (sum(stages[:pp]) - stages[slowest])
+
+
+def exposed_sends(layout: Layout) -> float:
+    """Transfers between stages that a step waits for, as torch's schedules order them.
+
+    One stage a rank: a micro-batch's way to the last stage and back is as long as that of the pp in flight. Several:
+    the first micro-batch's way and the last one's; the others' transfers hide. Of a zero-bubble pipeline that is rough.
+    """
+    hops = layout.stages - 1
+    if layout.stages_per_rank > 1 or layout.pp == 1:
+        return 2 * hops
+    return 2 * hops * layout.micro_batches / layout.pp + 2 * (hops - 1)
 
 
 def _layer(case: Case, cluster: Cluster, recompute: str) -> dict[str, float]:
@@ -209,13 +254,20 @@ def _context(case: Case, cluster: Cluster) -> float:
 
 
 def _sharding(case: Case, cluster: Cluster, forward: float, backward: float) -> float:
-    """Seconds of a layer's gathers and sums that its passes do not hide."""
+    """Seconds of a layer's gathers and sums in a micro-batch that its passes do not hide."""
     layout = case.layout
-    weights = case.weights.part("layer", layout.tp, 1).gathered
-    gather = cluster.seconds(case.compute_bytes * weights, layout.shard_size, layout.tp)
-    scatter = cluster.seconds(4 * weights, layout.shard_size, layout.tp)
+    gather, scatter = _exchanges(case, cluster, case.weights.part("layer", layout.tp, 1).gathered)
+    if layout.pp > 1:
+        return _exposed(gather, backward) if case.gathers > 1 else 0.0
     back = scatter + (gather if case.recipe.parallel.reshards else 0)
     return _exposed(gather, forward) + _exposed(back, backward)
+
+
+def _exchanges(case: Case, cluster: Cluster, weights: float) -> tuple[float, float]:
+    """Seconds of a gather of so many sharded weights, and of a sum of their gradients."""
+    layout = case.layout
+    gather = cluster.seconds(case.compute_bytes * weights, layout.shard_size, layout.tp)
+    return gather, cluster.seconds(4 * weights, layout.shard_size, layout.tp)
 
 
 def _exposed(transfer: float, behind: float) -> float:
@@ -223,36 +275,28 @@ def _exposed(transfer: float, behind: float) -> float:
 
 
 def _ends(case: Case, cluster: Cluster) -> float:
-    """Seconds of the step's first gather and last sum, which nothing hides."""
+    """Seconds of gathers and sums that nothing hides: of what lies outside layers; in pipelines the last, of all."""
     layout = case.layout
-    outside = sum(case.weights.part(kind, layout.tp, 1).gathered for kind in ("embedding", "head"))
-    size = (case.compute_bytes + 4) * outside / min(2, layout.pp)
-    return layout.micro_batches * cluster.seconds(size, layout.shard_size, layout.tp)
+    parts = {kind: case.weights.part(kind, layout.tp, 1).gathered for kind in ("embedding", "head", "layer")}
+    weights = (parts["embedding"] + parts["head"]) / min(2, layout.pp)
+    if layout.pp > 1:
+        weights += case.most_layers * parts["layer"]
+    return case.sums * sum(_exchanges(case, cluster, weights))
 
 
 def _replicas(case: Case, cluster: Cluster) -> float:
-    """Seconds of the sums over dp_replicate, once a step unless gradients leave at once; half hides."""
+    """Seconds of the sums over dp_replicate, once a step unless gradients leave after each; half hides."""
     layout = case.layout
     own = case.most_layers * case.weights.part("layer", layout.tp, layout.shard_size).own
-    times = layout.micro_batches if case.recipe.optimizer.in_backward else 1
+    times = case.sums if case.recipe.optimizer.in_backward else 1
     return times * cluster.seconds(2 * 4 * own, layout.dp_replicate, layout.tp * layout.shard_size) / 2
 
 
-def _idle(case: Case) -> float:
-    """Idle time of the pipeline, in micro-batches."""
-    layout = case.layout
-    share = ZERO_BUBBLE if case.recipe.parallel.schedule == "zero-bubble" else 1.0
-    return share * (layout.pp - 1) / layout.stages_per_rank
-
-
 def _sending(case: Case, cluster: Cluster) -> float:
-    """Seconds that a micro-batch waits for what stages send, forward and backward; half hides."""
+    """Seconds that a step waits for what stages send."""
     layout = case.layout
-    if layout.pp == 1:
-        return 0.0
-    size = case.compute_bytes * case.tokens * case.config.hidden_size / layout.tp
     stride = layout.devices // layout.pp
-    return layout.stages_per_rank * cluster.seconds(2 * size, 2, stride)
+    return exposed_sends(layout) * cluster.seconds(2 * case.stream_bytes, 2, stride)
 
 
 def _host(case: Case, device: Profile, micro: float) -> float:

@@ -15,7 +15,7 @@ def test_every_public_name_can_be_called(name: str) -> None:
 
 
 def test_every_command_has_a_twin_but_those_that_show_something_to_people() -> None:
-    commands = {file.stem for file in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
+    commands = {file.stem for file in Path(cli.__file__).parent.glob("[!_]*.py")}
     assert commands - set(puna.__all__) == {"demo", "doctor", "inspect"}
 
 

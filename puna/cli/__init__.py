@@ -1,8 +1,9 @@
 """The command line: one file a command, called like it, found because it is there.
 
-Each module of this folder adds its command to `app`, declares the arguments and imports what does the work inside the
-function, so that `puna --help` loads neither torch nor numpy; `puna prepare …` loads `prepare.py` alone. `run` turns
-errors into messages and exit codes: 0 success, 1 an error of the work, 2 wrong usage, 130 interrupted.
+Each module of this folder but `_shared` adds its command to `app`, declares the arguments and imports what does the
+work inside the function, so that `puna --help` loads neither torch nor numpy; `puna prepare …` loads `prepare.py`
+alone. `run` turns errors into messages and exit codes: 0 success, 1 an error of the work, 2 wrong usage, 130
+interrupted.
 """
 
 import errno
@@ -91,7 +92,7 @@ def load_commands(name: str = "") -> typer.Typer:
     Returns:
         `app`.
     """
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_")
     for module in [name] if name in names else names:
         importlib.import_module(f"puna.cli.{module}")
     return app

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson, Device
+from puna.cli._shared import AsJson, Device
 from puna.progress import say
 
 

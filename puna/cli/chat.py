@@ -10,25 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from puna.cli import _shared as shared
 from puna.cli import app
-from puna.cli.generate import (
-    CacheDtype,
-    ContextTokens,
-    Device,
-    Dtype,
-    MaxTokens,
-    MinP,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    checked_settings,
-    open_model,
-    print_piece,
-)
 from puna.errors import PunaError
 from puna.progress import say
 
@@ -43,23 +26,23 @@ NEW = "/new"
 @app.command()
 def chat(
     context: typer.Context,
-    model: Model,
+    model: shared.Model,
     template: Annotated[
         str | None, typer.Option(help="Chat template; default: the model's own, else Code Llama's.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first message.")] = None,
-    max_tokens: MaxTokens = 1024,
-    temperature: Temperature = 0.2,
-    top_k: TopK = 0,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = 0,
-    cache_dtype: CacheDtype = None,
-    context_tokens: ContextTokens = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    max_tokens: shared.MaxTokens = 1024,
+    temperature: shared.Temperature = 0.2,
+    top_k: shared.TopK = 0,
+    top_p: shared.TopP = 0.95,
+    min_p: shared.MinP = 0.0,
+    repetition_penalty: shared.RepetitionPenalty = 1.0,
+    stop: shared.Stop = None,
+    seed: shared.Seed = 0,
+    cache_dtype: shared.CacheDtype = None,
+    context_tokens: shared.ContextTokens = None,
+    dtype: shared.Dtype = None,
+    device: shared.Device = None,
 ) -> None:
     """Talk with a model.
 
@@ -69,8 +52,8 @@ def chat(
     from puna.generate import Engine
     from puna.generate import chat as answer
 
-    settings = checked_settings(context)
-    loaded, tokenizer = open_model(model, dtype, device, context_tokens)
+    settings = shared.checked_settings(context)
+    loaded, tokenizer = shared.open_model(model, dtype, device, context_tokens)
     layout = _template(template, resolve(model), tokenizer)
     engine = Engine(loaded, tokenizer, max_rows=1, cache_dtype=cache_dtype)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -107,7 +90,7 @@ class _Spoken:
     def __call__(self, index: int, piece: str) -> None:
         piece = piece if self.text else piece.lstrip()
         self.text += piece
-        print_piece(index, piece)
+        shared.print_piece(index, piece)
 
 
 def _lines() -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson
+from puna.cli._shared import AsJson
 
 #: Most tasks that are named on the screen.
 MOST_NAMED = 20

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson, CacheDtype, Device, Dtype, Nproc, leave_to_processes, processes
+from puna.cli._shared import AsJson, CacheDtype, Device, Dtype, Nproc, leave_to_processes, processes
 from puna.errors import UsageError
 from puna.evaluate import benchmarks
 from puna.progress import say

@@ -7,31 +7,8 @@ from typing import Annotated
 
 import typer
 
+from puna.cli import _shared as shared
 from puna.cli import app
-from puna.cli.generate import (
-    AsJson,
-    CacheDtype,
-    ContextTokens,
-    Device,
-    Dtype,
-    MaxTokens,
-    MinP,
-    Model,
-    Nproc,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    as_record,
-    checked_settings,
-    leave_to_processes,
-    open_model,
-    print_piece,
-    processes,
-    read_text,
-)
 from puna.errors import UsageError
 from puna.progress import say
 
@@ -42,7 +19,7 @@ FILL = "<FILL>"
 @app.command()
 def infill(
     context: typer.Context,
-    model: Model,
+    model: shared.Model,
     prefix: Annotated[str | None, typer.Option(help="Text before the gap.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Text behind the gap.")] = None,
     file: Annotated[
@@ -56,23 +33,23 @@ def infill(
         int | None,
         typer.Option(help="Most tokens of the prompt: lines far from the gap are left out; default: the context's."),
     ] = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = 0,
-    cache_dtype: CacheDtype = None,
-    context_tokens: ContextTokens = None,
-    nproc: Nproc = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: AsJson = False,
+    max_tokens: shared.MaxTokens = 128,
+    temperature: shared.Temperature = 0.0,
+    top_k: shared.TopK = 0,
+    top_p: shared.TopP = 1.0,
+    min_p: shared.MinP = 0.0,
+    repetition_penalty: shared.RepetitionPenalty = 1.0,
+    stop: shared.Stop = None,
+    seed: shared.Seed = 0,
+    cache_dtype: shared.CacheDtype = None,
+    context_tokens: shared.ContextTokens = None,
+    nproc: shared.Nproc = None,
+    dtype: shared.Dtype = None,
+    device: shared.Device = None,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Fill the gap between two texts, printed while it grows."""
-    leave_to_processes(context, nproc)
+    shared.leave_to_processes(context, nproc)
     is_first = os.environ.get("RANK", "0") == "0"
     before, behind = _around(prefix, suffix, file) if is_first else ("", "")
     from puna.generate import infill as fill
@@ -80,11 +57,11 @@ def infill(
     from puna.parallel.collectives import of_first_rank
     from puna.prompts import check_order
 
-    settings = checked_settings(context)
+    settings = shared.checked_settings(context)
     check_order(order)
-    with processes(device):
+    with shared.processes(device):
         before, behind = of_first_rank((before, behind))
-        loaded, tokenizer = open_model(model, dtype, device, context_tokens)
+        loaded, tokenizer = shared.open_model(model, dtype, device, context_tokens)
         most = prompt_room(loaded, max_tokens) if budget is None else budget
 
         def tell(kept_before: str, kept_behind: str) -> None:
@@ -102,14 +79,14 @@ def infill(
             healing=healing,
             order=order,  # type: ignore[arg-type]  # it is checked above
             cache_dtype=cache_dtype,
-            on_text=print_piece if is_first and not as_json else None,
+            on_text=shared.print_piece if is_first and not as_json else None,
             on_cut=tell,
             **settings,
         )
     if not is_first:
         return  # the first process speaks for all
     if as_json:
-        print(json.dumps({"model": model, "prefix": before, "suffix": behind} | as_record(completion)))
+        print(json.dumps({"model": model, "prefix": before, "suffix": behind} | shared.as_record(completion)))
     else:
         print()
 
@@ -120,7 +97,7 @@ def _around(prefix: str | None, suffix: str | None, file: Path | None) -> tuple[
         raise UsageError(f"give --prefix and --suffix (one may be left out), or --file with a text that holds {FILL}")
     if file is None:
         return prefix or "", suffix or ""
-    parts = read_text(file).split(FILL)
+    parts = shared.read_text(file).split(FILL)
     if len(parts) != 2:
         raise UsageError(f"{file} holds {FILL} {len(parts) - 1} times; mark the one gap with it")
     return parts[0], parts[1]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli import app
-from puna.cli.generate import AsJson, Device, Model
+from puna.cli._shared import AsJson, Device, Model
 from puna.errors import UsageError
 
 #: Name of a score -> how it is printed.

@@ -17,7 +17,8 @@ import torch
 import puna
 from puna.checkpoint import quantize, save_model
 from puna.cli import run
-from puna.cli.generate import SAMPLING, Results, results_in
+from puna.cli._shared import SAMPLING
+from puna.cli.generate import Results, results_in
 from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
 from puna.files import mark_of
@@ -165,7 +166,7 @@ def test_one_prompt_prints_its_completion_alone(loaded, tiny_model_folder: Path,
 
 def test_one_prompt_is_printed_while_it_grows(tiny_model_folder: Path, monkeypatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr("puna.cli.generate.print_piece", lambda _, piece: written.append(piece))
+    monkeypatch.setattr("puna.cli._shared.print_piece", lambda _, piece: written.append(piece))
     assert run(["generate", str(tiny_model_folder), QUESTION, "--max-tokens", "12", "--ignore-eos"]) == 0
     assert len(written) > 3
 

@@ -118,7 +118,7 @@ _RANGES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] =
     "logprobs": ((int, NoneType), lambda value: value is None or value >= 0, "None, or how many likeliest tokens"),
     "max_tokens": (int, lambda value: value >= 1, "1 or more"),
     "stop": (tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
-    "stop_ids": (tuple, lambda value: all(isinstance(id, int) for id in value), "token ids"),
+    "stop_ids": (tuple, lambda value: all(isinstance(id, int) and id >= 0 for id in value), "token ids"),
     "begins_with": (bytes, lambda value: True, "bytes"),
     "seed": (int, lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
     "ignore_eos": (bool, lambda value: True, "True or False"),

@@ -227,6 +227,7 @@ def test_logits_that_are_not_numbers_are_an_error_not_a_token(number: float) -> 
         ("logit_bias", {5: None}),
         ("stop", 5),
         ("stop_ids", 5),
+        ("stop_ids", (-5,)),
         ("ignore_eos", "no"),
         ("seed", True),
     ],

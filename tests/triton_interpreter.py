@@ -1,9 +1,13 @@
-"""Kernels of Triton on a CPU: calls in a process in which its interpreter stands for its compiler."""
+"""Kernels of Triton on a CPU: calls in a process in which its interpreter stands for its compiler, or built alone."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -18,6 +22,27 @@ def interpret(call: str) -> None:
     module = call.partition("(")[0].rpartition(".")[0]
     code = f"import {module}, {__name__}; {__name__}._let_arrays_of_one_number_bound_loops(); {call}"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def built_for_an_h100(call: Callable[[], object]) -> list[str]:
+    """The kernels, in PTX, that a call would launch there, built for its own arguments; none is launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, built = JITFunction.run, []
+
+    def build(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
+        built.append(run(kernel, *arguments, warmup=True, **options).asm["ptx"])
+
+    h100 = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: -1,  # no kernel of a device that is there
+        get_current_stream=lambda device: 0,
+    )
+    with patch.object(driver, "_active", h100), patch.object(JITFunction, "run", build):
+        call()
+    return built
 
 
 def _let_arrays_of_one_number_bound_loops() -> None:

@@ -61,7 +61,7 @@ def _tables(blocks: "Blocks") -> tuple[Tensor, ...]:
 _SEEDS = ["start_w", "mix_w", "start_m", "mix_m", "start_v", "mix_v"]
 
 
-@triton.jit(do_not_specialize=[*_SEEDS, "whole_columns", "columns", "n_blocks", "groups"])
+@triton.jit(do_not_specialize=[*_SEEDS, "whole_columns", "n_blocks", "groups"])
 def _kernel(
     weight, grad, m, m_scales, v, v_scales,
     m_first, m_borders, m_levels, m_gaps, v_first, v_borders, v_levels, v_gaps,

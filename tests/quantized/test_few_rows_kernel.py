@@ -1,5 +1,6 @@
 """The kernel for CUDA devices against the plain formulas, on the CPU by Triton's interpreter, on a GPU as it is."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from puna.devices import multiplies_fp8
 from puna.quantized.schemes import fp8, int8
-from tests.triton_interpreter import interpret, needs_triton
+from tests.triton_interpreter import built_for_an_h100, interpret, needs_triton
 
 #: Rows, outputs, depth: tiles of each kind, whole ones and such as are cut at every edge; few outputs and many.
 CASES = [(1, 64, 512), (3, 40, 272), (16, 33, 96), (17, 130, 300), (64, 100, 129), (5, 2070, 48)]
@@ -72,6 +73,19 @@ def compare_all() -> None:
     for case in CASES:
         compare(case, torch.float16, "cpu")
         compare_fp8(case, "cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_weights_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
+    from puna.quantized.few_rows_kernel import multiply
+
+    weights = [torch.zeros(outputs, 4096, dtype=dtype) for outputs in (4096, 1024, 1024)]
+    x = torch.zeros(1, 4096, dtype=torch.float8_e4m3fn if dtype == torch.float8_e4m3fn else torch.bfloat16)
+    scales = [torch.zeros(len(weight)) for weight in weights if dtype.itemsize == 1]
+    row_scales = torch.zeros(1) if x.itemsize == 1 else None
+    (ptx,) = built_for_an_h100(lambda: multiply(x, weights, scales, row_scales=row_scales))
+    assert set(re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)) == {"0x10"}
 
 
 @needs_triton

@@ -1,5 +1,7 @@
 """The kernel of the update against the plain way, on the CPU by Triton's interpreter, on a GPU as it is."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from puna.config import Optimizer
 from puna.train import optimizer as optimizer_module
 from puna.train.optimizer import AdamW
-from tests.triton_interpreter import interpret, needs_triton
+from tests.triton_interpreter import built_for_an_h100, interpret, needs_triton
 
 pytestmark = needs_triton
 
@@ -46,6 +48,21 @@ def assert_same(ours: dict[str, dict[str, Tensor]], plain: dict[str, dict[str, T
 @pytest.mark.parametrize(("bits", "dtype"), CASES)
 def test_the_kernel_moves_as_the_plain_way_does(bits: int, dtype: torch.dtype) -> None:
     assert_same(stepped(bits, dtype, torch.device("cuda")), stepped(bits, dtype, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("bits", "dtype"), CASES)
+def test_weights_and_gradients_are_read_16_bytes_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, bits: int, dtype: torch.dtype
+) -> None:
+    from puna.train import update_kernel
+
+    monkeypatch.setattr(optimizer_module, "takes_cuda_kernels", lambda kind: True)
+    monkeypatch.setattr(optimizer_module, "_update_kernel", lambda: update_kernel.update)
+    monkeypatch.setattr(optimizer_module, "_is_for_torch", lambda rows: False)
+    weight = torch.nn.Parameter(torch.zeros(4, 4096, dtype=dtype))
+    adamw = AdamW([("weight", weight)], Optimizer(state_bits=bits), seed=0)  # type: ignore[arg-type]
+    (ptx,) = built_for_an_h100(lambda: adamw.move("weight", torch.zeros_like(weight), 1, 1e-3))
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2
 
 
 def test_the_kernel_interpreted_moves_as_the_plain_way_does() -> None:

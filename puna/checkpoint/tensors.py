@@ -204,7 +204,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, mapped.
 
     Raises:
-        PunaError: the file is missing, cut off or no safetensors file.
+        PunaError: the file is missing, cut off or no safetensors file, or the system does not map one so large.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -227,6 +227,11 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise PunaError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise PunaError(f"{path} is damaged or cut off ({error}); fetch or make it again") from None
+    except RuntimeError as error:  # torch's, where a mapping is larger than the machine's memory
+        raise PunaError(
+            f"the system does not map {path} ({error}); let it map files that are larger than its memory with "
+            "sysctl vm.overcommit_memory=1, or take the model in several files"
+        ) from None
 
 
 def _rows(read: Callable[[], Tensor], start: int, stop: int) -> Tensor:

@@ -1,8 +1,10 @@
 """Values that lie in files are copied from file to file by the system, and read and written where it cannot."""
 
 import errno
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +129,19 @@ def assert_written(written, but=None):
     for name, values in expected.items():
         assert written[name].dtype == values.dtype
         assert torch.equal(written[name], values), name
+
+
+def test_a_file_that_the_system_does_not_map_is_not_called_damaged(tmp_path):
+    allowed = Path("/proc/sys/vm/overcommit_memory")
+    if not allowed.exists() or allowed.read_text().strip() == "1":
+        pytest.skip("the system maps files of any size")
+    size = 1 << 42
+    header = json.dumps({"weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(path := tmp_path / "large.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + size)  # nothing of it lies on the disk
+        except OSError as error:
+            pytest.skip(f"no file is so large here: {error}")
+    with pytest.raises(PunaError, match=r"does not map .*large.safetensors .*overcommit_memory=1, or .*several files"):
+        open_safetensors(path)

@@ -77,11 +77,17 @@ def _kernel(
     place = row.to(tl.int64) * columns + column
     scale_place = row.to(tl.int64) * n_blocks + number
     has_scale = number < n_blocks
+    code_place, is_code = place, is_here
+    if BITS == 4:  # two to a byte
+        pair = tl.arange(0, WIDTH // 2)
+        byte = number[:, None] * (BLOCK // 2) + pair[None, :]
+        code_place = row.to(tl.int64) * (columns // 2) + byte
+        is_code = (pair[None, :] < BLOCK // 2) & (byte < columns // 2)
 
     p = tl.load(weight + place, mask=is_here, other=0.0).to(tl.float32)
     g = tl.load(grad + place, mask=is_here, other=0.0).to(tl.float32) * grad_scale
-    m_ = _read(m, m_scales, m_levels, place, scale_place, is_here, has_scale, BITS)
-    v_ = _read(v, v_scales, v_levels, place, scale_place, is_here, has_scale, BITS)
+    m_ = _read(m, m_scales, m_levels, code_place, scale_place, is_here, is_code, has_scale, BITS)
+    v_ = _read(v, v_scales, v_levels, code_place, scale_place, is_here, is_code, has_scale, BITS)
     m_ += take_m * (g - m_)
     v_ = v_ * keep_v + take_v * (g * g)
     root = tl.sqrt(v_ / square_lacks) + eps
@@ -89,22 +95,20 @@ def _kernel(
 
     element = row * whole_columns + column  # modulo 2^32
     _write_numbers(weight, p, place, is_here, element + start_w, mix_w)
-    _write(m, m_scales, m_, m_first, m_borders, m_levels, m_gaps, place, scale_place, is_here, has_scale,
+    _write(m, m_scales, m_, m_first, m_borders, m_levels, m_gaps, code_place, scale_place, is_code, has_scale,
            element + start_m, mix_m, BITS, BY_CHANCE)  # fmt: skip
-    _write(v, v_scales, v_, v_first, v_borders, v_levels, v_gaps, place, scale_place, is_here, has_scale,
+    _write(v, v_scales, v_, v_first, v_borders, v_levels, v_gaps, code_place, scale_place, is_code, has_scale,
            element + start_v, mix_v, BITS, False)  # fmt: skip
 
 
 @triton.jit
-def _read(state, scales, levels, place, scale_place, is_here, has_scale, BITS: tl.constexpr):
+def _read(state, scales, levels, place, scale_place, is_here, is_code, has_scale, BITS: tl.constexpr):
     if BITS == 32:
         numbers = tl.load(state + place, mask=is_here, other=0.0).to(tl.float32)
     else:
-        if BITS == 8:
-            code = tl.load(state + place, mask=is_here, other=0).to(tl.int32)
-        else:  # the even column is the upper half of a byte
-            byte = tl.load(state + place // 2, mask=is_here, other=0).to(tl.int32)
-            code = (byte >> (4 - 4 * (place % 2).to(tl.int32))) & 15
+        code = tl.load(state + place, mask=is_code, other=0).to(tl.int32)
+        if BITS == 4:  # the even column is the upper half of a byte
+            code = tl.interleave(code >> 4, code & 15)
         scale = tl.load(scales + scale_place, mask=has_scale, other=0.0)
         numbers = tl.where(is_here, tl.load(levels + code) * scale[:, None], 0.0)
     return numbers
@@ -112,11 +116,11 @@ def _read(state, scales, levels, place, scale_place, is_here, has_scale, BITS: t
 
 @triton.jit
 def _write(
-    state, scales, exact, first, borders, levels, gaps, place, scale_place, is_here, has_scale, element, mix,
+    state, scales, exact, first, borders, levels, gaps, place, scale_place, is_code, has_scale, element, mix,
     BITS: tl.constexpr, BY_CHANCE: tl.constexpr,
 ):  # fmt: skip
     if BITS == 32:
-        _write_numbers(state, exact, place, is_here, element, mix)
+        _write_numbers(state, exact, place, is_code, element, mix)
     else:
         top, bottom = tl.max(exact, 1), tl.min(exact, 1)  # what is not here is 0, as in a block that is filled up
         scale = tl.where(top >= -bottom, top, bottom)
@@ -128,13 +132,10 @@ def _write(
         if BY_CHANCE:
             chance = (_bits(element, mix).to(tl.float32) + 0.5) / 65536
             found += (share >= tl.load(levels + found) + tl.load(gaps + found) * chance).to(tl.int32)
-        if BITS == 8:
-            tl.store(state + place, found.to(tl.uint8), mask=is_here)
-        else:
+        if BITS == 4:
             upper, lower = tl.split(tl.reshape(found, (found.shape[0], found.shape[1] // 2, 2)))
-            byte, _ = tl.split(tl.reshape(place // 2, (found.shape[0], found.shape[1] // 2, 2)))
-            is_byte, _ = tl.split(tl.reshape(is_here.to(tl.int32), (found.shape[0], found.shape[1] // 2, 2)))
-            tl.store(state + byte, (upper * 16 + lower).to(tl.uint8), mask=is_byte != 0)
+            found = upper * 16 + lower
+        tl.store(state + place, found.to(tl.uint8), mask=is_code)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def test_the_kernel_moves_as_the_plain_way_does(bits: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("bits", "dtype"), CASES)
-def test_weights_and_gradients_are_read_16_bytes_at_a_time(
+def test_what_moves_is_read_and_written_many_bytes_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bits: int, dtype: torch.dtype
 ) -> None:
     from puna.train import update_kernel
@@ -62,7 +62,10 @@ def test_weights_and_gradients_are_read_16_bytes_at_a_time(
     weight = torch.nn.Parameter(torch.zeros(4, 4096, dtype=dtype))
     adamw = AdamW([("weight", weight)], Optimizer(state_bits=bits), seed=0)  # type: ignore[arg-type]
     (ptx,) = built_for_an_h100(lambda: adamw.move("weight", torch.zeros_like(weight), 1, 1e-3))
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2, "the weight and its gradient"
+    looked_up = 2 * update_kernel.TILE // 128  # of both moments, by each of 128 threads
+    assert len(re.findall(r"ld\.global\.b8", ptx)) <= looked_up, "codes are read together"
+    assert not re.findall(r"st\.global\.b(8|16)", ptx)
 
 
 def test_the_kernel_interpreted_moves_as_the_plain_way_does() -> None:

@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from puna.checkpoint import export, load
 from puna.checkpoint.runs import Checkpoints
+from puna.config import Parallel
 from puna.errors import PunaError
+from puna.model.llama import initial_weight
+from puna.parallel.layout import Layout
+from puna.parallel.mesh import Ranks
+from puna.parallel.model import DistributedModel
+from tests.distributed.layouts import CONFIG
 
 META = {"recipe": {"peak_lr": 1e-5}, "step": 1}
 
@@ -64,6 +71,40 @@ def load_and_save_in_three(run_dir: str) -> None:
     assert_same(state, whole_state(seed=1))
     checkpoints.save(4, state, META)
     checkpoints.wait()
+
+
+#: So many processes -> the layouts under which they save a model.
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    1: [{}],
+    2: [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}],
+    4: [{"dp_shard": 4}, {"tp": 2, "pp": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"tp": 4}],
+    8: [{"dp_shard": 8}, {"tp": 2, "pp": 2, "dp_shard": 2}, {"tp": 4, "dp_replicate": 2}],
+}
+
+
+def test_an_export_does_not_show_how_many_saved_it_and_under_which_layout(tmp_path, in_ranks):
+    exported = {}
+    for size, layouts in LAYOUTS.items():
+        in_ranks(size, save_model_under, str(tmp_path), layouts)
+        for layout in layouts:
+            folder = export(tmp_path / str(layout), tmp_path / f"export of {layout}")
+            exported[str(layout)] = {path.name: path.read_bytes() for path in folder.iterdir()}
+            assert len(list((tmp_path / str(layout)).rglob("model/*.distcp"))) == size
+    whole = exported.pop("{}")
+    for name, values in load(tmp_path / "export of {}")[0].named_parameters():
+        assert torch.equal(values, initial_weight(name, tuple(values.shape), CONFIG, seed=1)), name
+    for layout, files in exported.items():
+        assert files == whole, layout
+
+
+def save_model_under(folder: str, layouts: list[dict[str, int]]) -> None:
+    for sizes in layouts:
+        ranks = Ranks.of(Layout(**sizes), torch.device("cpu"))
+        model = DistributedModel.build(CONFIG, ranks, Parallel(), torch.device("cpu"), dtype=torch.float32)
+        model.fill(lambda name, shape: initial_weight(name, shape, CONFIG, seed=1))
+        checkpoints = Checkpoints(f"{folder}/{sizes}")
+        checkpoints.save(1, {"model": model.weights}, {"model_config": CONFIG.to_json()})
+        checkpoints.wait()
 
 
 class Block(nn.Module):

@@ -444,18 +444,39 @@ def test_a_prompt_alone_is_attended_to_on_a_cuda_device_as_some_together(
     assert engine.generate([prompt], sampling) == complete(model, None, [prompt], sampling)
 
 
-def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that is given up meanwhile spoils the one that is recorded, and torch leaves it to us."""
+@pytest.fixture
+def cuda_without_a_device(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What records steps finds of torch's what it needs; the streams that steps ran on come here."""
+    streams: list[Any] = []
     fakes = {"Stream": MagicMock, "current_stream": MagicMock, "CUDAGraph": MagicMock, "graph_pool_handle": MagicMock}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, **options: contextlib.nullcontext())
+
+    def on(stream: Any) -> contextlib.nullcontext[None]:
+        streams.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *, pool, stream: on(stream))
+    return streams
+
+
+def test_nothing_is_collected_while_a_step_is_recorded(model: Llama, cuda_without_a_device: list[Any]) -> None:
+    """A graph that is given up meanwhile spoils the one that is recorded, and torch leaves it to us."""
     seen: list[bool] = []
     graphs = DecodeGraphs(ByModules(model), Engine(model, cache_tokens=64)._runner.cache)
     graphs._capture(lambda: seen.append(gc.isenabled()))  # type: ignore[arg-type, return-value]
     assert seen == [True, True, False]
     assert gc.isenabled()
+
+
+def test_all_steps_are_tried_and_recorded_on_one_stream(model: Llama, cuda_without_a_device: list[Any]) -> None:
+    """For each stream, cuBLAS takes memory that is never given back."""
+    graphs = DecodeGraphs(ByModules(model), Engine(model, cache_tokens=64)._runner.cache)
+    for _ in range(2):
+        graphs._capture(lambda: None)  # type: ignore[arg-type, return-value]
+    assert len(cuda_without_a_device) == 4
+    assert len(set(cuda_without_a_device)) == 1
 
 
 def test_layers_are_compiled_for_one_row_and_once_for_all_other_numbers(

@@ -49,6 +49,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._most_tokens = most_tokens(cache.keys.numbers)
         self._memory: Any = None
+        self._stream: Any = None
         if is_compiled:
             self._record_one_row()  # first: as the second size, it would have layers compiled three times
 
@@ -90,15 +91,15 @@ class DecodeGraphs:
         return _Graph(*self._capture(step), host, there, _Inputs.of(host, rows).numpy(), self._cache.empty_slot)
 
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph | Recording, Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        stream = self._stream = self._stream or torch.cuda.Stream()  # each stream has 32 MiB of cuBLAS's own
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(2):  # what is compiled or allocated at first use is not recorded
                 step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        with uncollected(), torch.cuda.graph(graph, pool=self._memory):  # a graph or kernel given up now would end it
+        with uncollected(), torch.cuda.graph(graph, pool=self._memory, stream=stream):  # what is given up now ends it
             logits = step()
         return graph, logits
 

@@ -20,7 +20,8 @@ from puna.devices import PROFILES
 from puna.errors import UsageError
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
-from puna.plan.search import RECOMPUTE, Judged, Search
+from puna.plan.case import RECOMPUTE
+from puna.plan.search import Judged, Search
 from puna.plan.speed import Cluster
 
 #: A prediction that is further off than this share is a miss.

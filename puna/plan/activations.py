@@ -4,7 +4,7 @@ What autograd keeps of each operation is read off `puna.model.llama`, in bytes a
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from puna.plan.case import Case
 
@@ -68,17 +68,22 @@ class Layers:
     def __init__(
         self, keeping: LayerBytes, again: LayerBytes, size: int, n_again: int, leaving: float, *, casts_once: bool
     ) -> None:
-        self.keeping, self.again, self.n_keeping, self.leaving = keeping, again, size - n_again, leaving
+        self.keeping, self.again, self.leaving = keeping, again, leaving
+        self.size, self.n_keeping = size, size - n_again
         #: Cast weights that are always there.
         self.always_cast = keeping.cast * self.n_keeping if casts_once else 0.0
         self.kept = self.n_keeping * keeping.kept + n_again * again.kept
-        #: Layers that have been through the backward pass -> activations left, and what the next one computes anew.
-        self.turns: list[tuple[int, float, float]] = []
-        for done in _turns(size, self.n_keeping):
+
+    @cached_property
+    def turns(self) -> list[tuple[int, float, float]]:
+        """Layers that have been through the backward pass, activations left, and what the next one computes anew."""
+        turns = []
+        for done in _turns(self.size, self.n_keeping):
             if done < self.n_keeping:
-                self.turns.append((done, self.kept - done * keeping.kept, keeping.formed))
+                turns.append((done, self.kept - done * self.keeping.kept, self.keeping.formed))
             else:
-                self.turns.append((done, (size - done) * again.kept, again.formed))
+                turns.append((done, (self.size - done) * self.again.kept, self.again.formed))
+        return turns
 
     def cast(self, n: int, done: int) -> float:
         """Cast weights when the `n`-th micro-batch in flight has so many layers behind it, and begins the next."""

@@ -9,6 +9,9 @@ from puna.model.config import ModelConfig
 from puna.parallel.layout import Layout
 from puna.plan.weights import Weights
 
+#: Modes of the recipe's `recompute`.
+RECOMPUTE = ("none", "selective", "block", "offload")
+
 
 @dataclass(frozen=True)
 class Recompute:

@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from puna.plan.activations import LayerBytes, Layers, layer_bytes
-from puna.plan.case import Case, Recompute
+from puna.plan.case import RECOMPUTE, Case, Recompute
 
 #: Rows of the table, in its order, and what each of them is.
 ROWS = {
@@ -161,38 +161,60 @@ class Footprint:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        ranks = sorted({0, min(1, case.layout.pp - 1), case.layout.pp - 1})
-        self._ranks = [_Rank(case, rank) for rank in ranks]
-        self._sizes = {rank.size for rank in self._ranks}
-        self._layer: dict[str, LayerBytes] = {"none": layer_bytes(case, "none")}
+        self._layer: dict[str, LayerBytes] = {}
+        self._all_ranks = _Rank(case)
 
     def memory(self, recompute: Recompute, *, with_runtime: bool = True) -> Memory:
         """As the function of that name."""
-        case, mode = self.case, recompute.mode
-        if mode not in self._layer:
-            self._layer[mode] = layer_bytes(case, mode)
-        leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
-        layers = {
-            size: Layers(
-                self._layer["none"], self._layer[mode], size, case.layers_again(recompute, size), leaving,
-                casts_once=case.layout.casts_once,
-            )
-            for size in self._sizes
-        }  # fmt: skip
+        layers = {size: self._layers(recompute, size) for size in {rank.size for rank in self._ranks}}
         found = [(rank.fullest(layers[rank.size]), rank.rank) for rank in self._ranks]
         fullest, pp_rank = max(found, key=lambda each: each[0].total)
-        return Memory(fullest, _runtime(case, fullest) if with_runtime else 0.0, pp_rank)
+        moving = fullest.total - fullest.shared["weights"] - fullest.shared["optimizer state"]
+        return Memory(fullest, _runtime(self.case, moving) if with_runtime else 0.0, pp_rank)
+
+    @cached_property
+    def at_most(self) -> float:
+        """Bytes, quickly, that `memory` never passes: of all ranks, moments and recomputations the most of each row."""
+        ranks, layers = self._all_ranks, [self._layer_bytes(mode) for mode in RECOMPUTE]
+        moving = ranks.at_most(
+            LayerBytes(*(max(map(attrgetter(name), layers)) for name in ("kept", "formed", "cast"))),
+            leaving=OFFLOADS_IN_FLIGHT * self.case.stream_bytes,
+        )
+        return ranks.stays + moving + _runtime(self.case, moving)
+
+    @cached_property
+    def _ranks(self) -> "list[_Rank]":
+        last = self.case.layout.pp - 1
+        return [_Rank(self.case, rank) for rank in sorted({0, min(1, last), last})]
+
+    def _layers(self, recompute: Recompute, size: int) -> Layers:
+        case, mode = self.case, recompute.mode
+        leaving = OFFLOADS_IN_FLIGHT * case.stream_bytes if mode == "offload" else 0
+        return Layers(
+            self._layer_bytes("none"), self._layer_bytes(mode), size, case.layers_again(recompute, size), leaving,
+            casts_once=case.layout.casts_once,
+        )  # fmt: skip
+
+    def _layer_bytes(self, mode: str) -> LayerBytes:
+        if mode not in self._layer:
+            self._layer[mode] = layer_bytes(self.case, mode)
+        return self._layer[mode]
 
 
 class _Rank:
-    """The moments of one pipeline rank."""
+    """The moments of one pipeline rank.
 
-    def __init__(self, case: Case, rank: int) -> None:
-        self.case, self.rank = case, rank
+    Args:
+        case: recipe and layout.
+        rank: which; None: one that has whatever any of them has, for `at_most`.
+    """
+
+    def __init__(self, case: Case, rank: int | None = None) -> None:
+        self.case, self.rank, self._is_all = case, rank or 0, rank is None
         layout = case.layout
-        self.stages = case.stages_of(rank)
-        self.n_layers, self.size = sum(self.stages), max(self.stages)
-        self.has_embedding, self.has_head = rank == 0, rank == layout.pp - 1
+        self.stages = case.stages_of(self.rank)
+        self.n_layers, self.size = sum(self.stages), self.stages[0]
+        self.has_embedding, self.has_head = rank in (0, None), rank in (layout.pp - 1, None)
         self.hidden = case.hidden_bytes
         #: torch's pipelines sum whole gradients over micro-batches and reduce them once a stage, after its last one.
         self.sums_whole = layout.pp > 1 and case.is_sharded
@@ -220,12 +242,18 @@ class _Rank:
         self._rotations = (2 * 4 * case.config.head_dim + 24) * case.tokens
         self._ends = self._rotations + case.tokens * (4 + case.compute_bytes) * D / tp + self.hidden
         self._shared: dict[tuple[int, Pass], Moment] = {}
-        #: With the moment of the loss that comes before each.
-        self._fullest = [(each, self._loss(each) if self.has_head and not each.is_over else None)
-                         for each in self._fullest_passes()]  # fmt: skip
+
+    @cached_property
+    def _fullest(self) -> list[tuple[Pass, Moment | None]]:
+        """With the moment of the loss that comes before each."""
+        return [(each, self._loss(each) if self.has_head and not each.is_over else None)
+                for each in self._fullest_passes()]  # fmt: skip
+
+    @cached_property
+    def _end(self) -> Moment:
         update = {**self._always, "gradients": self._gradients_at_update(), "working memory": self._update()}
         sums = Moment.of("the last sums of gradients", self._last_sums())
-        self._end = max(sums, Moment.of("the update", update), key=attrgetter("total"))
+        return max(sums, Moment.of("the update", update), key=attrgetter("total"))
 
     def fullest(self, layers: Layers) -> Moment:
         """From the loss to the last layer's backward pass, or at the end of the step."""
@@ -247,9 +275,42 @@ class _Rank:
                     most = found.total
         return found
 
+    @property
+    def stays(self) -> float:
+        """Bytes of weights and of the optimizer's state."""
+        return self._always["weights"] + self._always["optimizer state"]
+
+    def at_most(self, layer: LayerBytes, leaving: float) -> float:
+        """Bytes beyond what stays that no moment passes: of each row the most of any moment.
+
+        Args:
+            layer: the most that a layer takes.
+            leaving: the most that is on its way to the host.
+        """
+        n = self._in_flight
+        kept = n * (self.size * layer.kept + self._output) + leaving + self._beside + self._ends
+        cast = (n * self.size + 1) * layer.cast
+        always, at_ends, in_backward = self._most()
+        return always + max(at_ends, in_backward + layer.formed) + kept + cast
+
+    def _most(self) -> tuple[float, float, float]:
+        """The most that is there besides activations: always, at the loss or the update, and in a backward pass."""
+        full = Pass(self._in_flight, self.n_layers - self.size, is_again=True)
+        always = self._always["communication buffers"] + self._gradients(self.size, full)
+        always += sum(self._gathered(self.size, full).values())
+        if self.case.is_sharded:
+            unit = self.unit * self.parts["layer"].gathered
+            always += (self.case.compute_bytes + 4) * (unit + self.root)
+        at_ends = max(self._logits(), 2 * (self._head_gradient() + self.hidden), self._update())
+        return always, at_ends, self._working() + self._head_gradient()
+
+    @property
+    def _in_flight(self) -> int:
+        return self.case.in_flight(self.rank)
+
     def _fullest_passes(self) -> Iterator[Pass]:
         """Those that begin with the most activations, or with fewer and more gradients."""
-        layout, n = self.case.layout, self.case.in_flight(self.rank)
+        layout, n = self.case.layout, self._in_flight
         others = self.n_layers - self.size
         comes_again = layout.micro_batches * layout.stages_per_rank > n
         if others and layout.micro_batches == layout.pp:  # every micro-batch leaves a stage before one enters the next
@@ -269,7 +330,8 @@ class _Rank:
             return 0
         Q, K, F = case.widths
         numbers = Q + 2 * K + 2 * F + 2 * case.config.hidden_size
-        return (self.rank + 1) * self.size * case.compute_bytes * numbers * case.tokens
+        waiting = case.layout.pp if self._is_all else self.rank + 1
+        return waiting * self.size * case.compute_bytes * numbers * case.tokens
 
     def _head_gradient(self) -> float:
         case = self.case
@@ -317,11 +379,8 @@ class _Rank:
         return self._shared[key]
 
     def _shared_rows(self, done: int, way: Pass) -> dict[str, float]:
-        case, rows = self.case, dict(self._always)
-        c, (_, _, F) = case.compute_bytes, case.widths
-        exchanged = self.hidden if case.layout.tp > 1 else 0
-        down = 0 if self.case.uses_gradients_at_once else c * case.config.hidden_size * F
-        rows["working memory"] = 2 * c * F * case.tokens + down + exchanged + case.stream_bytes
+        case, rows, c = self.case, dict(self._always), self.case.compute_bytes
+        rows["working memory"] = self._working()
         rows["gradients"] = self._gradients(done, way)
         if case.is_sharded:
             whole = min(self.size - done, 2 * self.unit)
@@ -330,6 +389,13 @@ class _Rank:
                 rows["communication buffers"] += (c + 4) * self.unit * self.parts["layer"].gathered
             rows["logits and head"] = self._head_gradient() if self.has_head and not way.is_over else 0
         return rows
+
+    def _working(self) -> float:
+        """Gradients that a layer's backward pass has at a time."""
+        case, c, F = self.case, self.case.compute_bytes, self.case.widths[2]
+        exchanged = self.hidden if case.layout.tp > 1 else 0
+        down = 0 if case.uses_gradients_at_once else c * case.config.hidden_size * F
+        return 2 * c * F * case.tokens + down + exchanged + case.stream_bytes
 
     def _last_sums(self) -> dict[str, float]:
         """What lies outside layers is summed over the shards last; in pipelines, all of the first stage is."""
@@ -399,15 +465,16 @@ class _Rank:
         layout = self.case.layout
         if layout.pp == 1:
             return 0
-        sides = 2 * layout.stages_per_rank - self.has_embedding - self.has_head
+        first, last = (0, 0) if self._is_all else (self.has_embedding, self.has_head)
+        sides = 2 * layout.stages_per_rank - first - last
         if self.case.recipe.parallel.schedule == "zero-bubble":
-            sides += layout.stages_per_rank - self.has_embedding
+            sides += layout.stages_per_rank - first
         return sides * layout.micro_batches * self.hidden / layout.tp
 
 
-def _runtime(case: Case, fullest: Moment) -> float:
-    axes = sum(size > 1 for size in case.layout.sizes)
-    moving = fullest.total - fullest.shared["weights"] - fullest.shared["optimizer state"]
+def _runtime(case: Case, moving: float) -> float:
+    """Bytes that are no tensor, with so many bytes of tensors that come and go."""
     if case.is_cpu:
         return PROCESS_BYTES + PIECES_SHARE * moving
+    axes = sum(size > 1 for size in case.layout.sizes)
     return CONTEXT_BYTES + COMMUNICATOR_BYTES * axes + ALLOCATOR_SHARE * moving

@@ -1,15 +1,16 @@
 """Which layouts there are, which of them fit, and why the others do not.
 
-A layout is judged as a run would judge it, by `Layout.of`, before its memory and its time are formed; thousands take
-seconds. What a recipe says beyond its layout (precision, optimizer, length, batch) stays as it is.
+A layout is judged as a run would judge it, by `Layout.of`, before its memory and its time are formed. Quick bounds
+spare most layouts both: of one that surely fits, and surely is not among the fastest, nothing else is asked, so a
+hundred thousand take seconds. What a recipe says beyond its layout (precision, optimizer, length, batch) stays.
 """
 
+import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from heapq import nsmallest
 from typing import Any
 
 from puna.config import Recipe
@@ -17,15 +18,13 @@ from puna.errors import UsageError
 from puna.model.config import ModelConfig
 from puna.model.split import divisors
 from puna.parallel.layout import AXES, Layout
-from puna.plan.case import Case, Recompute
-from puna.plan.memory import Footprint, Memory, memory
-from puna.plan.speed import Cluster, Pace, Speed
+from puna.plan.case import RECOMPUTE, Case, Recompute
+from puna.plan.memory import Footprint, Memory
+from puna.plan.speed import Cluster, Pace, Passes, Speed
 from puna.plan.weights import Weights
 
 #: The largest values that are tried: of two axes, of stages a rank, and of rows in a micro-batch.
 MOST = {"tp": 16, "cp": 64, "stages_per_rank": 8, "micro_batch_rows": 16}
-
-RECOMPUTE = ("none", "selective", "block", "offload")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class Judged:
 
     case: Case
     recompute: Recompute
-    memory: Memory
+    footprint: Footprint
     pace: Pace
 
     @property
@@ -48,8 +47,13 @@ class Judged:
         return self.case.recipe.model_copy(update=self.recompute.fields)
 
     @cached_property
+    def memory(self) -> Memory:
+        """What it takes; of layouts that are neither near the limit nor fast nobody asks."""
+        return self.footprint.memory(self.recompute)
+
+    @cached_property
     def speed(self) -> Speed:
-        """How fast it is; of layouts that do not fit nobody asks."""
+        """How fast it is; of layouts that do not fit, or are slow beyond doubt, nobody asks."""
         return self.pace.speed(self.recompute)
 
 
@@ -89,6 +93,7 @@ class Search:
         )  # fmt: skip
         self.is_cpu = cluster.device.name == "CPU"
         self.weights = weights_of(recipe, config)
+        self._passes = Passes(cluster)  # of layouts of `recipe`
 
     def judge(self, recipe: Recipe) -> Judged:
         """What one layout takes and gives.
@@ -98,7 +103,7 @@ class Search:
         """
         layout = Layout.of(recipe, self.config, self.devices)
         case = self._case(recipe, layout)
-        return Judged(case, case.recompute, memory(case), Pace(case, self.cluster))
+        return Judged(case, case.recompute, Footprint(case), Pace(case, Passes(self.cluster)))
 
     def _case(self, recipe: Recipe, layout: Layout) -> Case:
         has_kernel = self.cluster.device.has_update_kernel
@@ -106,25 +111,23 @@ class Search:
 
     def fits(self, judged: Judged) -> bool:
         """Whether its memory is there."""
-        return self._has_room(judged.memory)
-
-    def _has_room(self, needed: Memory) -> bool:
-        return needed.gib <= self.memory_gib
+        limit = self.memory_gib * 2**30
+        return judged.footprint.at_most <= limit or judged.memory.total <= limit
 
     def run(self, best: int) -> Found:
         """Judges every layout and keeps the best."""
         found = Found()
-        found.best = nsmallest(
-            best, self._fitting(found), key=lambda each: (each.speed.step_seconds, each.memory.total)
-        )
+        for judged in self._fitting(found):
+            slowest = found.best[-1].speed.step_seconds if len(found.best) == best > 0 else math.inf
+            if judged.pace.at_least(judged.recompute) <= slowest:
+                insort(found.best, judged, key=lambda each: (each.speed.step_seconds, each.memory.total))
+                del found.best[best:]
         return found
 
     def _fitting(self, found: Found) -> Iterator[Judged]:
         """The layouts that fit; the others are counted."""
         for case in self._cases(found):
-            footprint, pace = Footprint(case), Pace(case, self.cluster)
-            for recompute, needed in self._recomputations(case, footprint):
-                judged = Judged(case, recompute, needed, pace)
+            for judged in self._recomputations(case):
                 if self.fits(judged):
                     found.fitting += 1
                     yield judged
@@ -133,26 +136,29 @@ class Search:
                 if found.nearest is None or judged.memory.total < found.nearest.memory.total:
                     found.nearest = judged
 
-    def _recomputations(self, case: Case, footprint: Footprint) -> Iterator[tuple[Recompute, Memory]]:
+    def _recomputations(self, case: Case) -> Iterator[Judged]:
         """Every mode in all layers, and where that is more than memory asks for, in no more than it does."""
-        nothing = Recompute("none")
-        keeps_all = footprint.memory(nothing)
-        yield nothing, keeps_all
+        footprint, pace = Footprint(case), Pace(case, self._passes)
+
+        def of(mode: str, layers: int | None = None) -> Judged:
+            return Judged(case, Recompute(mode, layers), footprint, pace)
+
+        keeps_all = of("none")
+        yield keeps_all
         if case.recipe.parallel.schedule == "zero-bubble":  # two backward passes would compute everything twice
             return
         size = case.first_stages[0]
         for mode in RECOMPUTE[1:]:
-            all_layers = Recompute(mode)
-            if not case.layers_again(all_layers, size):  # it is as to recompute nothing
+            least = of(mode)
+            if not case.layers_again(least.recompute, size):  # it is as to recompute nothing
                 continue
-            least = footprint.memory(all_layers)
-            yield all_layers, least
-            if self._has_room(keeps_all) or not self._has_room(least):
+            yield least
+            if self.fits(keeps_all) or not self.fits(least):
                 continue
-            fewer = [Recompute(mode, n) for n in range(1, size)]
-            first = bisect_left(fewer, True, key=lambda some: self._has_room(footprint.memory(some)))
+            fewer = [of(mode, n) for n in range(1, size)]
+            first = bisect_left(fewer, True, key=self.fits)
             if first < len(fewer):
-                yield fewer[first], footprint.memory(fewer[first])
+                yield fewer[first]
 
     def _cases(self, found: Found) -> Iterator[Case]:
         """Every possible layout with every number of rows, recomputing nothing."""

@@ -120,17 +120,58 @@ class Speed:
         }
 
 
+class Passes:
+    """What layers' passes and the head take, formed once for all layouts that share rows and matrices alike.
+
+    Args:
+        cluster: what they run on.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._layers: dict[tuple[int, int, int, str], Layer] = {}
+        self._heads: dict[tuple[int, int, int], dict[str, float]] = {}
+
+    def layer(self, case: Case, mode: str) -> "Layer":
+        """A layer's under a mode of recomputation."""
+        key = (case.recipe.micro_batch_rows, case.layout.cp, case.layout.tp, mode)
+        if key not in self._layers:
+            self._layers[key] = _layer(case, self.cluster, mode)
+        return self._layers[key]
+
+    def head(self, case: Case) -> dict[str, float]:
+        """Row of ROWS -> seconds of the head."""
+        key = (case.recipe.micro_batch_rows, case.layout.cp, case.layout.tp)
+        if key not in self._heads:
+            self._heads[key] = _NOTHING | _head(case, self.cluster)
+        return self._heads[key]
+
+
 class Pace:
     """The speed of a layout under one recomputation or another: what all of them share is formed once.
 
     Args:
         case: recipe and layout, whatever the recipe recomputes.
-        cluster: what it runs on.
+        passes: of the same recipe beyond its layout and rows.
     """
 
-    def __init__(self, case: Case, cluster: Cluster) -> None:
-        self.case, self.cluster = case, cluster
+    def __init__(self, case: Case, passes: Passes) -> None:
+        self.case, self.cluster, self.passes = case, passes.cluster, passes
         self._layers: dict[str, dict[str, float]] = {}
+
+    def at_least(self, recompute: Recompute) -> float:
+        """Seconds, quickly, that no step takes less than: passes and idle time alone, without weights' exchange."""
+        case, layout = self.case, self.case.layout
+        kept, formed = (self.passes.layer(case, mode).seconds for mode in ("none", recompute.mode))
+
+        def of(layers: int, again: int) -> float:
+            return (layers - again) * kept + again * formed
+
+        busy = of(case.most_layers, sum(case.layers_again(recompute, size) for size in case.first_stages))
+        smallest = case.stage_sizes[layout.pp - 1]
+        idle = (layout.pp - 1) * of(smallest, case.layers_again(recompute, smallest))
+        share = ZERO_BUBBLE if case.recipe.parallel.schedule == "zero-bubble" else 1.0
+        return (layout.micro_batches * busy + share * idle) * (1 - 1e-9)  # sums in another order
 
     def speed(self, recompute: Recompute) -> Speed:
         """The time of a step, row by row."""
@@ -160,12 +201,14 @@ class Pace:
 
     def _layer(self, mode: str) -> dict[str, float]:
         if mode not in self._layers:
-            self._layers[mode] = _NOTHING | _layer(self.case, self.cluster, mode)
+            layer = self.passes.layer(self.case, mode)
+            exchange = _sharding(self.case, self.cluster, layer.forward, layer.backward)
+            self._layers[mode] = layer.rows | {"sharding": exchange}
         return self._layers[mode]
 
-    @cached_property
+    @property
     def _head(self) -> dict[str, float]:
-        return _NOTHING | _head(self.case, self.cluster)
+        return self.passes.head(self.case)
 
     @cached_property
     def _of_step(self) -> dict[str, float]:
@@ -207,8 +250,27 @@ def exposed_sends(layout: Layout) -> float:
     return 2 * hops * layout.micro_batches / layout.pp + 2 * (hops - 1)
 
 
-def _layer(case: Case, cluster: Cluster, recompute: str) -> dict[str, float]:
-    """Seconds of a layer's forward and backward pass of a micro-batch under a mode of recomputation."""
+@dataclass(frozen=True)
+class Layer:
+    """Seconds of a layer's passes of a micro-batch.
+
+    Attributes:
+        rows: row of ROWS -> seconds, weights' exchange left out.
+        forward, backward: what that can hide behind.
+    """
+
+    rows: dict[str, float]
+    forward: float
+    backward: float
+
+    @cached_property
+    def seconds(self) -> float:
+        """Sum of the rows."""
+        return sum(self.rows.values())
+
+
+def _layer(case: Case, cluster: Cluster, recompute: str) -> Layer:
+    """A layer's passes under a mode of recomputation."""
     device, config, tp = cluster.device, case.config, case.layout.tp
     R, D, (Q, K, F), c = case.tokens, config.hidden_size, case.widths, case.compute_bytes
     products = 2 * (2 * D * Q + 2 * D * K + 3 * D * F) * R / _product_rate(case, device)
@@ -230,8 +292,7 @@ def _layer(case: Case, cluster: Cluster, recompute: str) -> dict[str, float]:
     if case.layout.cp > 1:
         rows["context parallel"] = (1 + times) * _context(case, cluster)
     backward = 2 * (products + elements + waits) + 2.5 * attention + again
-    rows["sharding"] = _sharding(case, cluster, forward + waits, backward)
-    return rows
+    return Layer(_NOTHING | rows, whole, backward)
 
 
 def _head(case: Case, cluster: Cluster) -> dict[str, float]:

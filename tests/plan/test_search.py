@@ -1,6 +1,7 @@
 """The search, which shares its work among layouts, finds what judging them one after another finds."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -12,8 +13,10 @@ from puna.devices import PROFILES
 from puna.errors import UsageError
 from puna.model.config import PRESETS
 from puna.model.split import divisors
-from puna.plan.search import MOST, RECOMPUTE, Judged, Search, overrides_of
-from puna.plan.speed import Cluster
+from puna.plan.case import RECOMPUTE
+from puna.plan.memory import Footprint
+from puna.plan.search import MOST, Judged, Search, overrides_of
+from puna.plan.speed import Cluster, Pace
 
 DEVICES = 8
 
@@ -39,6 +42,27 @@ def test_the_search_finds_what_judging_layouts_one_by_one_finds(name: str) -> No
     assert [_said(each, search) for each in found.best] == [_said(each, search) for each in fitting[:5]]
     assert found.nearest is not None
     assert found.nearest.memory.total == min(each.memory.total for each in others)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quick_bounds_of_memory_and_time_hold(name: str) -> None:
+    changes, memory_gib = CASES[name]
+    recipe = load_recipe("codellama-7b-pretrain", {"batch_tokens": 16 * 4096, **changes})
+    search = Search(recipe, PRESETS["codellama-7b"], Cluster(PROFILES["h100"]), DEVICES, memory_gib)
+    for judged in _one_by_one(search):
+        assert judged.memory.total <= judged.footprint.at_most
+        assert judged.pace.at_least(judged.recompute) <= judged.speed.step_seconds
+
+
+def test_few_layouts_of_many_are_judged_to_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[str] = Counter()
+    for owner, name in ((Footprint, "memory"), (Pace, "speed")):
+        exact = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, exact=exact, name=name: asked.update([name]) or exact(*args))
+    recipe = load_recipe("codellama-7b-pretrain", {"batch_tokens": 512 * 4096})
+    found = Search(recipe, PRESETS["codellama-7b"], Cluster(PROFILES["h200"]), 512, 139).run(5)
+    assert found.fitting > 5_000
+    assert max(asked.values()) < found.fitting / 10
 
 
 def test_products_in_fp32_are_timed_at_the_rate_of_fp32() -> None:

@@ -5,7 +5,8 @@
 Each row is a published run. What its source says of layout, recomputation and compilation is taken from there; of what
 it does not say (mostly rows at once, and recomputation), plan takes the fastest that fits. Where a source gives MFU
 alone, its tokens a second are those of the full convention. Runs in fp8, with LoRA or with what else puna has not are
-listed, and not predicted. Some shares in `puna.devices` were fitted to these runs, not to nanotron's: this says how
+listed, and not predicted. torchtitan's "selective" recomputes every second product, compiled or not; of compiled layers
+puna's recomputes nothing. Some shares in `puna.devices` were fitted to these runs, not to nanotron's: this says how
 well a few constants explain them, more than how well a new run is foretold.
 """
 
@@ -181,7 +182,11 @@ def main() -> None:
     arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     rows = [_row(run) for run in RUNS]
     predicted = [row for row in rows if "error" in row]
-    missed = [f"{row['source']} {row['model']}@{row['length']}" for row in predicted if abs(row["error"]) > GOAL]
+    missed = [
+        f"{row['source']} {row['model']}@{row['length']}, {row['device']}{', compiled' * row['is_compiled']}"
+        for row in predicted
+        if abs(row["error"]) > GOAL
+    ]
     facts = {
         "goal": f"within {GOAL:.0%} of what was measured",
         "predicted": len(predicted),
@@ -207,6 +212,7 @@ def _row(run: Run) -> dict[str, Any]:
         "layout": str(judged.layout),
         "rows_at_once": judged.recipe.micro_batch_rows,
         "recompute": judged.recipe.recompute,
+        "is_compiled": judged.recipe.compile,
         "memory_gib": judged.memory.gib,
         "fits": fits,
     }

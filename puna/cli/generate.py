@@ -73,8 +73,7 @@ def generate(
     asked_for = _records(prompts or [], file, keep_going=keep_going) if is_first else {}
     if is_first and output is not None:
         check_file(output)
-        if output.is_file() and output.stat().st_size:
-            raise PunaError(f"{output} exists already; choose another place or remove it first")
+        _check_unwritten(output)
     from puna.generate.engine.drafts import check_one_source
     from puna.parallel.collectives import of_first_rank
 
@@ -215,7 +214,7 @@ def results_in(output: Path | None, asked: Any) -> Iterator[Results]:
         asked: what the results depend on.
 
     Raises:
-        PunaError: there are results of something else that was asked, or another process writes there.
+        PunaError: there are results of something else that was asked, or another process writes there, or has written.
     """
     partial = None
     if output is not None and not is_device(output):
@@ -223,12 +222,19 @@ def results_in(output: Path | None, asked: Any) -> Iterator[Results]:
         partial.parent.mkdir(parents=True, exist_ok=True)
     head = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
     with open_log(partial, head=head, name=output) as log:
+        if output is not None:
+            _check_unwritten(output)  # by a run that ended while the model was loaded
         yield (results := Results(log))
         if output is not None:
             with file_aside(output, "w") as lines:
                 lines.writelines(_line(result) for result in results)
         if partial is not None:
             partial.unlink()
+
+
+def _check_unwritten(output: Path) -> None:
+    if output.is_file() and output.stat().st_size:
+        raise PunaError(f"{output} exists already; choose another place or remove it first")
 
 
 def _line(content: Any) -> str:

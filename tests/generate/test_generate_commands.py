@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import puna
 from puna.checkpoint import quantize, save_model
+from puna.cli import _shared as shared
 from puna.cli import run
 from puna.cli._shared import SAMPLING
 from puna.cli.generate import Results, results_in
@@ -548,6 +550,23 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         results.put(0, {"prompt": "x"})
     assert (tmp_path / "out").read_text() == '{"prompt": "x"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_run_wrote_while_the_model_was_loaded_is_not_lost(
+    tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    words = ["generate", str(tiny_model_folder), "--max-tokens", "2", "-o", str(tmp_path / "out")]
+    load = shared.open_model
+
+    def load_slowly(*args: Any) -> Any:
+        monkeypatch.setattr(shared, "open_model", load)
+        assert run([*words, "other"]) == 0
+        return load(*args)
+
+    monkeypatch.setattr(shared, "open_model", load_slowly)
+    assert run([*words, "x"]) == 1
+    assert "out exists already; choose another place or remove it first" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out").read_text())["prompt"] == "other"
 
 
 def test_a_device_takes_results_and_stays(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -53,13 +53,18 @@ def open_log(path: Path | None, *, head: str = "", name: Path | None = None) -> 
                 f"{path} was begun by another run, with other prompts, options or files; repeat its command to go on "
                 "with it, choose another output, or remove the file"
             )
-        try:
-            log = Log(map(json.loads, lines), file)
-        except (ValueError, RecursionError) as error:
-            raise PunaError(f"{path} is damaged ({error}); remove it to make it again") from None
+        log = Log(_read(lines, path, 2 if head else 1), file)
         if lines:
             file.truncate(len(first) + sum(map(len, lines)))
         else:
             file.truncate(0)
             file.write(first)
         yield log
+
+
+def _read(lines: list[bytes], path: Path, start: int) -> Iterator[Any]:
+    for number, line in enumerate(lines, start):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PunaError(f"{path}:{number} is damaged ({error}); remove that line to have it made again") from None

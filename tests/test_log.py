@@ -8,16 +8,27 @@ from puna.errors import PunaError
 from puna.log import open_log
 
 
-def test_two_runs_do_not_write_one_log_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_two_runs_do_not_write_one_log(tmp_path: Path) -> None:
     with open_log(tmp_path / "log") as log:
         with pytest.raises(PunaError, match=r"another process is writing \S+log; wait for it"):
             open_log(tmp_path / "log").__enter__()
         log.append({"a": 1})
     with open_log(tmp_path / "log") as log:
         assert log.lines == [{"a": 1}]
-    (tmp_path / "log").write_bytes(b"\xff\n")
-    with pytest.raises(PunaError, match="log is damaged"):
-        open_log(tmp_path / "log").__enter__()
+
+
+@pytest.mark.parametrize("head", ["", "asked"])
+@pytest.mark.parametrize("damaged", [b"\xff\n", b"\0\0\n", b'{"number": \n'])
+def test_a_damaged_line_is_named_and_the_others_stay(tmp_path: Path, head: str, damaged: bytes) -> None:
+    path, first = tmp_path / "log", f"{head}\n".encode() if head else b""
+    before, place = first + b"1\n2\n", 4 if head else 3
+    path.write_bytes(before + damaged + b"4\n")
+    with pytest.raises(PunaError, match=rf"log:{place} is damaged \(.*\); remove that line"):
+        open_log(path, head=head).__enter__()
+    assert path.read_bytes() == before + damaged + b"4\n"
+    path.write_bytes(before + b"4\n")
+    with open_log(path, head=head) as log:
+        assert log.lines == [1, 2, 4]
 
 
 @pytest.mark.parametrize("head", ["", "asked"])

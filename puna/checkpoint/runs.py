@@ -118,10 +118,13 @@ class Checkpoints:
     def note_unsaved(self) -> None:
         """Notes in the folder of a run without checkpoints that it has saved none; the first save takes the note away.
 
-        One process calls it, before the run has come to its first save.
+        One process calls it, before the run has come to its first save. A note beside checkpoints goes.
         """
-        if not checkpoints(self.run_dir):
-            (self.run_dir / UNSAVED).touch()
+        note = self.run_dir / UNSAVED
+        if checkpoints(self.run_dir):
+            note.unlink(missing_ok=True)
+        else:
+            note.touch()
 
     def wait(self) -> None:
         """Returns when the last save is done.
@@ -243,9 +246,11 @@ class Checkpoints:
 
         ranks, path, note = self._ranks, _path(self.run_dir, step), self.run_dir / UNSAVED
         aside = path.with_name(path.name + ASIDE)
-        is_unsaved = note.exists()
+        is_unsaved = False
 
         def make_room(parts: list[list[str]]) -> list[str]:
+            nonlocal is_unsaved
+            is_unsaved = note.exists()
             _clear_leftovers(aside.parent)
             aside.mkdir(parents=True)
             return sorted({part for of_rank in parts for part in of_rank})
@@ -269,8 +274,8 @@ class Checkpoints:
             ranks.all_reduce(lambda: fingerprints(aside, ranks.rank), finish)
         except BaseException as error:
             if ranks.is_first:
-                if is_unsaved and not path.exists():
-                    with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):
+                    if is_unsaved and not path.exists():
                         note.touch()
                 shutil.rmtree(aside, ignore_errors=True)
                 progress.say(f"{path.name} could not be saved: {error}")  # now, while there is time to make room

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -255,6 +256,29 @@ def meet_trouble(folder: str) -> list[str]:
         with hears(heard):
             checkpoints.load(path, state)
     return heard
+
+
+def test_a_first_save_is_done_though_another_rank_cannot_look_at_the_note_of_none(tmp_path, in_ranks):
+    in_ranks(2, save_where_the_note_cannot_be_read, str(tmp_path))
+    assert not (tmp_path / ".unsaved").exists()
+    assert Checkpoints(tmp_path).newest(say=pytest.fail).name == "step-00000001"
+
+
+def save_where_the_note_cannot_be_read(run_dir: str) -> None:
+    run = Checkpoints(run_dir)
+    if dist.get_rank() == 0:
+        run.note_unsaved()
+    dist.barrier()
+    exists = Path.exists
+
+    def fails(path: Path) -> bool:
+        if path.name == ".unsaved":
+            raise OSError(errno.EIO, "Input/output error")
+        return exists(path)
+
+    with patch.object(Path, "exists", fails) if dist.get_rank() else nullcontext():
+        run.save(1, state_of("fsdp", seed=1), META)
+        run.wait()
 
 
 def test_damage_in_one_ranks_share_is_noticed_by_all(tmp_path, in_ranks):

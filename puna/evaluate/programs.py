@@ -216,8 +216,11 @@ class Programs(ABC):
             with agreed(model):
                 sandbox = stack.enter_context(Sandbox(self.limits, workers=workers))
                 if folder is not None:
-                    settings = _open_folder(folder, settings)
+                    check_writable(folder)
+                    folder.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(open_log(folder and folder / VERDICTS_LOG))
+                if folder is not None:  # which no other process is at work in
+                    settings = _settle(folder, settings)
                 written = stack.enter_context(open_log(folder and folder / SAMPLES if samples is None else None))
             if samples is None and complete is None:
                 complete = Completer(*loaded(model, tokenizer), **of_a_model)
@@ -359,8 +362,8 @@ def _scored(
     }
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes the folder of a run, or goes on in one; what is there must be of the same run.
+def _settle(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes the settings of a run into its folder; answers that are there must be of the same run.
 
     Returns:
         The settings, in which `SOURCES` are all that the run's answers came from.
@@ -368,7 +371,6 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         PunaError: it holds another run's answers.
     """
-    check_writable(folder)
     path = folder / "settings.json"
     logs = [log for name in (SAMPLES, VERDICTS_LOG) if (log := folder / name).exists()]
     if path.exists() and any(log.stat().st_size for log in logs):

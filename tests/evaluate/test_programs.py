@@ -74,6 +74,22 @@ def test_a_folder_of_another_run_is_refused(bubblewrap: str, data: Path, tmp_pat
         evaluate("humaneval", complete=Answers(), data=data, output=data)
 
 
+def test_a_run_that_meets_another_at_work_in_its_folder_changes_nothing_there(
+    bubblewrap: str, data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": data, "output": tmp_path / "run"}
+
+    class Meeting(Answers):
+        def __call__(self, *arguments: Any) -> None:
+            before = (tmp_path / "run/settings.json").read_bytes()
+            with pytest.raises(PunaError, match=r"another process is writing .*; wait for it, or choose another place"):
+                evaluate("humaneval", complete=Answers(), seed=1, **options)
+            assert (tmp_path / "run/settings.json").read_bytes() == before
+            super().__call__(*arguments)
+
+    assert evaluate("humaneval", complete=Meeting(), **options)["answers"]["seed"] == 0
+
+
 def test_a_run_that_ended_before_its_first_answer_leaves_no_claim_on_its_folder(
     bubblewrap: str, data: Path, tmp_path: Path
 ) -> None:

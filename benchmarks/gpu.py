@@ -371,25 +371,20 @@ def products(device: torch.device) -> Iterator[dict[str, Any]]:
                 "fp8, kernel": (of_fp8, fp8),
                 "int8, kernel": (partial(_by_kernel, multiply, x, scales.view(-1)), int8),
             }
-            row: dict[str, Any] = {"rows": rows, "inputs": inputs, "outputs": outputs}
-            for name, (product, weights) in ways.items():
-                try:
-                    row[name] = weights[0].nbytes / _seconds_of_each(product, weights, device) / copied
-                except RuntimeError as error:
-                    row["error"] = f"{name}: {str(error).splitlines()[0]}"
-            yield row
+            yield {"rows": rows, "inputs": inputs, "outputs": outputs, **_shares(ways, copied, device)}
 
 
 def tiles(device: torch.device) -> Iterator[dict[str, Any]]:
     """Shares of the copy's rate at which our kernels of decoding read, with many tiles, the best first."""
     _, copied = (row["rate"] for row in limits(device))
-    build_together(partial(way, reading.pieces[0]) for reading in readings(device) for way in reading.ways())
+    build_together(partial(way, reading.pieces[0]) for reading in readings(device) for way in reading.ways().values())
     for reading in readings(device):
-        size = reading.pieces[0].nbytes / copied
-        in_use, *shares = (size / _seconds_of_each(way, reading.pieces, device, least=0.02) for way in reading.ways())
-        ranked = dict(sorted(zip(reading.tiles, shares, strict=True), key=lambda item: -item[1]))
+        ways = {name: (way, reading.pieces) for name, way in reading.ways().items()}
+        shares = _shares(ways, copied, device, least=0.02)
+        rest = {name: shares.pop(name) for name in ("in_use", "errors") if name in shares}
+        ranked = dict(sorted(shares.items(), key=lambda item: -item[1]))
         best = ", ".join(f"{name} {share:.2f}" for name, share in list(ranked.items())[:3])
-        yield {**reading.case, "in_use": in_use, "best": best, "shares": ranked}
+        yield {**reading.case, **rest, "best": best, "shares": ranked}
 
 
 @dataclass(frozen=True)
@@ -410,9 +405,9 @@ class Reading:
     tiles: dict[str, dict[str, Any]]
     module: Any
 
-    def ways(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    def ways(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """Reading as it is, and with each of the tiles."""
-        return [self.read, *(partial(self._with, constants) for constants in self.tiles.values())]
+        return {"in_use": self.read, **{name: partial(self._with, tile) for name, tile in self.tiles.items()}}
 
     def _with(self, constants: dict[str, Any], piece: torch.Tensor) -> torch.Tensor:
         with patch.multiple(self.module, **constants):
@@ -470,7 +465,7 @@ def _attended(
 
 
 def build_together(calls: Iterable[Callable[[], object]]) -> None:
-    """Has Triton build the kernels that calls would launch, many at a time; it launches none."""
+    """Has Triton build the kernels that calls would launch, many at a time; it launches none, and leaves what fails."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -479,7 +474,11 @@ def build_together(calls: Iterable[Callable[[], object]]) -> None:
     def build(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
         return run(kernel, *args, warmup=True, **options)
 
-    with patch.object(JITFunction, "run", build), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+    with (
+        patch.object(JITFunction, "run", build),
+        ThreadPoolExecutor() as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
         for call in calls:
             call()
 
@@ -489,6 +488,21 @@ def _by_kernel(
     **options: Any,
 ) -> torch.Tensor:  # fmt: skip
     return multiply(x, [weight], [] if scales is None else [scales], **options)
+
+
+def _shares(
+    ways: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor]], copied: float, device: torch.device,
+    *, least: float = 0.1,
+) -> dict[str, Any]:  # fmt: skip
+    """Shares of the copy's rate at which products read their weights; those that fail cost no other, and are named."""
+    shares: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    for name, (product, weights) in ways.items():
+        try:
+            shares[name] = weights[0].nbytes / _seconds_of_each(product, weights, device, least=least) / copied
+        except Exception as error:  # Triton's own are no RuntimeErrors
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {**shares, "errors": errors} if errors else shares
 
 
 def _seconds_of_each(

@@ -156,18 +156,23 @@ def try_lock(file: IO[Any] | int) -> bool | None:
     return True
 
 
-def lock(file: IO[Any], name: Path | str) -> None:
+def lock(file: IO[Any], name: Path | str) -> bool:
     """As `try_lock`; a file system without locks keeps no one away.
 
     Args:
         file: the file.
         name: what the work is on, for the message.
 
+    Returns:
+        Whether it is locked.
+
     Raises:
         PunaError: another process has it.
     """
-    if try_lock(file) is False:
+    is_locked = try_lock(file)
+    if is_locked is False:
         raise PunaError(f"another process is writing {name}; wait for it, or choose another place")
+    return is_locked is True
 
 
 def check_writable(folder: Path | str) -> None:

@@ -42,8 +42,9 @@ def open_log(path: Path | None, *, head: str = "", name: Path | None = None) -> 
     if path is None:
         yield Log()
         return
-    with open(path, "a+b") as file:
-        lock(file, name or path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "a+b"))
+        is_locked = lock(file, name or path)
         first = f"{head}\n".encode() if head else b""
         file.seek(0)
         found = file.readline() if head else b""
@@ -53,13 +54,16 @@ def open_log(path: Path | None, *, head: str = "", name: Path | None = None) -> 
                 f"{path} was begun by another run, with other prompts, options or files; repeat its command to go on "
                 "with it, choose another output, or remove the file"
             )
-        log = Log(_read(lines, path, 2 if head else 1), file)
+        there = list(_read(lines, path, 2 if head else 1))
         if lines:
             file.truncate(len(first) + sum(map(len, lines)))
         else:
+            if not is_locked:  # one that writes it too, and may ask something else, goes on in a file without a name
+                path.unlink(missing_ok=True)
+                file = stack.enter_context(open(path, "a+b"))
             file.truncate(0)
             file.write(first)
-        yield log
+        yield Log(there, file)
 
 
 def _read(lines: list[bytes], path: Path, start: int) -> Iterator[Any]:

@@ -17,6 +17,19 @@ def test_two_runs_do_not_write_one_log(tmp_path: Path) -> None:
         assert log.lines == [{"a": 1}]
 
 
+@pytest.mark.parametrize("heads", [("", ""), ("asked", "asked otherwise")])
+def test_without_locks_lines_of_two_runs_that_begin_a_log_at_once_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("puna.files.try_lock", lambda file: None)
+    path, (one, other) = tmp_path / "log", heads
+    with open_log(path, head=one) as first, open_log(path, head=other) as second:
+        first.append(1)
+        second.append(2)
+    with open_log(path, head=other) as log:
+        assert log.lines == [2]
+
+
 @pytest.mark.parametrize("head", ["", "asked"])
 @pytest.mark.parametrize("damaged", [b"\xff\n", b"\0\0\n", b'{"number": \n'])
 def test_a_damaged_line_is_named_and_the_others_stay(tmp_path: Path, head: str, damaged: bytes) -> None:

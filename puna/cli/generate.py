@@ -229,7 +229,7 @@ def results_in(output: Path | None, asked: Any) -> Iterator[Results]:
             with file_aside(output, "w") as lines:
                 lines.writelines(_line(result) for result in results)
         if partial is not None:
-            partial.unlink()
+            partial.unlink(missing_ok=True)  # without locks, another run may have ended here
 
 
 def _check_unwritten(output: Path) -> None:

@@ -552,6 +552,15 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_without_locks_two_runs_of_one_file_end_with_the_results_of_the_last(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("puna.files.try_lock", lambda file: None)
+    with results_in(tmp_path / "out", "asked") as last, results_in(tmp_path / "out", "asked otherwise") as first:
+        last.put(0, {"prompt": "x"})
+        first.put(0, {"prompt": "y"})
+    assert (tmp_path / "out").read_text() == '{"prompt": "x"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_another_run_wrote_while_the_model_was_loaded_is_not_lost(
     tiny_model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -115,10 +115,15 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    """Its name, and the family and model behind it: clouds hide what tells generations apart."""
+    path = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in path.read_text().splitlines()] if path.exists() else []
+    found = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    name = found.get("model name") or platform.processor()
+    which = ", ".join(
+        f"{word} {found[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in found
     )
+    return f"{name} ({which})" if which else name
 
 
 def _git(*words: str) -> str:

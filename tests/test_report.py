@@ -174,8 +174,8 @@ def test_times_read_as_people_say_them() -> None:
 
 
 def test_scores_read_in_three_figures() -> None:
-    assert [number(2.8878), number(0.08333, "%"), number(None), number(12_345.6), number(3)] == [
-        "2.89", "8.3%", "–", "12,346", "3",
+    assert [number(2.8878), number(1.9), number(0.08333, "%"), number(None), number(12_345.6), number(3)] == [
+        "2.89", "1.90", "8.3%", "–", "12,346", "3",
     ]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def number(value: float | None, unit: str = "") -> str:
         return f"{value:.1%}"
     if isinstance(value, int):
         return f"{value:,}{unit and ' ' + unit}"
-    return f"{value:.3g}{unit and ' ' + unit}" if abs(value) < 100 else f"{value:,.0f}{unit and ' ' + unit}"
+    return f"{value:#.3g}{unit and ' ' + unit}" if abs(value) < 100 else f"{value:,.0f}{unit and ' ' + unit}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import puna
+from puna.devices import cpu_info, cpu_name
 from puna.files import write_json
 
 #: Packages whose version a reader needs to repeat a measurement.
@@ -116,14 +117,9 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     """Its name, and the family and model behind it: clouds hide what tells generations apart."""
-    path = Path("/proc/cpuinfo")
-    lines = [line.partition(":") for line in path.read_text().splitlines()] if path.exists() else []
-    found = {name.strip(): value.strip() for name, _, value in reversed(lines)}
-    name = found.get("model name") or platform.processor()
-    which = ", ".join(
-        f"{word} {found[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in found
-    )
-    return f"{name} ({which})" if which else name
+    found = {word: cpu_info(field) for word, field in (("family", "cpu family"), ("model", "model"))}
+    which = ", ".join(f"{word} {number}" for word, number in found.items() if number)
+    return f"{cpu_name()} ({which})" if which else cpu_name()
 
 
 def _git(*words: str) -> str:

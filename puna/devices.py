@@ -375,18 +375,26 @@ def keep_freed_memory() -> None:
 
 def cpu_bf16_units() -> list[str]:
     """Instruction sets of the CPU that multiply bf16; empty where there are none, or where Linux does not say."""
-    flags = _cpu_info("flags") or _cpu_info("Features") or ""
+    flags = cpu_info("flags") or cpu_info("Features") or ""
     return sorted(BF16_FLAGS & set(flags.split()))
 
 
 def has_int8_units() -> bool:
     """Whether the CPU sums products of int8 and uint8 in 32 bits; older ones pass through 16, which they overflow."""
-    return "avx512_vnni" in (_cpu_info("flags") or "").split()
+    return "avx512_vnni" in (cpu_info("flags") or "").split()
 
 
 def cpu_name() -> str:
     """What its maker calls this CPU, as far as the system tells."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_info(field: str) -> str | None:
+    """What Linux says of the CPU in a field of /proc/cpuinfo, e.g. "flags"; None: nothing."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
 
 
 def cpu_cores() -> int:
@@ -402,13 +410,6 @@ def package_command(commands: Mapping[str, str]) -> str | None:
     """
     command = next((command for manager, command in commands.items() if shutil.which(manager)), None)
     return command if command is None or os.geteuid() == 0 else f"sudo {command}"
-
-
-@functools.cache
-def _cpu_info(field: str) -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
 
 
 @functools.cache

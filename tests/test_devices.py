@@ -36,7 +36,7 @@ def two_cards(monkeypatch):
 def cpu_info(monkeypatch):
     """Lets a test say what /proc/cpuinfo holds."""
     fields: dict[str, str] = {}
-    monkeypatch.setattr(devices, "_cpu_info", fields.get)
+    monkeypatch.setattr(devices, "cpu_info", fields.get)
     return fields
 
 

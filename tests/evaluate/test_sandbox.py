@@ -393,11 +393,13 @@ def test_the_tests_of_the_task_are_in_no_file_and_no_descriptor_of_the_program(s
 import os
 def f(x):
     texts = []
-    for folder, _, files in os.walk("/"):
-        if not folder.startswith(("/usr", "/lib", "/bin", "/nix", "/dev", PREFIX)):
-            for name in files:
-                try: texts.append(open(os.path.join(folder, name), "rb").read())
-                except OSError: pass
+    for folder, folders, files in os.walk("/"):
+        if folder.startswith(("/usr", "/lib", "/bin", "/nix", "/dev", PREFIX)):
+            folders.clear()  # the system's own, tens of thousands, which a disk takes long to list
+            continue
+        for name in files:
+            try: texts.append(open(os.path.join(folder, name), "rb").read())
+            except OSError: pass
     for descriptor in range(64):
         try: os.set_blocking(descriptor, False); texts.append(os.read(descriptor, 1 << 20))
         except OSError: pass

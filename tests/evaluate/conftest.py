@@ -1,6 +1,7 @@
 """A sandbox for all tests of scoring, where the machine has bubblewrap."""
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,11 +26,11 @@ def sandbox(bubblewrap: str) -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def open_folder(tmp_path: Path) -> Path:
-    """A temporary folder that every user may enter."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    return tmp_path
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that every user may enter, as pytest's own may not be."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def judged(sandbox: Sandbox, jobs: Iterable[Job | Script]) -> list[Judgement]:

@@ -1,6 +1,7 @@
 """What all tests share: the folder of real data, where there is one, tokenizers and a tiny model."""
 
 import os
+import signal
 from pathlib import Path
 
 # Models here are so small that a second thread only waits for the first; read when torch and its kin are loaded.
@@ -8,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+# A script that runs the tests in its background ignores Ctrl-C, and so would every program that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a busy machine would fail tests at random.
 settings.register_profile("puna", deadline=None)

@@ -216,9 +216,13 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
 
 
 def read_rate() -> float:
-    """Bytes a second of a sum over 512 MiB."""
+    """Bytes a second of a sum over 512 MiB: the best of some seconds, since others use the same memory."""
     x = torch.ones(1 << 26, dtype=torch.int64)  # not zeros: those are one page, read again and again
-    return (1 << 29) / min(timed(x.sum)[0] for _ in range(5))
+    best = float("inf")
+    for _ in range(20):
+        best = min(best, timed(x.sum)[0])
+        time.sleep(0.25)
+    return (1 << 29) / best
 
 
 def _serve(
@@ -298,9 +302,9 @@ def _continuous(
             manager.add_request(input_ids=prompt, request_id=str(index), max_new_tokens=wanted[index])
         left = len(prompts)
         while left:
-            result = manager.get_result(timeout=120)
+            result = manager.get_result(timeout=600)
             if result is None:
-                raise TimeoutError("no result in two minutes")
+                raise TimeoutError("no result in ten minutes")
             left -= result.is_finished()
         return [], time.perf_counter() - began
     finally:

@@ -44,7 +44,7 @@ class Contender:
     run: Callable[[str, int], list[float]]
 
 
-def beside_llama_cpp(plain: Llama, python: str, read_rate: float, turns: int = 5) -> list[dict[str, Any]]:
+def beside_llama_cpp(plain: Llama, python: str, read_rate: float, turns: int = 12) -> list[dict[str, Any]]:
     """Tokens a second of each contender: the median, and the best, which others on the machine disturb less.
 
     Args:

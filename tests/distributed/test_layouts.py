@@ -33,8 +33,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_shard 2, state of 8 bits": {"dp_shard": 2, "micro_batch_rows": 4, "optimizer.state_bits": 8},
         "pp 2, state of 4 bits": {"pp": 2, "micro_batch_rows": 4, "optimizer.state_bits": 4},
         "dp_shard 2, blocks recomputed": {"dp_shard": 2, "micro_batch_rows": 2, "recompute": "block"},
-        "tp 2, selected operations recomputed": {"tp": 2, "micro_batch_rows": 4, "recompute": "selective"},
-        "cp 2, selected operations recomputed": {"cp": 2, "micro_batch_rows": 4, "recompute": "selective"},
         "pp 2, one block of two recomputed": {
             "pp": 2, "micro_batch_rows": 2, "recompute": "block", "recompute_layers": 1,
         },
@@ -65,6 +63,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_replicate 2, dp_shard 2, all in bf16": {"dp_replicate": 2, "dp_shard": 2, "precision": "bf16-pure"},
         "dp_replicate 2, dp_shard 2, gradients on the host": {
             "dp_replicate": 2, "dp_shard": 2, "optimizer.in_backward": True,
+        },
+        "tp 2, cp 2, selected operations recomputed": {
+            "tp": 2, "cp": 2, "micro_batch_rows": 4, "recompute": "selective",
         },
         "pp 2, dp_shard 2, zero-bubble": {"pp": 2, "dp_shard": 2, "schedule": "zero-bubble", "stages_per_rank": 2},
         "pp 2, dp_shard 2, zero-bubble, all in bf16, gradients on the host": {

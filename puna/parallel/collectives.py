@@ -1,4 +1,4 @@
-"""Exchanges between ranks: two that gradients flow through, and a few of plain numbers."""
+"""Exchanges between ranks: three that gradients flow through, and a few of plain numbers."""
 
 from typing import TypeVar
 
@@ -7,10 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-# torch 2.13 gave both new names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
@@ -22,6 +18,17 @@ def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         group: the ranks.
     """
     return _Gather.apply(x, dim, group)
+
+
+def scatter_sum(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, of which each gets its part along `dim`: the reverse of `gather_dim`; gradients are gathered.
+
+    Args:
+        x: this rank's summand, of the same shape everywhere; the group's size divides `dim`.
+        dim: along which the sum is shared out, in the order of ranks.
+        group: the ranks.
+    """
+    return _ScatterSum.apply(x, dim, group)
 
 
 def exchange_dims(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGroup) -> Tensor:
@@ -81,16 +88,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        parts = torch.empty(group.size() * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
-        _all_gather(parts, x.contiguous(), group=group)
-        return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
+        return _gathered(x, dim, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        parts = grad.unflatten(ctx.dim, (ctx.group.size(), -1)).movedim(ctx.dim, 0).contiguous()
-        part = torch.empty_like(parts[0])
-        _reduce_scatter(part, parts.flatten(0, 1), group=ctx.group)
-        return part, None, None
+        return _scattered(grad, ctx.dim, ctx.group), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _scattered(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _gathered(grad, ctx.dim, ctx.group), None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -110,3 +123,19 @@ def _exchanged(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGrou
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return received.movedim(0, gathered).flatten(gathered, gathered + 1)
+
+
+#: Collectives that return what they make. Those that write into what they are given get gradients of zeros from torch
+#: 2.11's compiler.
+_functional = torch.ops._c10d_functional
+
+
+def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    parts = _functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    parts = _functional.wait_tensor(parts)
+    return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _scattered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).flatten(0, 1).contiguous()
+    return _functional.wait_tensor(_functional.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))

@@ -9,7 +9,6 @@ gradients.
 """
 
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.errors import UsageError
@@ -17,6 +16,7 @@ from puna.model.config import ModelConfig
 from puna.model.llama import Embedding, Linear, Llama
 from puna.model.split import split_dim, split_misfit
 from puna.parallel.collectives import gather_dim
+from puna.parallel.embedding import embed_part
 from puna.quantized import QuantizedLinear
 
 HEAD = "lm_head"
@@ -105,7 +105,7 @@ def group_of(model: Llama) -> dist.ProcessGroup | None:
 
 
 class SummedEmbedding(nn.Module):
-    """A table of which each rank holds some rows; ids of other rows count as zeros, and the sum is the vector."""
+    """A table of which each rank holds some rows; the sum of what they find is the vector."""
 
     def __init__(self, table: Embedding, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -113,9 +113,7 @@ class SummedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) ids of the whole vocabulary to (..., D)."""
-        rows = ids - self.group.rank() * len(self.weight)
-        is_here = (rows >= 0) & (rows < len(self.weight))
-        out = F.embedding(rows.where(is_here, 0), self.weight).where(is_here[..., None], 0)
+        out = embed_part(ids, self.weight, self.group)
         dist.all_reduce(out, group=self.group)
         return out
 

@@ -121,8 +121,6 @@ class Layout:
         state_bits = recipe.optimizer.state_bits
         if reason := split_misfit(config, self.tp, "parallel.tp") or state_misfit(config, state_bits, self.tp):
             yield reason
-        if self.tp > 1 and recipe.compile:  # torch 2.13's compiler gives plain gradients for a DTensor's
-            yield "parallel.tp > 1 does not work with compile=true; use parallel.dp_shard instead, or compile=false"
         parts = self.cp * self.tp * (2 if self.cp > 1 else 1)
         if recipe.sequence_length % parts:
             below = recipe.sequence_length // parts * parts

@@ -108,6 +108,7 @@ def main() -> None:
             with warnings.catch_warnings():
                 if change.get("compile"):
                     warnings.simplefilter("ignore")  # torch's compiler warns of torch's own modules
+                    torch.compiler.reset()  # it compiles a function for so many shapes, and no more
                 numbers[name] = steps_of(content, change)
         if is_first_rank():
             Path(results).write_text(json.dumps(numbers))

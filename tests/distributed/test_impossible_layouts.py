@@ -25,7 +25,6 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
     [
         (16, {"parallel": {"tp": 16}}, r"tp=16 must divide the 8 key/value heads; use one of \[1, 2, 4, 8\]"),
         (6, {"parallel": {"tp": 4}}, r"the 6 devices there are; start 4 processes \(--nproc 4, or puna launch"),
-        (8, {"parallel": {"tp": 2}, "compile": True}, r"tp > 1 does not work with compile=true"),
         (3, {"parallel": {"dp_shard": 3}}, r"8 rows of a batch cannot be shared by dp_replicate x dp_shard = 3"),
         (2, {"micro_batch_rows": 8}, r"micro_batch_rows=8 must divide the 4 rows of a rank .*use one of \[1, 2, 4\]"),
         (64, {"parallel": {"pp": 64, "dp_shard": 1}}, r"48"),

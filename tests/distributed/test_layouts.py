@@ -21,6 +21,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_shard 2": {"dp_shard": 2, "micro_batch_rows": 2},
         "dp_replicate 2": {"dp_replicate": 2, "dp_shard": 1, "micro_batch_rows": 2},
         "tp 2": {"tp": 2, "micro_batch_rows": 4},
+        "tp 2, compiled": {"tp": 2, "micro_batch_rows": 4, "compile": True},
+        "tp 2, selected operations recomputed": {"tp": 2, "micro_batch_rows": 4, "recompute": "selective"},
         "cp 2, by heads": {"cp": 2, "micro_batch_rows": 4},
         "pp 2": {"pp": 2, "micro_batch_rows": 2},
         "pp 2, interleaved": {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2, "micro_batch_rows": 2},
@@ -51,9 +53,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp 4, by heads": {"cp": 4, "micro_batch_rows": 8},
         "pp 4": {"pp": 4, "micro_batch_rows": 2},
         "tp 2, dp_shard 2": {"tp": 2, "dp_shard": 2, "micro_batch_rows": 2},
+        "tp 2, dp_shard 2, compiled layers recomputed": {
+            "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
+        },
         "tp 2, dp_replicate 2": {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "micro_batch_rows": 4},
-        "tp 2, dp_shard 2, parts that are not even": {
+        "tp 2, dp_shard 2, parts that are not even, and biases": {
             "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "intermediate_size": 178, "vocab_size": 514,
+            "attention_bias": True, "attention_output_bias": True, "mlp_bias": True,
         },
         "dp_shard 4, the head is the embedding": {"dp_shard": 4, "tie_word_embeddings": True},
         "tp 2, dp_shard 2, the head is the embedding": {
@@ -98,7 +104,7 @@ if torch.__version__ < "2.13":
 #: Changes of recipe and model that change the numbers, on one process as on several.
 CHANGES = {
     "optimizer.max_grad_norm", "optimizer.state_bits", "precision",
-    "intermediate_size", "vocab_size", "tie_word_embeddings",
+    "intermediate_size", "vocab_size", "tie_word_embeddings", "attention_bias", "attention_output_bias", "mlp_bias",
 }  # fmt: skip
 
 #: Change -> how near the numbers are where they are rounded coarsely, and fp32's last bit can decide which way.

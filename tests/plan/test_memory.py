@@ -119,12 +119,13 @@ def test_plans_know_the_limits_of_what_they_plan() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_of_a_layout_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "recv", lambda tensor, **_: tensor.fill_(1))  # whether a stage knows what it sends: yes
-    devices, fields = LAYOUTS[name]
-    recipe = _recipe(fields)
-    layout = Layout.of(recipe, CONFIG, devices)
-    planned = _planned(recipe, layout)
-    with _fake_group(rank=planned.pp_rank * devices // layout.pp, size=devices):
-        assert planned.total == pytest.approx(_measured(recipe, layout), rel=0.10)
+    _check_rank(*LAYOUTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch's own modules
+def test_a_rank_under_tp_whose_layers_are_compiled_takes_what_is_planned() -> None:
+    _check_rank(4, {"tp": 2, "micro_batch_rows": 4, "compile": True, "precision": "bf16"})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -137,6 +138,14 @@ def test_one_device_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyP
 def test_one_device_whose_layers_are_compiled_takes_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     is_compiled = {"compile": True, "recompute": "selective"}  # recomputes nothing
     _check_one_device({"precision": "bf16", "micro_batch_rows": 1, **is_compiled}, monkeypatch)
+
+
+def _check_rank(devices: int, fields: dict[str, Any]) -> None:
+    recipe = _recipe(fields)
+    layout = Layout.of(recipe, CONFIG, devices)
+    planned = _planned(recipe, layout)
+    with _fake_group(rank=planned.pp_rank * devices // layout.pp, size=devices):
+        assert planned.total == pytest.approx(_measured(recipe, layout), rel=0.10)
 
 
 def _check_one_device(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

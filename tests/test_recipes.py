@@ -94,8 +94,8 @@ def test_34b_on_one_device_fits_the_faster_ways_that_its_recipe_names() -> None:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_overrides_that_a_recipe_names_are_accepted_for_the_devices_it_names(name: str) -> None:
-    for override in OVERRIDE.findall(comment_of(name)):
-        load_recipe(name, [override])
+    for together in re.finditer(rf"(?:{OVERRIDE.pattern} ?)+", comment_of(name)):
+        load_recipe(name, OVERRIDE.findall(together[0]))
     starts = [words for words in commands_of(name) if words[1] == "launch"]
     for words in starts:
         options = dict(pairwise(words))

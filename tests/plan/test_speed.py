@@ -114,8 +114,11 @@ def test_the_head_is_the_last_stages_which_has_fewer_layers() -> None:
     """Of 80 layers on 32 ranks 16 have three; the last has two and the head, which is less than a third one."""
     recipe = load_recipe(
         "codellama-70b-pretrain",
-        {"parallel.pp": 32, "parallel.tp": 1, "batch_tokens": 64 * 4096, "micro_batch_rows": 1, "recompute": "none"},
-    )
+        {
+            "parallel.pp": 32, "parallel.tp": 1, "batch_tokens": 64 * 4096, "micro_batch_rows": 1,
+            "recompute": "none", "recompute_layers": None,
+        },
+    )  # fmt: skip
     search = Search(recipe, PRESETS["codellama-70b"], Cluster(PROFILES["h100"]), 32, 10_000)
     rows = search.judge(recipe).speed.rows
     config = search.config

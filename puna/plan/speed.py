@@ -40,8 +40,9 @@ OVERLAP = 0.85
 HALF_RATE_TOKENS = 256
 #: Seconds before a collective's first byte, and between two kernels of a host that cannot keep up.
 COLLECTIVE_SECONDS, KERNEL_SECONDS = 20e-6, 5e-6
-#: Kernels of a layer's forward pass, eager and compiled.
-KERNELS = {False: 45, True: 20}
+#: Kernels of a layer's forward pass, eager and compiled, and as how many of them its host takes tensor parallelism and
+#: sharding (results/host.json).
+KERNELS, TENSOR_PARALLEL_KERNELS, SHARDING_KERNELS = {False: 45, True: 20}, 40, 70
 #: Share of eager element-wise traffic that is left when layers are compiled.
 FUSED = 0.3
 #: Share of the memory's rate at which one kernel makes the update, reading and writing each number once.
@@ -129,12 +130,12 @@ class Passes:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._layers: dict[tuple[int, int, int, str], Layer] = {}
+        self._layers: dict[tuple[int, int, int, bool, str], Layer] = {}
         self._heads: dict[tuple[int, int, int], dict[str, float]] = {}
 
     def layer(self, case: Case, mode: str) -> "Layer":
         """A layer's under a mode of recomputation."""
-        key = (case.recipe.micro_batch_rows, case.layout.cp, case.layout.tp, mode)
+        key = (case.recipe.micro_batch_rows, case.layout.cp, case.layout.tp, case.is_sharded, mode)
         if key not in self._layers:
             self._layers[key] = _layer(case, self.cluster, mode)
         return self._layers[key]
@@ -278,7 +279,8 @@ def _layer(case: Case, cluster: Cluster, recompute: str) -> Layer:
     numbers = 46 * D / tp + 18 * (Q + K) + 5 * F  # read and written in eager mode, in the compute dtype
     elements = c * numbers * R * (FUSED if case.recipe.compile else 1) / _memory_rate(device)
     forward = products + attention + elements
-    waits = max(0.0, KERNELS[case.recipe.compile] * KERNEL_SECONDS - forward)
+    kernels = KERNELS[case.recipe.compile] + TENSOR_PARALLEL_KERNELS * (tp > 1) + SHARDING_KERNELS * case.is_sharded
+    waits = max(0.0, kernels * KERNEL_SECONDS - forward)
     whole = forward + waits
     again = {"none": 0.0, "selective": elements, "block": whole, "offload": whole}[recompute]
     rows = {"products": 3 * products, "attention": 3.5 * attention, "memory-bound": 3 * (elements + waits),

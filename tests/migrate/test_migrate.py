@@ -186,7 +186,7 @@ def test_every_key_of_the_four_yamls_is_accounted_for(written, changes):
 def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_path, changes, shipped, devices):
     recipe = puna.migrate(written(changes), tmp_path / "recipe.yaml").recipe
     expected = load_recipe(shipped)
-    own = {"data": expected.data, "run_dir": expected.run_dir, "checkpoint": expected.checkpoint}
+    own = {field: getattr(expected, field) for field in ("data", "run_dir", "checkpoint", "compile")}
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     made = recipe.model_copy(update=own)
     layouts = [Layout.of(each, preset(each.model), devices) for each in (made, expected)]

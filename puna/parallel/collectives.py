@@ -8,6 +8,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+#: Collectives that return what they make. Those that write into what they are given get gradients of zeros from torch
+#: 2.11's compiler.
+_functional = torch.ops._c10d_functional
+
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Every rank's part along `dim`, in the order of ranks; each rank's gradient is the sum over all of them.
@@ -125,14 +129,8 @@ def _exchanged(x: Tensor, gathered: int, scattered: int, group: dist.ProcessGrou
     return received.movedim(0, gathered).flatten(gathered, gathered + 1)
 
 
-#: Collectives that return what they make. Those that write into what they are given get gradients of zeros from torch
-#: 2.11's compiler.
-_functional = torch.ops._c10d_functional
-
-
 def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    parts = _functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-    parts = _functional.wait_tensor(parts)
+    parts = _functional.wait_tensor(_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
     return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 

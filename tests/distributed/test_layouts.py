@@ -56,6 +56,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp 2, dp_shard 2, compiled layers recomputed": {
             "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
         },
+        "tp 2, dp_shard 2, used in the backward pass": {
+            "tp": 2, "dp_shard": 2, "micro_batch_rows": 4, "optimizer.in_backward": True,
+            "optimizer.max_grad_norm": None,
+        },
+        "pp 2, tp 2, zero-bubble": {
+            "pp": 2, "tp": 2, "schedule": "zero-bubble", "stages_per_rank": 2, "micro_batch_rows": 2,
+        },
         "tp 2, dp_replicate 2": {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "micro_batch_rows": 4},
         "tp 2, dp_shard 2, parts that are not even, and biases": {
             "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "intermediate_size": 178, "vocab_size": 514,

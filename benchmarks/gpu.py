@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from random_rows import random_batch
 from record import arguments, record
@@ -43,6 +44,7 @@ from puna.plan.memory import memory
 from puna.plan.search import weights_of
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory, schemes
 from puna.train.build import build
+from puna.train.optimizer import local_part
 from puna.train.step import train_step
 
 #: Part of the measurements -> its goals on an H200, in words.
@@ -99,6 +101,8 @@ class Training:
         length: of a row.
         rows: that go through at once; a step has `micro_batches` of them.
         document: tokens of a document; None: a row is one.
+        tp: ranks that share every matrix: one is measured, and what the others would send is pretended (torch's fake
+            group). It takes as long as computing and handing out do.
         fields: of the recipe, beyond these.
     """
 
@@ -108,6 +112,7 @@ class Training:
     rows: int
     micro_batches: int = 1
     document: int | None = None
+    tp: int = 1
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,13 +124,17 @@ IN_BACKWARD = {"precision": "bf16-pure", "recompute": "block",
 #: through at once as fit an H200 by plan, for what is done once a micro-batch costs a row the less.
 TRAINING = {
     "7b": Training("codellama-7b", None, 4096, 3, 6, fields=MASTERS),
-    "7b, documents of 512": Training("codellama-7b", None, 4096, 3, 6, 512, MASTERS),
+    "7b, documents of 512": Training("codellama-7b", None, 4096, 3, 6, 512, fields=MASTERS),
     "7b, rows of 16384": Training("codellama-7b", None, 16384, 1, 2, fields={**MASTERS, "precision": "bf16-pure"}),
     "34b width": Training("codellama-34b", 10, 4096, 4, 4, fields=MASTERS),
     "34b width, rows of 16384": Training("codellama-34b", 10, 16384, 1, 2, fields={**MASTERS}),
     "34b whole": Training("codellama-34b", None, 4096, 2, 1, fields=IN_BACKWARD),
     "34b whole, 34 layers of 48 recomputed": Training(
         "codellama-34b", None, 4096, 2, 1, fields={**IN_BACKWARD, "recompute_layers": 34}
+    ),
+    "34b width, one of eight parts": Training("codellama-34b", 10, 4096, 1, 4, tp=8, fields=MASTERS),
+    "34b width, one of eight parts, eager": Training(
+        "codellama-34b", 10, 4096, 1, 4, tp=8, fields={**MASTERS, "compile": False}
     ),
 }
 
@@ -235,9 +244,11 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     config = preset(case.model)
     config = replace(config, num_hidden_layers=case.layers or config.num_hidden_layers)
     recipe = _recipe(case)
-    layout = Layout.of(recipe, config, 1)
+    if case.tp > 1:
+        dist.init_process_group("fake", rank=0, world_size=case.tp)
+    layout = Layout.of(recipe, config, case.tp)
     started = time.perf_counter()
-    model, gradients = build(recipe, config, Ranks(layout, None, None, None), device)
+    model, gradients = build(recipe, config, Ranks.of(layout, device), device)
     _draw(model.weights)
     batch = random_batch(case.rows * case.micro_batches, case.length, config.vocab_size, document=case.document)
     torch.accelerator.synchronize(device)
@@ -250,7 +261,7 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         losses.append(result.loss)
     step = statistics.median(seconds[3:])
-    tokens = batch.tokens.size
+    tokens = batch.tokens.size / case.tp  # of a device
     peak = devices.peak_flops(device, torch.bfloat16)
     seen = case.document or case.length
     flops = {name: flops_per_token(config, seen, convention=name) * tokens / step for name in ("full", "causal")}
@@ -259,7 +270,7 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
         "model": case.model,
         "layers": config.num_hidden_layers,
         "micro_batches": case.micro_batches,
-        "recipe": {"sequence_length": case.length, "micro_batch_rows": case.rows, **case.fields},
+        "recipe": {"sequence_length": case.length, "micro_batch_rows": case.rows, **_fields(case)},
         "tokens_per_second": tokens / step,
         "flops_per_second": flops,
         "mfu": {name: rate / peak for name, rate in flops.items()} if peak else None,
@@ -561,15 +572,19 @@ def _recipe(case: Training) -> Recipe:
             "batch_tokens": case.length * case.rows * case.micro_batches,
             "micro_batch_rows": case.rows,
             "compile": True,
-            **case.fields,
+            **_fields(case),
         }
     )
+
+
+def _fields(case: Training) -> dict[str, Any]:
+    return case.fields if case.tp == 1 else {**case.fields, "parallel": {"tp": case.tp}}
 
 
 @torch.no_grad()
 def _draw(weights: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    for weight in weights.values():
+    for weight in map(local_part, weights.values()):
         weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
 
 

@@ -26,7 +26,8 @@ check() { # file by file at the same time where pytest-xdist is there: most of t
 
 train() {
 	for case in "7b" "34b width" "34b whole, 34 layers of 48 recomputed" "34b whole" "7b, documents of 512" \
-		"7b, rows of 16384" "34b width, rows of 16384"; do
+		"7b, rows of 16384" "34b width, rows of 16384" \
+		"34b width, one of eight parts" "34b width, one of eight parts, eager"; do
 		measure train "$case"
 	done
 }

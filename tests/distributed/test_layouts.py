@@ -21,7 +21,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp_shard 2": {"dp_shard": 2, "micro_batch_rows": 2},
         "dp_replicate 2": {"dp_replicate": 2, "dp_shard": 1, "micro_batch_rows": 2},
         "tp 2": {"tp": 2, "micro_batch_rows": 4},
-        "tp 2, compiled": {"tp": 2, "micro_batch_rows": 4, "compile": True},
+        "tp 2, compiled layers recomputed": {
+            "tp": 2, "micro_batch_rows": 4, "recompute": "block", "compile": True,
+        },
         "tp 2, selected operations recomputed": {"tp": 2, "micro_batch_rows": 4, "recompute": "selective"},
         "cp 2, by heads": {"cp": 2, "micro_batch_rows": 4},
         "pp 2": {"pp": 2, "micro_batch_rows": 2},
@@ -53,9 +55,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp 4, by heads": {"cp": 4, "micro_batch_rows": 8},
         "pp 4": {"pp": 4, "micro_batch_rows": 2},
         "tp 2, dp_shard 2": {"tp": 2, "dp_shard": 2, "micro_batch_rows": 2},
-        "tp 2, dp_shard 2, compiled layers recomputed": {
-            "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
-        },
         "tp 2, dp_shard 2, used in the backward pass": {
             "tp": 2, "dp_shard": 2, "micro_batch_rows": 4, "optimizer.in_backward": True,
             "optimizer.max_grad_norm": None,
@@ -103,6 +102,14 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         },
     },
 }  # fmt: skip
+#: Of four processes: compiled code, tensor parallelism and sharding at once, a minute on two cores.
+COMPILED: dict[str, dict[str, Any]] = {
+    "tp 2, dp_shard 2, compiled layers recomputed": {
+        "tp": 2, "dp_shard": 2, "micro_batch_rows": 2, "recompute": "block", "compile": True,
+    },
+    "tp 2, cp 2, compiled": {"tp": 2, "cp": 2, "micro_batch_rows": 4, "compile": True},
+}  # fmt: skip
+
 if torch.__version__ < "2.13":
     for layouts in LAYOUTS.values():
         for name in [name for name in layouts if "zero-bubble" in name]:
@@ -145,15 +152,30 @@ def alone(content: dict[str, Any]) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def results(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """Processes -> the numbers of every layout of so many."""
-    return {size: _run(size, content, tmp_path_factory.mktemp(f"ranks{size}")) for size in LAYOUTS}
+    return {
+        size: _run(size, layouts, content, tmp_path_factory.mktemp(f"ranks{size}")) for size, layouts in LAYOUTS.items()
+    }
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, layouts in LAYOUTS.items() for name in layouts])
 def test_ten_steps_equal_those_of_one_process(
     size: int, name: str, results: dict[int, dict[str, Any]], alone: Callable[..., dict[str, Any]]
 ) -> None:
-    changes = {field: value for field, value in LAYOUTS[size][name].items() if field in CHANGES}
-    numbers, expected = results[size][name], alone(*changes.items())
+    _check(results[size][name], LAYOUTS[size][name], alone)
+
+
+@pytest.mark.slow
+def test_ten_steps_of_compiled_layers_equal_those_of_one_process(
+    content: dict[str, Any], alone: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    results = _run(4, COMPILED, content, tmp_path)
+    for name, fields in COMPILED.items():
+        _check(results[name], fields, alone)
+
+
+def _check(numbers: dict[str, Any], fields: dict[str, Any], alone: Callable[..., dict[str, Any]]) -> None:
+    changes = {field: value for field, value in fields.items() if field in CHANGES}
+    expected = alone(*changes.items())
     tolerance = max(TOLERANCE.get(field, 1e-5) for field in [*changes, ""])
     assert numbers["rows"] == expected["rows"]
     assert numbers["n_targets"] == expected["n_targets"]
@@ -172,12 +194,12 @@ def test_the_steps_that_are_compared_learn_and_clip_and_have_uneven_targets(
     assert len(set(numbers["n_targets"])) > 1
 
 
-def _run(size: int, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _run(size: int, layouts: dict[str, Any], content: dict[str, Any], folder: Path) -> dict[str, Any]:
     layouts = {
         name: {
             f"parallel.{field}" if field in Parallel.model_fields else field: value for field, value in fields.items()
         }
-        for name, fields in LAYOUTS[size].items()
+        for name, fields in layouts.items()
     }
     recipe, wanted, results = folder / "recipe.json", folder / "layouts.json", folder / "results.json"
     recipe.write_text(json.dumps(content))

@@ -4,8 +4,8 @@
 
 What is cut, and along which dim, is `SPLIT_DIM`. Norms work on a rank's own tokens, so the stream between the matrices
 takes 1/tp of the memory. Every weight is a DTensor, for sharding, optimizer and checkpoints to see what it is part of;
-modules compute with the plain tensors that this rank holds, so that no operation goes through Python, and the compiler
-sees a layer like any other, with two gathers and two sums.
+modules compute with the plain tensors that this rank holds, so that no operation is dispatched in Python, and the
+compiler sees a layer like any other, with two gathers and two sums.
 """
 
 from functools import partial

@@ -51,6 +51,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             leave_terminal()
         say("stopping after this step; once more to stop at once")
         time.sleep(SAME_SECONDS)
+        signal.raise_signal(number)  # has Python give us what came together with it: what waits is lost below
         for each in previous:  # the system's own handlers end a process that waits for others in vain, too
             signal.signal(each, at_once[each])
 

@@ -190,6 +190,20 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_is_the_first_come_again(mo
             signal.raise_signal(signal.SIGINT)
 
 
+def test_signals_that_come_at_once_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    monkeypatch.setattr(stopping, "SAME_SECONDS", 0)
+    both = (signal.SIGINT, signal.SIGTERM)
+    with stop_signals() as came:
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for each in both:
+            signal.pthread_kill(threading.get_ident(), each)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert came() == signal.SIGINT
+    assert not lost
+
+
 def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if these tests run under nohup

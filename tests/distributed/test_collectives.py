@@ -1,0 +1,26 @@
+"""Exchanges that gradients flow through; that their numbers are right `test_layouts` shows."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from puna.parallel.collectives import exchange_dims, gather_dim, scatter_sum
+from puna.parallel.hangs import last_collective
+
+
+@pytest.fixture
+def group() -> dist.ProcessGroup:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_no_exchange_on_gloo_is_of_the_kind_that_ends_in_a_race_of_its_threads(group: dist.ProcessGroup) -> None:
+    x = torch.ones(2, 4, 6, requires_grad=True)
+    names = set()
+    for exchanged in (gather_dim(x, 1, group), scatter_sum(x, 1, group), exchange_dims(x, 1, 2, group)):
+        names.add(last_collective().partition(",")[0])
+        exchanged.sum().backward()
+        names.add(last_collective().partition(",")[0])
+    assert names == {"gloo:all_to_all", "gloo:all_reduce"}

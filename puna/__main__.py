@@ -30,7 +30,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as we are
     code = run(sys.argv[1:])
-    gc.freeze()  # or Python would look for circles among all objects once more, with NumPy loaded for 20 ms
+    if "triton" not in sys.modules:  # which complains, since 3.9, of objects that are left over
+        gc.freeze()  # or Python would look for circles among all objects once more, with torch loaded for 0.1 s
     sys.exit(code)
 
 

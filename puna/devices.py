@@ -234,6 +234,10 @@ def has_tensor_memory(device: "torch.device") -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
+#: Of every Triton kernel: that it adds products without rounding them first, which from Triton 3.10 on it must be told.
+FUSED = {"enable_fp_fusion": True}
+
+
 def early_launch(device: "torch.device") -> dict[str, bool]:
     """Of a Triton kernel: that it starts while the kernel before it ends, where a device can (NVIDIA's since H100).
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.devices import early_launch, has_tensor_memory
+from puna.devices import FUSED, early_launch, has_tensor_memory
 
 #: Rows of a product's tiles -> outputs of a program, and the bytes of each that it reads at a time: 8 KiB, four times
 #: on their way.
@@ -79,7 +79,7 @@ def multiply(
         n_rows, *sizes, width, depth, x.stride(0), first.stride(0), eps,
         ROWS=rows, OUTPUTS=outputs, DEPTH=step_bytes // first.element_size(), IS_GATED=is_gated,
         LINES=triton.next_power_of_2(STAGES * step_bytes // LINE_BYTES), LINE=LINE_BYTES // first.element_size(),
-        num_warps=WARPS, num_stages=STAGES, **early_launch(x.device),
+        num_warps=WARPS, num_stages=STAGES, **FUSED, **early_launch(x.device),
     )  # fmt: skip
     return out
 

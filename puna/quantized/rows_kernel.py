@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.devices import early_launch
+from puna.devices import FUSED, early_launch
 
 #: Of e4m3; and what the greatest number of a row is at least taken for.
 GREATEST, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12)
@@ -45,7 +45,7 @@ def _launch_rows(x: Tensor, norm: Tensor | None, out: Tensor, scales: Tensor | N
     channels = triton.next_power_of_2(x.shape[1])
     warps = min(16, max(1, channels // 1024))
     _rows[(len(x),)](
-        x, norm, out, scales, x.shape[1], eps, CHANNELS=channels, num_warps=warps, **early_launch(x.device)
+        x, norm, out, scales, x.shape[1], eps, CHANNELS=channels, num_warps=warps, **FUSED, **early_launch(x.device)
     )
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from puna.devices import FUSED
 from puna.model.optimizer_state import MOMENTS
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def update(
         factors.grad_scale, factors.weight_kept, factors.minus_lr, factors.square_lacks, factors.eps,
         1 - factors.beta1, factors.beta2, 1 - factors.beta2,
         BITS=blocks["exp_avg"].bits if blocks else 32, BY_CHANCE=bool(blocks and blocks["exp_avg"].by_chance),
-        BLOCK=block, WIDTH=width, TOGETHER=together,
+        BLOCK=block, WIDTH=width, TOGETHER=together, **FUSED,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from puna.devices import early_launch
+from puna.devices import FUSED, early_launch
 from tests.triton_interpreter import needs_triton
 
 MULTIPLIED = {
@@ -82,7 +82,7 @@ def _instructions(name: str) -> list[str]:
     constants = {**constants, **{key: None for key, value in types.items() if value is None}, "IS_EARLY": True}
     signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in function.arg_names}
     source = ASTSource(function, signature, constants, {})
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True}).asm["ptx"]
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True, **FUSED}).asm["ptx"]
     return re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]+)", ptx, re.MULTILINE)
 
 

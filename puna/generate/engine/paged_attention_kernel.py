@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.devices import early_launch
+from puna.devices import FUSED, early_launch
 
 #: Bytes of the keys that a program multiplies at a time: 64 tokens of 128 channels in 16 bits, which 8 bits become in
 #: registers.
@@ -93,12 +93,13 @@ def attend_paged(
         block_tables.stride(0), width**-0.5,
         GROUPS=groups, HEADS=heads_of_token, ROWS=rows, WIDTH=width, CHANNELS=channels,
         BLOCK_SIZE=block_size, TILE=tile, IS_SPLIT=splits > 1, num_warps=4, num_stages=STAGES,
-        **early,
+        **FUSED, **early,
     )  # fmt: skip
     if splits > 1:
         _join[(n, heads)](
             parts, tops, totals, out, splits,
-            WIDTH=width, CHANNELS=channels, SPLITS=triton.next_power_of_2(splits), num_warps=4, **early,
+            WIDTH=width, CHANNELS=channels, SPLITS=triton.next_power_of_2(splits), num_warps=4, **FUSED,
+            **early,
         )  # fmt: skip
     return out
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.devices import early_launch
+from puna.devices import FUSED, early_launch
 
 
 def rotate_and_keep(
@@ -30,7 +30,8 @@ def rotate_and_keep(
     half = width // 2
     _rotate[(n, n_heads if pools else (n_heads + n_queries) // 2)](
         heads, cos, sin, keys, values, slots, n_queries, (n_heads - n_queries) // 2, n_heads, *strides,
-        HALF=half, CHANNELS=triton.next_power_of_2(half), num_warps=1, **early_launch(heads.device),
+        HALF=half, CHANNELS=triton.next_power_of_2(half), num_warps=1, **FUSED,
+        **early_launch(heads.device),
     )  # fmt: skip
 
 

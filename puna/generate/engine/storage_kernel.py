@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from puna.devices import FUSED
+
 #: Added to a number below 2**22 and taken off again, it leaves the nearest integer, the even one of two.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
@@ -28,7 +30,7 @@ def write_rounded(x: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor, gre
         x, slots, numbers, scales, *x.stride()[:2], *numbers.stride()[:2], scales.stride(0), greatest,
         torch.finfo(torch.float32).tiny * greatest,
         WIDTH=width, CHANNELS=triton.next_power_of_2(width), IS_INTEGER=not numbers.dtype.is_floating_point,
-        num_warps=1,
+        num_warps=1, **FUSED,
     )  # fmt: skip
 
 

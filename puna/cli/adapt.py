@@ -16,7 +16,7 @@ def adapt(
     code: Annotated[Path, typer.Argument(metavar="CODE", help="Folder of code.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, or a hub id.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]…", help="Of the recipe, e.g. optimizer.peak_lr=1e-5.")
+        list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Of the recipe, e.g. optimizer.peak_lr=1e-5.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make.")] = Path("adapted"),
     epochs: Annotated[float, typer.Option(min=0.01, help="How often the code is seen.")] = 2.0,

@@ -24,7 +24,7 @@ def evaluate(
     context: typer.Context,
     benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of: {', '.join(benchmarks.names())}.")],
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]…", help="Folders in Hugging Face layout, or hub ids.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Folders in Hugging Face layout, or hub ids.")
     ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="Instead of a model: answers, as JSON lines of OpenAI's or EvalPlus' form.")

@@ -10,14 +10,18 @@ import typer
 from puna.cli import app
 
 #: Not `puna.config.recipe_names`, whose imports take longer than the help.
-_RECIPES = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
+_RECIPES = "\n".join(sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
 
 Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help=f"A YAML file with the fields of puna/config.py, or one of: {_RECIPES}.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",  # a line each, or their names would be broken at hyphens
+        help=f"A YAML file with the fields of puna/config.py, or one of\n\n\b\n{_RECIPES}",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FIELD=VALUE]…", help="Of the recipe, e.g. optimizer.peak_lr=1e-5."),
+    typer.Argument(metavar="FIELD=VALUE", help="Of the recipe, e.g. optimizer.peak_lr=1e-5."),
 ]
 
 

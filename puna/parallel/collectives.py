@@ -131,7 +131,7 @@ def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     size, name = group.size(), group.group_name
     if x.device.type == "cpu":
         # Gloo's own gather (that of the functional collectives) ends in a race of its two threads, which free the name
-        # of the collective twice; found in torch 2.11 and 2.13. This is as fast, and twice as fast for few tokens.
+        # of the collective twice; found in torch 2.11 to 2.15. This is as fast, and twice as fast for few tokens.
         parts = _all_to_all(x.expand(size, *x.shape).contiguous(), group)
     else:
         parts = _functional.wait_tensor(_functional.all_gather_into_tensor(x.contiguous(), size, name))

@@ -16,7 +16,7 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",  # a line each, or their names would be broken at hyphens
-        help=f"A YAML file with the fields of puna/config.py, or one of\n\n\b\n{_RECIPES}",
+        help=f"One of\n\n\b\n{_RECIPES}\n\nor a YAML file with the fields of puna/config.py.",
     ),
 ]
 Overrides = Annotated[

@@ -1,5 +1,7 @@
 """Exchanges that gradients flow through; that their numbers are right `test_layouts` shows."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from puna.parallel.hangs import last_collective
 
 
 @pytest.fixture
-def group() -> dist.ProcessGroup:
+def group() -> Iterator[dist.ProcessGroup]:
     """Of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD

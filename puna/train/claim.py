@@ -45,6 +45,7 @@ class Claim:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._path = run_dir, run_dir / ".lock"
         self._held: IO[str] | None = None
+        self._is_made = False  # the folder, by this claim
 
     def take(self) -> None:
         """Makes the folder and locks it, or raises a PunaError where another run has it."""
@@ -64,16 +65,23 @@ class Claim:
         return is_lost
 
     def let_go(self) -> None:
-        """Leaves the folder to others."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        """Leaves the folder to others, and none behind where it was made for a run that was refused."""
+        if self._held is None:
+            return
+        with contextlib.suppress(OSError):  # as where others have removed it
+            if self._is_made and os.listdir(self._run_dir) == [self._path.name]:
+                self._path.unlink()
+                self._run_dir.rmdir()
+        self._held.close()
+        self._held = None
 
     def _is_taken(self) -> bool:
         self.let_go()
+        is_new = not self._run_dir.exists()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._held = open(self._path, "a")  # noqa: SIM115 - closed in let_go
         is_ours = self._lock_in_time(self._held)
+        self._is_made = is_new and is_ours is not False
         if is_ours is None:
             say(f"the file system of {self._run_dir} has no locks: see to it that no second process trains there")
         return is_ours is not False

@@ -577,8 +577,10 @@ def test_what_became_of_the_weights_is_said(
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(recipe: Make, change: dict[str, Any], message: str) -> None:
+    content = recipe(**change)
     with pytest.raises(PunaError, match=message):
-        puna.train(recipe(**change))
+        puna.train(content)
+    assert not Path(content["run_dir"]).exists()
 
 
 def test_data_of_a_larger_vocabulary_is_refused(recipe: Make, prepared: Path, tmp_path: Path) -> None:

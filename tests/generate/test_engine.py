@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -246,8 +247,8 @@ def test_streams_run_side_by_side_and_leaving_one_frees_its_blocks(model: Llama,
         assert text == complete(model, tokenizer, [tokens], Sampling(max_tokens=40, ignore_eos=True))[0].text
     assert piece
     for _ in range(500):
-        with engine._lock:
-            if engine.scheduler.is_idle:
+        with engine._turns:
+            if engine._is_idle():
                 break
         asyncio.run(asyncio.sleep(0.01))
     assert_all_free(engine)
@@ -628,7 +629,10 @@ def test_running_is_a_sequence_of_its_own() -> None:
     assert one != other
 
 
-def test_a_stream_takes_part_while_generate_runs_and_is_told_of_its_end(model: Llama, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("asks", ["generate", "stream"])
+def test_who_comes_while_generate_runs_takes_part_and_is_told_of_the_end(
+    model: Llama, tokenizer: Tokenizer, asks: str
+) -> None:
     engine = Engine(model, tokenizer, cache_tokens=2048, block_tokens=8)
     (expected,) = engine.generate(["def f"], Sampling(max_tokens=9))
     read: list[str] = []
@@ -636,20 +640,93 @@ def test_a_stream_takes_part_while_generate_runs_and_is_told_of_its_end(model: L
     async def stream() -> None:
         read.append("".join([piece async for piece in engine.stream("def f", max_tokens=9)]))
 
+    def ask() -> None:
+        if asks == "stream":
+            asyncio.run(stream())
+        else:
+            read.extend(found.text for found in engine.generate("def f", Sampling(max_tokens=9)))
+
     def on_text(_: int, text: str) -> None:
         nonlocal pieces
         pieces += 1
         if pieces == 1:
-            reader.start()
+            asker.start()
             while not engine._incoming:
                 time.sleep(0.001)
         if pieces == 50:
-            reader.join(10)
+            asker.join(10)
             assert read == [expected.text]
 
-    pieces, reader = 0, threading.Thread(target=lambda: asyncio.run(stream()), daemon=True)
+    pieces, asker = 0, threading.Thread(target=ask, daemon=True)
     engine.generate(["import"], Sampling(max_tokens=200, ignore_eos=True), on_text=on_text)
     assert pieces > 50
+
+
+def test_threads_that_ask_at_once_get_what_each_would_get_alone(model: Llama, tokenizer: Tokenizer) -> None:
+    """Some leave amid their texts, some meet errors of their own, and nobody else notices."""
+    engine = Engine(model, tokenizer, cache_tokens=600, block_tokens=8)  # too few for all: some wait
+    prompts = [[1, id, id + 1] for id in range(3, 27)]
+    sampling = Sampling(max_tokens=60, ignore_eos=True)
+    expected = complete(model, tokenizer, prompts, sampling)
+
+    async def beginning(prompt: list[int]) -> str:
+        async for piece in engine.stream(prompt, max_tokens=60, ignore_eos=True):
+            return piece
+        return ""
+
+    def refuse(_: int, text: str) -> None:
+        raise ValueError(text)
+
+    def ask(number: int) -> object:
+        mine = [prompts[number], prompts[-1 - number]]
+        match number % 3:
+            case 0:
+                return engine.generate(mine, sampling)
+            case 1:
+                return asyncio.run(beginning(mine[0]))
+            case _:
+                with pytest.raises(ValueError, match=r"."):
+                    engine.generate(mine, sampling, on_text=refuse)
+                return None
+
+    with ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(ask, range(12)))
+    for number, what in enumerate(found):
+        if number % 3 == 0:
+            assert what == [expected[number], expected[-1 - number]]
+        elif number % 3 == 1:
+            assert isinstance(what, str)
+            assert expected[number].text.startswith(what)
+    while engine._thread is not None:
+        time.sleep(0.001)
+    assert_all_free(engine)
+
+
+def test_a_completion_may_lead_to_the_next_prompt_and_a_piece_of_text_may_not(
+    model: Llama, tokenizer: Tokenizer
+) -> None:
+    engine, sampling = Engine(model, tokenizer, cache_tokens=256), Sampling(max_tokens=4, ignore_eos=True)
+    [expected] = engine.generate("def f", sampling)
+    found: list[Completion] = []
+    engine.generate("import", sampling, on_completion=lambda *_: found.extend(engine.generate("def f", sampling)))
+    assert found == [expected]
+    with pytest.raises(UsageError, match="on_text cannot ask the engine that calls it"):
+        engine.generate("import", sampling, on_text=lambda *_: found.extend(engine.generate("def f", sampling)))
+    assert engine.generate("def f", sampling) == [expected]
+
+
+def test_a_stream_ends_with_the_completion_where_it_is_asked_for(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=256)
+    told: list[tuple[int, Completion]] = []
+
+    async def read() -> str:
+        pieces = engine.stream("def f", max_tokens=4, logprobs=2, on_completion=lambda *those: told.append(those))
+        return "".join([piece async for piece in pieces])
+
+    text = asyncio.run(read())
+    assert told == list(enumerate(engine.generate("def f", Sampling(max_tokens=4, logprobs=2))))
+    assert told[0][1].text == text
+    assert len(told[0][1].logprobs) == len(told[0][1].tokens) > 0
 
 
 @pytest.mark.parametrize("has_draft", [False, True])
@@ -660,12 +737,12 @@ def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
     expected = complete(model, tokenizer, prompts, sampling)
     guesses = {"draft": model} if has_draft else {"lookup": True}
     engine = Engine(model, tokenizer, cache_tokens=1024, block_tokens=1, **guesses)
-    told: list[BaseException | None] = []
+    told: list[Running] = []
     others = [engine._new(engine._sequence(0, prompt, sampling, None), told.append) for prompt in prompts]
 
     def on_text(_: int, text: str) -> None:
         if not engine._incoming and not others[0].blocks:
-            engine._incoming.extend(others)
+            engine._incoming.append(others)
         if any(other.drafts for other in others):  # in a step that the others have not been told of yet
             raise KeyboardInterrupt
 
@@ -674,7 +751,7 @@ def test_an_error_in_a_text_of_one_leaves_the_others_as_they_are(
     while not engine.scheduler.is_idle:
         engine._step()
     assert [other.sequence.completion() for other in others] == expected
-    assert told == [None, None]
+    assert [one.error for one in told] == [None, None]
     assert_all_free(engine)
 
 

@@ -47,10 +47,11 @@ class Engine:
     A completion depends on its prompt and its sampling alone, whatever else is in the batch, whenever it came, and
     whether the beginning of its prompt was known already (but for the rounding of sums).
 
-    The model may go on training between requests: what is known of prompts is then forgotten.
+    Several threads may ask at a time: their prompts share the steps, which one of them takes for all. The model may go
+    on training between requests: what is known of prompts is then forgotten.
 
-    Where ranks share the model (`puna.parallel.inference`), each has an engine of its own that is given the same
-    prompts; logits are equal to the last bit, so all take the same steps.
+    Where ranks share the model (`puna.parallel.inference`), each has an engine of its own that one thread gives the
+    same prompts; logits are equal to the last bit, so all take the same steps.
 
     Args:
         model: on its device.
@@ -102,14 +103,14 @@ class Engine:
             self._drafter = DraftModel(draft, self._spelled, n_blocks, block_tokens, cache_dtype=cache_dtype)
         self.scheduler = Scheduler(self.pool, step_tokens=tokens, max_rows=max_rows, drafter=self._drafter)
         self._draws = self.device.type != "cpu"  # where sequences choose one by one as fast
-        self._lock = threading.Lock()
-        self._door = threading.Lock()
-        self._incoming: deque[Running] = deque()
-        self._thread: threading.Thread | None = None
+        self._turns = threading.Condition()  # never held during a step: who comes does not wait for it
+        self._stepping: int | None = None  # the thread that takes steps
+        self._incoming: deque[list[Running]] = deque()  # what came together
+        self._thread: threading.Thread | None = None  # takes steps for streams
 
     def generate(
         self,
-        prompts: Several[Several[int] | str],
+        prompts: str | Several[Several[int] | str],
         sampling: Sampling | Several[Sampling],
         *,
         on_text: OnText | None = None,
@@ -118,46 +119,49 @@ class Engine:
         """Completes prompts, as `puna.generate.complete` does.
 
         Args:
-            prompts: ids, BOS included where the model wants it; or texts, which get it.
+            prompts: ids, BOS included where the model wants it; or texts, which get it; or one text.
             sampling: one for all prompts, or one for each.
-            on_text: is given (number of the prompt, piece of text) while the texts grow.
+            on_text: is given (number of the prompt, piece of text) while the texts grow, by whatever thread takes the
+                step, which waits for it.
             on_completion: is given (number of the prompt, completion) once it is finished.
 
         Raises:
             PunaError: a prompt cannot be completed; none has been begun then.
             UsageError: not one sampling for each prompt, or texts without a tokenizer.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise UsageError(f"{len(samplings)} samplings for {len(prompts)} prompts; give one for all or one for each")
         numbered = enumerate(zip(prompts, samplings, strict=True))
         sequences = [self._sequence(index, prompt, each, on_text) for index, (prompt, each) in numbered]
-        added = [self._new(sequence) for sequence in sequences]
+        if not sequences:
+            return []
+        ended: deque[Running] = deque()
+        added = [self._new(sequence, ended.append) for sequence in sequences]
         try:
-            with self._lock:
-                self._look_at_weights()
-                self.scheduler.add(*added)
-                pending = set(added)
-                while pending:
-                    self._let_in()  # streams that come meanwhile take part
-                    for running in pending.intersection(self._step()):
-                        pending.remove(running)
-                        if on_completion:
-                            on_completion(running.sequence.index, running.sequence.completion())
+            self._enter(added)
+            for _ in added:
+                self._take_steps_until(lambda: bool(ended))
+                running = ended.popleft()
+                if running.error is not None:
+                    raise running.error
+                if on_completion:
+                    on_completion(running.sequence.index, running.sequence.completion())
         finally:
-            for running in added:
-                running.is_cancelled = True
-            with self._lock:
-                self.scheduler.drop_finished()
+            self._cancel(added)
         return [sequence.completion() for sequence in sequences]
 
-    async def stream(self, prompt: Several[int] | str, **sampling: Any) -> AsyncIterator[str]:
+    async def stream(
+        self, prompt: Several[int] | str, *, on_completion: OnCompletion | None = None, **sampling: Any
+    ) -> AsyncIterator[str]:
         """The text of a completion while it grows; leaving the loop cancels it and frees its blocks within a step.
 
         A loop that is left by `break` cancels it where nothing else keeps the stream; who does calls its `aclose`.
 
         Args:
             prompt: as for `generate`.
+            on_completion: is given (0, completion), which says why it ended, behind the last piece of text.
             sampling: the fields of `Sampling`.
 
         Raises:
@@ -172,41 +176,73 @@ class Engine:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         sequence = self._sequence(0, prompt, Sampling.of(sampling), lambda _, text: tell(text))
-        running = self._new(sequence, tell)
-        self._begin(running)
+        running = self._new(sequence, lambda ended: tell(ended.error))
+        self._enter([running], is_stream=True)
         try:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
+            if on_completion:
+                on_completion(0, sequence.completion())
         finally:
             running.is_cancelled = True
 
-    def _begin(self, running: Running) -> None:
-        with self._door:  # never held during a step: who comes does not wait for it
-            self._incoming.append(running)
-            if self._thread is None:
+    def _enter(self, those: list[Running], *, is_stream: bool = False) -> None:
+        """Has sequences let in before the next step; for those of streams, a thread takes the steps."""
+        with self._turns:
+            self._incoming.append(those)
+            if is_stream and self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True, name="puna engine")
                 self._thread.start()
+
+    def _cancel(self, those: list[Running]) -> None:
+        for running in those:
+            running.is_cancelled = True
+        with self._turns:
+            if self._stepping is None:  # else that thread does it
+                self.scheduler.drop_finished()
 
     def _serve(self) -> None:
         """Takes steps for `stream` while there is work."""
         while True:
-            with self._lock:
+            self._take_steps_until(self._is_idle)
+            with self._turns:
+                if self._is_idle():
+                    self._thread = None
+                    return
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is to be done, as far as this thread can tell: not while another one takes a step."""
+        is_seen = self._stepping in (None, threading.get_ident())
+        return is_seen and self.scheduler.is_idle and not self._incoming
+
+    def _take_steps_until(self, is_so: Callable[[], bool]) -> None:
+        """Takes steps for all who asked until something is so; while another thread does, waits for it to be so.
+
+        Raises:
+            UsageError: this thread is in a step, in `on_text`.
+        """
+        this_thread = threading.get_ident()
+        if self._stepping == this_thread:
+            raise UsageError("on_text cannot ask the engine that calls it, and waits for it; on_completion can")
+        try:
+            with self._turns:
+                self._turns.wait_for(lambda: is_so() or self._stepping is None)
+                if is_so():
+                    return
+                self._stepping = this_thread
+            while not is_so():
                 self._let_in()
-                self.scheduler.drop_finished()
-                with self._door:
-                    if self.scheduler.is_idle and not self._incoming:
-                        self._thread = None
-                        return
-                live = [*self.scheduler.running, *self.scheduler.waiting]
-                try:
-                    self._step()
-                except Exception as error:  # all that were in meet it
-                    for running in live:
-                        running.is_cancelled = True
-                        if running.on_end is not None:
-                            running.on_end(error)
+                if self._step():
+                    with self._turns:
+                        self._turns.notify_all()  # some of them may be what another thread waits for
+        finally:
+            with self._turns:
+                if self._stepping == this_thread:
+                    self.scheduler.drop_finished()
+                    self._stepping = None
+                    self._turns.notify_all()
 
     def _look_at_weights(self) -> None:
         """Forgets what is known of prompts if it is not what the model would compute now."""
@@ -216,20 +252,30 @@ class Engine:
 
     def _let_in(self) -> None:
         while self._incoming:
-            running = self._incoming.popleft()
+            those = self._incoming[0]
             try:
                 self._look_at_weights()
-                self.scheduler.add(running)
-            except Exception as error:  # it alone meets it
-                assert running.on_end is not None
-                running.on_end(error)
+                self.scheduler.add(*those)
+            except Exception as error:  # they alone meet it
+                for running in those:
+                    running.end(error)
+            self._incoming.popleft()
+
+    def _step(self) -> bool:
+        """Computes the next step; whether sequences ended in it. Those that meet an error end with it."""
+        live = [*self.scheduler.running, *self.scheduler.waiting]
+        try:
+            return self._compute_step()
+        except Exception as error:
+            for running in live:
+                running.end(error)
+            return True
 
     @torch.inference_mode()
-    def _step(self) -> list[Running]:
-        """Computes the next step; returns the sequences that ended in it."""
+    def _compute_step(self) -> bool:
         chunks = self.scheduler.next_step()
         if not chunks:
-            return []
+            return False
         try:
             asked = self._runner.compute(chunks)
             if self._draws:
@@ -245,16 +291,18 @@ class Engine:
             self._drafter.read(chunks)
         try:
             for chunk, logits in zip(chunks, asked, strict=True):
-                if logits is not None:
-                    self._take(chunk, logits)
-                self.scheduler.advance(chunk)
-        finally:  # what one of them raises, in its `on_text` say, leaves the others as they are
+                try:
+                    if logits is not None:
+                        self._take(chunk, logits)
+                    self.scheduler.advance(chunk)
+                except Exception as error:  # in its `on_text`, say: it alone meets it
+                    chunk.running.end(error)
+        finally:  # Ctrl-C leaves the others as they are
             self.scheduler.drop_finished()
             ended = [chunk.running for chunk in chunks if chunk.running.is_done]
             for running in ended:
-                if running.on_end is not None:
-                    running.on_end(None)
-        return ended
+                running.end()
+        return bool(ended)
 
     def _draw(self, chunks: list[Chunk], asked: list[Logits | None]) -> None:
         """Draws the tokens of all sequences that can do without their logits."""
@@ -292,7 +340,7 @@ class Engine:
             prompt = self.tokenizer.encode(prompt, bos=True)
         return Sequence(index, prompt, sampling, self.model.config, self.tokenizer, on_text)
 
-    def _new(self, sequence: Sequence, on_end: Callable[[BaseException | None], None] | None = None) -> Running:
+    def _new(self, sequence: Sequence, on_end: Callable[[Running], None] | None = None) -> Running:
         return Running(sequence, 0 if self._drafter is None else self._drafter.first, on_end=on_end)
 
     @property

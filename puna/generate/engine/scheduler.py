@@ -48,6 +48,9 @@ class Running:
         drafted: tokens whose keys and values are there of a draft model.
         drafts: guesses that are tried in this step, behind the newest token.
         notes: what a drafter remembers of the text.
+        is_cancelled: nobody wants more of it.
+        on_end: is given it, once, when it has ended.
+        error: why it ended, if that was an error.
     """
 
     sequence: Sequence
@@ -58,8 +61,8 @@ class Running:
     drafts: list[int] = field(default_factory=list)
     notes: Any = None
     is_cancelled: bool = False
-    #: Is called once it has ended, with the error if that was why.
-    on_end: Callable[[BaseException | None], None] | None = None
+    on_end: Callable[["Running"], None] | None = None
+    error: Exception | None = None
     #: Of its full blocks that were made known, the number and the last key.
     _known: int = 0
     _key: bytes = ROOT
@@ -73,6 +76,13 @@ class Running:
     def is_done(self) -> bool:
         """Whether nothing more is to be computed."""
         return self.is_cancelled or self.sequence.finish is not None
+
+    def end(self, error: Exception | None = None) -> None:
+        """Tells who waits for it that it has ended, and takes no part in any further step."""
+        self.is_cancelled = True
+        if self.on_end is not None:
+            self.error, on_end, self.on_end = error, self.on_end, None
+            on_end(self)
 
 
 @dataclass

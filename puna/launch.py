@@ -216,11 +216,12 @@ _SBATCH = """\
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER {settings}
 
-# The signal comes {stop_seconds} seconds before the time limit: save, then back into the queue.
+# The signal comes {stop_seconds} seconds before the time limit: save, then back into the queue. Not by way of srun, which
+# passes other signals on, and kills where it is told to end.
 is_time_up=
 stop() {{
     is_time_up=yes
-    kill -TERM "$step"
+    scancel --signal=TERM "$SLURM_JOB_ID.0"
 }}
 trap stop USR1
 

@@ -169,12 +169,14 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "scontrol": 'if [ "$1" = show ]; then printf "a\\nb\\n"; else echo "$@" > requeued; fi',
         "srun": (
             'while [[ "$1" == --* ]]; do shift; done\n'
-            "pids=()\ntrap 'kill -TERM \"${pids[@]}\"' TERM\n"
+            "pids=()\ntrap 'kill -KILL \"${pids[@]}\"' TERM\n"
             'for node in 0 1; do SLURM_NODEID=$node SLURMD_NODENAME=n$node "$@" & pids+=($!); done\n'
+            'echo "${pids[@]}" > tasks\n'
             'code=0\nfor pid in "${pids[@]}"; do\n'
             '    while true; do wait "$pid"; last=$?; kill -0 "$pid" 2>/dev/null || break; done\n'
             "    [ $last -eq 0 ] || code=$last\ndone\nexit $code"
         ),
+        "scancel": '[ "$*" = "--signal=TERM $SLURM_JOB_ID.0" ] && kill -TERM $(cat tasks)',
         "torchrun": f'exec {sys.executable} "$(dirname "$0")/torchrun.py" "$@"',
     }
     for name, script in programs.items():

@@ -2,9 +2,11 @@
 
 A bar is drawn by whoever advances it, not by a thread, beside which no process could be copied (see `data.workers`).
 stdout stays free for data. `Progress` knows nothing of what it counts; callers say unit and total. Of several processes
-that torchrun started, the first speaks for all; only what went wrong is said by whoever it befell.
+that torchrun started, the first speaks for all; only what went wrong is said by whoever it befell. Work does not end
+because nobody can hear of it: a pipe whose reader has left, or a full disk that holds the log, loses lines and no more.
 """
 
+import contextlib
 import os
 import stat
 import sys
@@ -22,13 +24,13 @@ BAR_AFTER_SECONDS, BAR_EVERY_SECONDS = 0.5, 0.1
 def say(message: str) -> None:
     """Prints one line for the person watching, on stderr."""
     if _is_speaker():
-        print(message, file=sys.stderr, flush=True)
+        _print(message)
 
 
 def complain(message: str) -> None:
     """Prints what went wrong, on stderr; a rank that is not the first says which it is."""
     where = "" if _is_speaker() else f"[rank {os.environ['RANK']}] "
-    print(f"{where}{message}", file=sys.stderr, flush=True)
+    _print(f"{where}{message}")
 
 
 def leave_terminal() -> None:
@@ -37,6 +39,11 @@ def leave_terminal() -> None:
         for number in (1, 2):
             if stat.S_ISCHR(os.fstat(number).st_mode):
                 os.dup2(nowhere.fileno(), number)
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_speaker() -> bool:

@@ -56,3 +56,11 @@ def test_elsewhere_there_are_lines(tmp_path: Path) -> None:
     with open(tmp_path / "said", "w") as file:
         subprocess.run([sys.executable, "-c", WORK.format(seconds=0)], stdout=subprocess.PIPE, stderr=file, check=True)
     assert (tmp_path / "said").read_text().splitlines() == ["baa"] * 4 + ["counting: 4/4 sheep in 0 s of colour 3"]
+
+
+def test_work_goes_on_when_nobody_hears_of_it_any_more() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", WORK.format(seconds=0)], stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (done.returncode, done.stdout.strip()) == (0, b"False")

@@ -216,8 +216,8 @@ _SBATCH = """\
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER {settings}
 
-# The signal comes {stop_seconds} seconds before the time limit: save, then back into the queue. Not by way of srun: told to
-# end, it kills.
+# The signal comes {stop_seconds} seconds before the time limit: save, then back into the queue. srun itself would kill,
+# told to end.
 is_time_up=
 stop() {{
     is_time_up=yes

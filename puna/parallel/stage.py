@@ -33,7 +33,7 @@ class Stage(nn.Module):
             decoder.norm = nn.Identity()  # type: ignore[assignment]
             self.llama.lm_head = nn.Identity()  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
         """What the next stage takes, or what the head multiplies.
 
         Args:
@@ -44,7 +44,11 @@ class Stage(nn.Module):
         Returns:
             (B, T, D).
         """
-        documents = Documents.of(numbers.numpy(), x.device)
+        # Read here, for `fully_shard` moves every tensor that `forward` is given to the accelerator.
+        return super().__call__(x, positions, Documents.of(numbers.numpy(), x.device))
+
+    def forward(self, x: Tensor, positions: Tensor, documents: Documents) -> Tensor:
+        """As a call, which see."""
         out = self.llama.model(x, positions, documents, None, self.llama.compute_dtype)
         # `fully_shard` hangs its backward pass on the output as a hook, which a view would not keep.
         return out.clone() if out._is_view() else out

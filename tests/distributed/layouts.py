@@ -4,20 +4,26 @@
 
 `recipe.json` is a recipe's content, `layouts.json` maps a name to overrides, of the model too. Rank 0 writes, for each
 name, the losses, gradient norms, the loss of a batch that is only measured, and a fingerprint of the rows that all
-ranks read.
+ranks read. Here `fully_shard` moves what it is given, as it does on accelerators alone.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.utils._pytree import tree_map_only
 
 from puna.config import load_recipe
 from puna.data.loader import Batch
@@ -96,12 +102,44 @@ def _rows_of_all(ranks: Ranks, read: list[list[str]]) -> list[list[str]]:
     return [[row for share in by_share.values() for row in share[step]] for step in range(len(read))]
 
 
+@contextlib.contextmanager
+def moved_inputs() -> Iterator[None]:
+    """Has `fully_shard` move a stage's tensors to the device; where they are then, no NumPy sees them."""
+    moved: dict[int, Tensor] = {}
+    plain = Tensor.numpy
+
+    def move(x: Tensor) -> Tensor:
+        there = x.clone()
+        return moved.setdefault(id(there), there)
+
+    def numpy(x: Tensor, **options: Any) -> Any:
+        assert id(x) not in moved, "it is on the device"
+        return plain(x, **options)
+
+    def all_moved(arguments: Any, named: Any, *_: object) -> tuple[Any, Any]:
+        return (tree_map_only(Tensor, move, arguments),), (tree_map_only(Tensor, move, named),)
+
+    begin = _fsdp_state.FSDPState._root_pre_forward
+
+    def begin_on_a_device(state: Any, *arguments: Any) -> Any:
+        state._lazy_init()
+        with patch.object(torch._C, "_get_privateuse1_backend_name", lambda: "cpu"):  # a device of any name
+            return begin(state, *arguments)
+
+    with (
+        patch.object(_fsdp_state.FSDPState, "_root_pre_forward", begin_on_a_device),
+        patch.object(_fsdp_state, "_to_kwargs", all_moved),
+        patch.object(Tensor, "numpy", numpy),
+    ):
+        yield
+
+
 def main() -> None:
     """Runs every layout and writes what came out."""
     recipe, layouts, results = sys.argv[1:]
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    with process_group(torch.device("cpu")):
+    with process_group(torch.device("cpu")), moved_inputs():
         content = json.loads(Path(recipe).read_text())
         numbers = {}
         for name, change in json.loads(Path(layouts).read_text()).items():

@@ -16,3 +16,16 @@ class UsageError(PunaError):
     """The request itself is wrong: a field, an option or an argument (exit code 2)."""
 
     exit_code = 2
+
+
+class Stopped(PunaError):
+    """The work was told to stop and has saved its state, on all ranks at the same place.
+
+    Args:
+        message: for the user.
+        number: of the signal that told it; 128 more is the exit code, as a shell has it.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number

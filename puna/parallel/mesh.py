@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from puna.errors import UsageError
+from puna.errors import Stopped, UsageError
 from puna.parallel.errors import said_once
 from puna.parallel.hangs import explained_hangs
 from puna.parallel.layout import Layout
@@ -76,7 +76,11 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """While open, this process is one of those that torchrun started; alone, there is nothing to open."""
+    """While open, this process is one of those that torchrun started; alone, there is nothing to open.
+
+    After an error the group of accelerators is left to the end of the process, which aborts it: NCCL would wait here
+    for ranks that do not come, and for recorded steps that the error's frames keep, and nobody would hear of the error.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
@@ -87,12 +91,18 @@ def process_group(device: torch.device) -> Iterator[None]:
     before = (store.add("puna/opened", 1) - 1) // size  # torchrun's store still has addresses of groups before this one
     of_its_own = dist.PrefixStore(f"puna/{before}", store)
     dist.init_process_group(backend, store=of_its_own, rank=rank, world_size=size, timeout=TIMEOUT)
+    ends_together = device.type == "cpu"
     try:
         with said_once(), explained_hangs():
             yield
+        ends_together = True
+    except Stopped:
+        ends_together = True
+        raise
     finally:
-        dist.destroy_process_group()
-        time.sleep(LET_GO_SECONDS)
+        if ends_together:
+            dist.destroy_process_group()
+            time.sleep(LET_GO_SECONDS)
 
 
 def rank_device(device: torch.device) -> torch.device:

@@ -31,7 +31,7 @@ from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.loader import Batch, stack
 from puna.data.rows import Row
-from puna.errors import PunaError
+from puna.errors import PunaError, Stopped
 from puna.files import file_aside, folder_aside, write_json
 from puna.model.attention import Documents, way_of_attention
 from puna.model.config import ModelConfig
@@ -59,7 +59,7 @@ from puna.train.metrics import Metrics
 from puna.train.out_of_memory import check_host_memory, explained
 from puna.train.schedule import learning_rate
 from puna.train.step import summed_loss, train_step
-from puna.train.stopping import Stopped, stop_signals
+from puna.train.stopping import stop_signals
 
 #: Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run.
 MAX_SKIPPED = 3

@@ -6,25 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from puna.errors import PunaError
 from puna.progress import leave_terminal, say
 
 #: Signals that come so soon after the first are the same request: where all processes of a group or a job are told,
 #: those that `--nproc` started are told by the process that started them, too.
 SAME_SECONDS = 1.0
-
-
-class Stopped(PunaError):
-    """The run was told to stop and has saved its state.
-
-    Args:
-        message: for the user.
-        number: of the signal that told it; 128 more is the exit code, as a shell has it.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager

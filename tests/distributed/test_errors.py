@@ -1,5 +1,6 @@
 """Errors that all ranks meet are said by the first of each machine; a rank's own is said by it, and elsewhere."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from puna import cli
-from puna.errors import PunaError, UsageError
-from puna.parallel import errors, hangs
+from puna.errors import PunaError, Stopped, UsageError
+from puna.parallel import errors, hangs, mesh
 
 SCRIPT = """
 import json, os, sys
@@ -137,3 +139,31 @@ def fail_on_two_machines(culprits: list[int]) -> list[str]:
         except PunaError as error:
             said += [] if error.is_said else [str(error)]
     return said
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "is_closed"),
+    [
+        ("cuda", None, True),
+        ("cuda", Stopped("stopped at step 3", 15), True),  # all ranks at once
+        ("cuda", PunaError("out of memory"), False),
+        ("cuda", KeyboardInterrupt(), False),
+        ("cpu", PunaError("out of memory"), True),
+    ],
+)
+def test_nccl_is_not_waited_for_behind_an_error(
+    monkeypatch: pytest.MonkeyPatch, device: str, error: BaseException | None, is_closed: bool
+) -> None:
+    calls = MagicMock()
+    calls.rendezvous.return_value = iter([(dist.HashStore(), 0, 1)])
+    calls.get_default_backend_for_device.return_value = "nccl"
+    for name in ("rendezvous", "get_default_backend_for_device", "init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, getattr(calls, name))
+    for name in ("said_once", "explained_hangs"):
+        monkeypatch.setattr(mesh, name, contextlib.nullcontext)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with contextlib.suppress(PunaError, KeyboardInterrupt), mesh.process_group(torch.device(device)):
+        if error is not None:
+            raise error
+    assert calls.init_process_group.called
+    assert calls.destroy_process_group.called == is_closed

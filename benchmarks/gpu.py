@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from random_rows import random_batch
 from record import arguments, record
+from torch import Tensor
 from turns import timed
 
 from puna import devices
@@ -37,6 +38,7 @@ from puna.config import Recipe, load_recipe
 from puna.model.config import ModelConfig, preset
 from puna.model.flops import flops_per_token
 from puna.model.llama import Llama
+from puna.parallel import collectives
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Ranks
 from puna.plan.case import Case
@@ -246,6 +248,7 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
     recipe = _recipe(case)
     if case.tp > 1:
         dist.init_process_group("fake", rank=0, world_size=case.tp)
+        collectives._scattered = _own_part
     layout = Layout.of(recipe, config, case.tp)
     started = time.perf_counter()
     model, gradients = build(recipe, config, Ranks.of(layout, device), device)
@@ -260,6 +263,8 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
         torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - started)
         losses.append(result.loss)
+        if not result.is_applied:
+            raise RuntimeError(f"loss {result.loss}, gradient norm {result.grad_norm}: the time is that of no update")
     step = statistics.median(seconds[3:])
     tokens = batch.tokens.size / case.tp  # of a device
     peak = devices.peak_flops(device, torch.bfloat16)
@@ -280,6 +285,12 @@ def train(case: Training, steps: int, device: torch.device) -> dict[str, Any]:
         "seconds": seconds,
         "losses": losses,
     }
+
+
+def _own_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """What a rank that sums with none gets: torch's fake group would leave its part of a sum uninitialised."""
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).flatten(0, 1).contiguous()
+    return parts[: len(parts) // group.size()].clone()
 
 
 class _WrongGuesses:

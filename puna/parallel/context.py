@@ -14,7 +14,7 @@ Everything but attention is per token. For attention there are two ways, both ex
 Source: DeepSpeed-Ulysses (arXiv:2309.14509) for the first; Llama 3 (arXiv:2407.21783), section 3.3.2, for the second.
 """
 
-from functools import partial
+import functools
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def share_tokens(model: Llama, group: dist.ProcessGroup) -> None:
     """Lets every attention of a model work on a rank's tokens of each row; see `token_indices`."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = partial(attend_shared, group=group)
+            module.attend = functools.partial(attend_shared, group=group)
 
 
 def token_indices(length: int, size: int, rank: int) -> NDArray[np.int64]:
@@ -76,6 +76,7 @@ def _attend_by_keys(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
     return attend_spans(q, k, v, _spans(lengths, batch, length, group.size(), group.rank()))
 
 
+@functools.cache  # else each layer would wait for the device
 def _orders(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """From all ranks' tokens, one rank after the other, to the row's order; and back."""
     to_ranks = np.concatenate([token_indices(length, size, rank) for rank in range(size)])

@@ -14,7 +14,9 @@ came in one step.
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from puna.devices import takes_cuda_kernels
@@ -102,17 +104,20 @@ class Step:
         slots = [slot for chunk in chunks for slot in chunk.slots(size)]
         most = most_tokens(cache.keys.numbers)
         short = list(takewhile(lambda chunk: len(chunk) <= most, chunks))
-        rows = [(chunk, place) for chunk in short for place in range(chunk.start, chunk.stop)]
+        places = [place for chunk in short for place in range(chunk.start, chunk.stop)]
         tables, firsts = None, None
-        if rows:
+        if short:
             width = max(len(chunk.running.blocks) for chunk in short)
-            blocks = [chunk.running.blocks + [0] * (width - len(chunk.running.blocks)) for chunk, _ in rows]
-            tables = _on_device(blocks, device), _on_device([place + 1 for _, place in rows], device)
-        if len(rows) > len(short):
+            blocks = np.zeros((len(short), width), np.int32)
+            for row, chunk in zip(blocks, short, strict=True):
+                row[: len(chunk.running.blocks)] = chunk.running.blocks
+            of_tokens = np.repeat(blocks, [len(chunk) for chunk in short], axis=0)
+            tables = _on_device(of_tokens, device), _on_device([place + 1 for place in places], device)
+        if len(places) > len(short):
             firsts = _on_device(first_rows(short), device)
         most_keys = MOST_KEYS if takes_cuda_kernels(device.type) else 0
         others = [Seen.of(some, cache) for some in _together(chunks[len(short) :], most_keys)]
-        return cls(torch.tensor(slots).to(device), len(rows), tables, firsts, others)
+        return cls(torch.tensor(slots).to(device), len(places), tables, firsts, others)
 
 
 def first_rows(chunks: list[Chunk]) -> list[int]:
@@ -121,8 +126,8 @@ def first_rows(chunks: list[Chunk]) -> list[int]:
     return [end - len(chunk) for chunk, end in zip(chunks, ends, strict=True) for _ in range(len(chunk))]
 
 
-def _on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+def _on_device(numbers: ArrayLike, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(numbers, np.int32)).to(device, non_blocking=True)
 
 
 @dataclass(eq=False)

@@ -355,6 +355,18 @@ def test_blocks_are_held_known_or_free_and_never_two_of_these(actions: list[int]
     assert not set(pool._free) & set(pool._kept)
 
 
+def test_sequences_begin_far_apart_and_grow_into_neighbours() -> None:
+    pool = BlockPool(50, 2)
+    first = [pool.take() for _ in range(4)]
+    assert first == [0, 32, 16, 48]
+    for block in first[:3]:
+        for after in range(block, block + 15):
+            assert pool.take(after) == after + 1
+    assert pool.take() == 49, "the only one that is free"
+    with pytest.raises(OutOfBlocks):
+        pool.take()
+
+
 def test_sampled_tokens_follow_the_distribution_with_guesses_as_without(model: Llama) -> None:
     """Chi-squared over the third token of those of 1,000 completions, each with a seed of its own, that begin alike.
 

@@ -11,10 +11,13 @@ again while anyone holds it. Blocks that nobody holds are kept as long as no one
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 #: Stands for the beginning of every text.
 ROOT = b""
+
+#: Places that are tried for a new sequence before it takes whatever block is free.
+TRIES = 16
 
 
 class OutOfBlocks(Exception):
@@ -36,6 +39,7 @@ class BlockPool:
         self._known: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(n_blocks))
         self._kept: OrderedDict[int, None] = OrderedDict()
+        self._places = _spread(n_blocks)
 
     @property
     def n_free(self) -> int:
@@ -52,7 +56,7 @@ class BlockPool:
             block = after + 1
             del self._free[block]
         elif self._free:
-            block = self._middle_of_the_longest_run() if after is None else next(reversed(self._free))
+            block = self._far_from_others() if after is None else next(reversed(self._free))
             del self._free[block]
         elif self._kept:
             block, _ = self._kept.popitem(last=False)
@@ -95,17 +99,21 @@ class BlockPool:
         if self._holders[block] == 0:
             (self._kept if block in self._key_of else self._free)[block] = None
 
-    def _middle_of_the_longest_run(self) -> int:
-        """Where a new sequence has most neighbours before it meets another one."""
-        best_start, best_length, start, previous = 0, 0, -1, -2
-        for block in sorted(self._free):
-            if block != previous + 1:
-                start = block
-            previous = block
-            if block - start + 1 > best_length:
-                best_start, best_length = start, block - start + 1
-        is_next_to_another = best_start > 0
-        return best_start + (best_length // 2 if is_next_to_another else 0)
+    def _far_from_others(self) -> int:
+        """Where a new sequence has many neighbours before it meets another one, as likely as not."""
+        tried = (next(self._places) for _ in range(TRIES))
+        return next((block for block in tried if block in self._free), next(iter(self._free)))
+
+
+def _spread(n: int) -> Iterator[int]:
+    """Numbers below n without end, each far from those before it: 0, n/2, n/4, 3n/4, n/8 …
+
+    Source: van der Corput's sequence of base 2, the digits of a count in reverse behind the point.
+    """
+    bits = (n - 1).bit_length()
+    while True:
+        reversed_counts = (int(f"{count:0{bits}b}"[::-1], 2) for count in range(1 << bits))
+        yield from (number for number in reversed_counts if number < n)
 
 
 def key_of(before: bytes, tokens: Sequence[int]) -> bytes:

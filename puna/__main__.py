@@ -1,6 +1,7 @@
 """`python -m puna` and the `puna` command."""
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as we are
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a locale may not spell all of a text
     code = run(sys.argv[1:])
     if "triton" not in sys.modules:  # which complains, since 3.9, of objects that are left over
         gc.freeze()  # or Python would look for circles among all objects once more, with torch loaded for 0.1 s

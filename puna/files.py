@@ -239,7 +239,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PunaError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PunaError(f"{path} is not valid JSON ({error}); it may be cut off: make or fetch it again") from None
 
 

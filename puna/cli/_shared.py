@@ -54,6 +54,10 @@ SAMPLING = (
 )  # fmt: skip
 
 
+#: What a completion has as a JSON object.
+RESULT_FIELDS = "completion", "finish", "prompt_tokens", "completion_tokens"
+
+
 def checked_settings(context: typer.Context) -> dict[str, Any]:
     """The fields of `puna.generate.Sampling` among a command's options.
 
@@ -161,12 +165,8 @@ def print_piece(_: int, text: str) -> None:
 
 def as_record(completion: "Completion") -> dict[str, Any]:
     """A completion as fields of a JSON object."""
-    return {
-        "completion": completion.text,
-        "finish": completion.finish,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": len(completion.tokens),
-    }
+    values = completion.text, completion.finish, completion.prompt_tokens, len(completion.tokens)
+    return dict(zip(RESULT_FIELDS, values, strict=True))
 
 
 def read_text(path: Path) -> str:

@@ -64,9 +64,12 @@ def chat(
             messages = list(start)
             continue
         messages = _room_for({"role": "user", "content": line}, messages, start, layout, tokenizer)
-        spoken = _Spoken()
+        spoken, limit = _Spoken(), None
         try:
-            answer(loaded, tokenizer, messages, template=layout, on_text=spoken, engine=engine, **settings)
+            completion = answer(loaded, tokenizer, messages, template=layout, on_text=spoken, engine=engine, **settings)
+            if completion.finish == "length":
+                is_cut = len(completion.tokens) == max_tokens
+                limit = f"--max-tokens {max_tokens}" if is_cut else "the model's context, which is full"
         except KeyboardInterrupt:  # the answer ends here; what was said stays
             if not sys.stdin.isatty():
                 raise
@@ -75,6 +78,8 @@ def chat(
                 raise
             say(f"puna: {error}; {NEW} begins another dialog")
         print()
+        if limit is not None:
+            say(f"the answer was cut off by {limit}")
         if spoken.text.strip():
             messages.append({"role": "assistant", "content": spoken.text.strip()})
         else:
@@ -123,16 +128,22 @@ def _room_for(
     layout: "ChatTemplate",
     tokenizer: "Tokenizer",
 ) -> "list[Message]":
-    """The dialog with a question behind it; begun anew if the layout knows no second turn."""
+    """The dialog with a question behind it; begun anew if the layout takes the question, but not behind the others."""
+    longer, anew = [*messages, question], [*start, question]
+    if not _is_laid_out(longer, layout, tokenizer) and _is_laid_out(anew, layout, tokenizer):
+        say("the chat template has no place for what was said before; the dialog begins anew")
+        return anew
+    return longer
+
+
+def _is_laid_out(messages: "list[Message]", layout: "ChatTemplate", tokenizer: "Tokenizer") -> bool:
     from puna.prompts import UnusableDialog
 
-    messages = [*messages, question]
     try:
         layout.encode(tokenizer, messages)
-    except UnusableDialog as error:
-        if error.reason == "more than one turn":
-            return [*start, question]
-    return messages
+    except UnusableDialog:
+        return False
+    return True
 
 
 def _template(name: str | None, folder: Path, tokenizer: "Tokenizer") -> "ChatTemplate":

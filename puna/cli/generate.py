@@ -29,7 +29,7 @@ def generate(
     context: typer.Context,
     model: shared.Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts; -: standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help='JSON lines with "prompt"; their other fields are kept.')] = None,
+    file: Annotated[Path | None, typer.Option(help='JSON lines with "prompt"; other fields are kept.')] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help='JSON lines with "completion" to write; killed, the same command goes on.'),
@@ -74,10 +74,12 @@ def generate(
     if is_first and output is not None:
         check_file(output)
         _check_unwritten(output)
+    from puna.generate import Sampling
     from puna.generate.engine.drafts import check_one_source
     from puna.parallel.collectives import of_first_rank
 
     settings = shared.checked_settings(context)
+    Sampling.of(settings).several(n)
     check_one_source(lookup=lookup, draft=draft)
     with shared.processes(device):
         loaded, tokenizer = shared.open_model(model, dtype, device, context_tokens)
@@ -292,10 +294,13 @@ def _leave_out(error: PunaError, *, keep_going: bool) -> None:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PunaError(f"{where} is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise PunaError(f'{where} is not an object with a text "prompt"')
+    if taken := record.keys() & set(shared.RESULT_FIELDS):
+        names = ", ".join(sorted(taken))
+        raise PunaError(f"{where} has {names} already, which the result would replace; call it something else")
     _check_prompt(record["prompt"], f"the prompt of {where}")
     return record
 

@@ -129,7 +129,7 @@ def read_lines(path: Path | str, fields: Mapping[str, type | tuple[type, ...]]) 
 def _line(text: str, fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LinesError(f"{where}: not JSON ({error}); each line must be an object with {', '.join(fields)}") from None
     is_object = isinstance(line, dict)
     lacking = [name for name, kind in fields.items() if not is_object or not isinstance(line.get(name), kind)]

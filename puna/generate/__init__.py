@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
 from puna.generate.engine import Engine
 from puna.generate.engine.engine import MAX_ROWS
 from puna.generate.gap import OnCut, gap_prompt
@@ -62,7 +62,8 @@ def generate(
         prompts: one text or several.
         on_text: is given (number of the prompt, piece of text) while the text grows.
         on_completion: is given (number of the prompt, completion) once it is finished.
-        n: completions of each prompt, with seeds `seed`, `seed + 1` and so on; prompts are counted over all of them.
+        n: completions of each prompt, with seeds `seed`, `seed + 1` and so on, at a temperature above 0; prompts are
+            counted over all of them.
         batch_rows: most completions that run at a time; fewer do where memory is short.
         lookup: guess from what stands in the text already what comes next, and check the guesses together: faster
             where a text repeats itself, as edits do; the completions are the same.
@@ -84,7 +85,9 @@ def generate(
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     healed = [heal(tokenizer, ids) if healing else (ids, settings.begins_with) for ids in encoded]
     tokens = [ids for ids, _ in healed for _ in range(n)]
-    samplings = [replace(settings, begins_with=cut, seed=settings.seed + i) for _, cut in healed for i in range(n)]
+    samplings = [each for _, cut in healed for each in replace(settings, begins_with=cut).several(n)]
+    if batch_rows < 1:
+        raise UsageError(f"batch_rows={batch_rows} must be 1 or more")
     rows = max(1, min(batch_rows, len(tokens)))
     engine = Engine(model, tokenizer, max_rows=rows, lookup=lookup, draft=draft, cache_dtype=cache_dtype)
     return engine.generate(tokens, samplings, on_text=on_text, on_completion=on_completion)

@@ -79,6 +79,18 @@ class Sampling:
             raise UsageError(f"no sampling setting is called {', '.join(unknown)}; there are {', '.join(known)}")
         return cls(**settings)
 
+    def several(self, n: int) -> list["Sampling"]:
+        """The same n times, with seeds one apart.
+
+        Raises:
+            UsageError: n is below 1, or above 1 where all would be the same: at temperature 0.
+        """
+        if n < 1:
+            raise UsageError(f"n={n} must be 1 or more")
+        if n > 1 and self.temperature == 0:
+            raise UsageError(f"n={n} completions of a prompt are all the same at temperature 0; give it one above 0")
+        return [dataclasses.replace(self, seed=self.seed + number) for number in range(n)]
+
 
 #: What is added to logits, or multiplied with them, is no greater, nor is its inverse: fp32 still holds the result.
 GREATEST = 1e15

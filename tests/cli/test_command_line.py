@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, and errors of one or two lines without a traceback."""
 
 import errno
+import os
 import re
 import shlex
 import signal
@@ -163,3 +164,10 @@ def test_the_help_of_training_lists_the_recipes(capsys: pytest.CaptureFixture[st
 def test_a_command_is_called_like_its_file() -> None:
     files = {file.stem for file in Path(cli.__file__).parent.glob("[!_]*.py")}
     assert files == set(typer.main.get_command(cli.load_commands()).commands)  # type: ignore[attr-defined]
+
+
+def test_what_a_locale_cannot_spell_is_printed_all_the_same() -> None:
+    program = "from puna import __main__, cli; cli.run = lambda _: print('é') or 0; __main__.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\xe9\n"

@@ -24,7 +24,7 @@ from puna.cli.generate import Results, results_in
 from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import Ask, Completer
 from puna.files import mark_of
-from puna.generate import Sampling, complete
+from puna.generate import Completion, Sampling, complete
 from puna.generate.engine import storage
 from puna.generate.engine.runner import Logits, Runner
 from puna.generate.engine.scheduler import Chunk
@@ -85,6 +85,9 @@ def test_generate_refuses_an_empty_prompt_and_an_unknown_setting(loaded) -> None
         puna.generate(*loaded, ["x", ""])
     with pytest.raises(UsageError, match="no sampling setting is called topp"):
         puna.generate(*loaded, "x", topp=0.5)
+    for name in ("n", "batch_rows"):
+        with pytest.raises(UsageError, match=f"{name}=0 must be 1 or more"):
+            puna.generate(*loaded, "x", **{name: 0})
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
@@ -319,7 +322,7 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line_and_can_be_left_out(
     records = [{"prompt": "x"}, {"prompt": "x 1 " * 2048}, {"prompt": "y"}]
     source.write_text("\n\n".join(map(json.dumps, records)))
     words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--max-tokens", "2"]
-    assert run([*words, "--n", "2"]) == 1
+    assert run([*words, "--n", "2", "--temperature", "0.5"]) == 1
     assert re.search(r"in.jsonl:3 has \d+ tokens and the model's context 2048; shorten it", capsys.readouterr().err)
     assert run([*words, "--keep-going"]) == 0
     assert "left out: " in capsys.readouterr().err
@@ -337,6 +340,7 @@ def test_a_prompt_that_may_outgrow_the_cache_is_named_by_its_line_and_can_be_lef
     source, output, long = tmp_path / "in.jsonl", tmp_path / "out", "x = 1\n" * 9
     source.write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in ("x", long, "y", long)))
     words = ["generate", str(tiny_model_folder), "--file", str(source), "-o", str(output), "--n", "2"]
+    words += ["--temperature", "1"]
     assert run([*words, "--max-tokens", "8"]) == 1
     said = r"in.jsonl:3 may grow to \d+ tokens, and the cache holds 32; lower .*, or leave it out with --keep-going"
     assert re.search(said, capsys.readouterr().err)
@@ -344,7 +348,9 @@ def test_a_prompt_that_may_outgrow_the_cache_is_named_by_its_line_and_can_be_lef
     assert re.findall(r"left out: .*:(\d) may grow", capsys.readouterr().err) == ["3", "7"]
     answered = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["prompt"] for record in answered] == ["x", "x", "y", "y"]
-    assert [record["completion"] for record in answered[::2]] == [continued(loaded, one, max_tokens=8) for one in "xy"]
+    assert [record["completion"] for record in answered[::2]] == [
+        continued(loaded, one, max_tokens=8, temperature=1.0) for one in "xy"
+    ]
 
 
 def test_where_no_prompt_but_one_fits_the_cache_only_that_is_printed(
@@ -474,6 +480,10 @@ def test_wrong_prompts_are_told_apart_before_the_model_is_loaded(tmp_path: Path,
     assert f'{file}:2 is not an object with a text "prompt"' in message("--file", str(file), code=1)
     file.write_text('{"prompt": "x"}\n{"prompt"\n')
     assert f"{file}:2 is not JSON" in message("--file", str(file), code=1)
+    file.write_text('{"prompt": "x"}\n{"prompt": "x", "number": 1' + "1" * 5000 + "}\n")
+    assert f"{file}:2 is not JSON (Exceeds the limit" in message("--file", str(file), code=1)
+    file.write_text('{"prompt": "x", "finish": "y", "completion": "reference"}\n')
+    assert f"{file}:1 has completion, finish already, which the result would" in message("--file", str(file), code=1)
     assert "give prompts as arguments" in message("x", "--file", str(file), code=2)
     assert "prompt 2 is empty, so there is nothing to continue" in message("x", "", code=1)
     assert "prompt 1 is not UTF-8 text (character 3 is half" in message("caf\udce9", code=1)
@@ -529,6 +539,7 @@ def test_what_does_not_go_is_refused_before_a_model_is_looked_for(capsys) -> Non
     for wrong, reason in (
         (["--lookup", "--draft", "small"], "give lookup or a draft model, not both"),
         (["--cache-dtype", "int4"], "a cache is kept in int8 or fp8"),
+        (["--n", "2"], "n=2 completions of a prompt are all the same at temperature 0"),
     ):
         assert run(["generate", "nowhere/model", "x", *wrong]) == 2
         assert reason in capsys.readouterr().err
@@ -734,10 +745,11 @@ def overheard(monkeypatch: pytest.MonkeyPatch):
     """The dialogs that `puna chat` asks a model to answer; the answers are " answer 1 ", " answer 2 " …"""
     dialogs: list[tuple[str, list[dict]]] = []
 
-    def answer(model, tokenizer, messages, *, template, on_text, **sampling) -> None:
+    def answer(model, tokenizer, messages, *, template, on_text, **sampling) -> Completion:
         dialogs.append((template.name, list(messages)))
         for piece in (" ", f"answer {len(dialogs)}", " "):
             on_text(0, piece)
+        return Completion([1], f" answer {len(dialogs)} ", "stop", 1)
 
     monkeypatch.setattr("puna.generate.chat", answer)
     return dialogs
@@ -772,10 +784,31 @@ def test_new_forgets_the_dialog_but_not_the_system_message(tiny_model_folder: Pa
     assert [message["content"] for message in overheard[1][1]] == ["S", "again"]
 
 
-def test_a_layout_without_a_second_turn_begins_anew(tiny_model_folder: Path, typed, overheard) -> None:
+@pytest.mark.parametrize("is_shipped", [False, True], ids=["named", "of the model"])
+def test_a_layout_without_a_second_turn_begins_anew_and_says_so(
+    tiny_model_folder: Path, tmp_path: Path, typed, overheard, capsys, is_shipped: bool
+) -> None:
+    folder, named = tiny_model_folder, ["--template", "alpaca"]
+    if is_shipped:
+        folder, named = tmp_path / "tuned", []
+        shutil.copytree(tiny_model_folder, folder)
+        (folder / "chat_template.jinja").write_text(chat_template("alpaca").jinja)
     typed("hello\nagain\n")
-    assert run(["chat", str(tiny_model_folder), "--template", "alpaca"]) == 0
-    assert overheard[1] == ("alpaca", [{"role": "user", "content": "again"}])
+    assert run(["chat", str(folder), *named]) == 0
+    assert [dialog for _, dialog in overheard] == [[{"role": "user", "content": text}] for text in ("hello", "again")]
+    assert capsys.readouterr().err.count("no place for what was said before; the dialog begins anew") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [(["--max-tokens", "3"], "--max-tokens 3"), (["--context", "40"], "the model's context, which is full")],
+)
+def test_an_answer_that_was_cut_off_is_said_to_be(
+    tiny_model_folder: Path, typed, capsys, options: list[str], limit: str
+) -> None:
+    typed("hello\n")
+    assert run(["chat", str(tiny_model_folder), "--temperature", "0", "--system", "", *options]) == 0
+    assert f"the answer was cut off by {limit}" in capsys.readouterr().err
 
 
 def test_chat_says_what_the_model_says(loaded, tiny_model_folder: Path, capsys, typed) -> None:

@@ -39,7 +39,7 @@ def migrate(
             if key.fate == fate:
                 say(f"  {key.key} = {key.value!r}: {key.why}")
     if result.differences:
-        say("\ntrains otherwise (--faithful keeps the old way, for comparison):")
+        say("\ntrains otherwise" + (":" if faithful else " (--faithful keeps the old way, for comparison):"))
         for difference in result.differences:
             say(f"  {difference}")
     if result.recipe is None:

@@ -20,6 +20,7 @@ from puna.migrate.recipe import (
     VALID_DATA,
     WEIGHTS,
     Settings,
+    arithmetic_differences,
     generation,
     recipe_of,
     recompute_differences,
@@ -136,6 +137,7 @@ def migrate(
     differences = [
         *([] if faithful else DIFFERENCES),
         *value_differences(settings, recipe),
+        *arithmetic_differences(settings, recipe),
         *recompute_differences(settings),
         *_step_differences(settings, recipe, found=found, given=rows, faithful=faithful),
     ]

@@ -23,6 +23,11 @@ SCHEDULES = {
     "ConstantWarmUpLR": "constant",
 }
 
+#: MindFormers' optimizers that do not correct the bias of their running means, by name and by alias.
+UNCORRECTED = (
+    "FP32StateAdamWeightDecay", "AdamWeightDecay", "FusedAdamWeightDecay", "fp32_adamw", "adamw", "fused_adamw",
+)  # fmt: skip
+
 #: MindFormers' compute_dtype -> precision.
 PRECISIONS = {"float16": "bf16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -137,8 +142,26 @@ def value_differences(settings: Settings, recipe: Recipe) -> list[str]:
         )
     if first := settings.number("lr_schedule.warmup_lr_init", 0):
         found.append(f"lr_schedule.warmup_lr_init: the warm-up starts from 0, not from {first:g}")
-    if "adam" not in (optimizer := str(settings.get("optimizer.type", "AdamW"))).lower():
+    if "adam" not in (optimizer := optimizer_type(settings)).lower():
         found.append(f"optimizer.type: {optimizer} is not there; the optimizer is AdamW")
+    return found
+
+
+def arithmetic_differences(settings: Settings, recipe: Recipe) -> list[str]:
+    """Where Adam or the mean of the losses is not as MindFormers has it by this YAML."""
+    optimizer, found = optimizer_type(settings), []
+    is_adam, corrects = "adam" in optimizer.lower(), optimizer not in UNCORRECTED
+    is_mean = bool(settings.get("calculate_per_token_loss", False))
+    if recipe.arithmetic == "mindformers":
+        if is_adam and corrects:
+            found.append(f"optimizer.type: {optimizer} corrects the bias of its running means; this recipe does not")
+        if is_mean:
+            found.append("calculate_per_token_loss: left out; the loss is the mean of the means of micro-batches")
+        return found
+    if is_adam and not corrects:
+        found.append(f"AdamW corrects the bias of its running means; {optimizer} does not, and has smaller first steps")
+    if not is_mean:
+        found.append("the loss is the mean over all targets of a batch; there the mean of the means of micro-batches")
     return found
 
 
@@ -196,6 +219,11 @@ def betas(settings: Settings) -> Any:
     if pair is not None:
         return pair
     return [settings.number("optimizer.beta1", 0.9), settings.number("optimizer.beta2", 0.999)]
+
+
+def optimizer_type(settings: Settings) -> str:
+    """The name of MindFormers' optimizer."""
+    return str(settings.get("optimizer.type", "AdamW"))
 
 
 def max_grad_norm(settings: Settings) -> float | None:

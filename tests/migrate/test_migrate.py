@@ -282,6 +282,30 @@ def test_what_values_ask_for_beyond_a_recipe_is_named(written):
     assert not [line for line in with_weights.differences if line.startswith("model")]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "is_faithful", "said"),
+    [
+        ("AdamW", True, ["optimizer.type: AdamW corrects the bias of its running means; this recipe does not"]),
+        ("AdamW", False, []),
+        ("adamw", True, []),  # there an alias of AdamWeightDecay
+        ("adamw", False, [
+            "AdamW corrects the bias of its running means; adamw does not, and has smaller first steps"
+        ]),
+    ],
+)  # fmt: skip
+def test_whether_the_bias_is_corrected_is_said_where_mindformers_did_otherwise(written, optimizer, is_faithful, said):
+    found = puna.migrate(written({"optimizer": {"type": optimizer}}), faithful=is_faithful).differences
+    assert [line for line in found if "bias" in line] == said
+
+
+def test_which_mean_the_loss_is_is_said_where_mindformers_took_the_other(written):
+    for is_mean in (True, False):
+        path = written({"calculate_per_token_loss": is_mean})
+        faithful, sound = (str(puna.migrate(path, faithful=keeps).differences) for keeps in (True, False))
+        assert ("the mean of the means of micro-batches" in faithful) == is_mean
+        assert ("the mean of the means of micro-batches" in sound) == (not is_mean)
+
+
 def test_epochs_become_steps_where_the_rows_are_known(written):
     assert puna.migrate(written(), rows=10_000).recipe.steps == 2 * (10_000 // 128)
     unknown = puna.migrate(written())
@@ -386,6 +410,7 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
     assert run(["migrate", str(path), "--faithful"]) == 0
     out, err = capsys.readouterr()
     assert "arithmetic: mindformers" in out
+    assert "\ntrains otherwise:\n" in err
     assert "AdamW corrects" not in err
 
 

@@ -212,7 +212,7 @@ GENERATION = {
 
 #: How a run differs from MindFormers', whatever the YAML says, unless the recipe keeps MindFormers' arithmetic.
 DIFFERENCES = (
-    "updates are numbered from 1 for the learning rate; there from 0, so that the first update had a rate of 0",
+    "updates are numbered from 1 for the learning rate; there from 0, so that a warm-up began with a rate of 0",
     "a position counts if it has a target; there, pretraining left out positions whose input token was padding",
     "documents in a row do not see each other; there, a token saw all that stood before it in the row",
     "dialogs are packed, several to a row; there each was padded to a row, and some were silently masked",

@@ -233,7 +233,9 @@ def max_grad_norm(settings: Settings) -> float | None:
 
 
 def schedule(settings: Settings) -> str:
-    """The name of the schedule of the learning rate."""
+    """The name of the schedule of the learning rate; without one MindFormers keeps optimizer.learning_rate."""
+    if not settings.get("lr_schedule"):
+        return "constant"
     name = str(settings.get("lr_schedule.type", "CosineWithWarmUpLR"))
     if name not in SCHEDULES:
         raise UsageError(f"lr_schedule.type {name!r} is not one that puna has; choose one of {', '.join(SCHEDULES)}")

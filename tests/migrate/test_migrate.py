@@ -215,6 +215,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"optimizer.eps": "1e-6"}, "optimizer.eps", 1e-6),
         ({"optimizer.weight_decay": 0.1}, "optimizer.weight_decay", 0.1),
         ({"lr_schedule.learning_rate": None, "optimizer.learning_rate": 2e-5}, "optimizer.peak_lr", 2e-5),
+        ({"lr_schedule": None, "optimizer.learning_rate": 2e-5}, "schedule.name", "constant"),
         ({"lr_schedule.type": "LinearWithWarmUpLR"}, "schedule.name", "linear"),
         ({"lr_schedule.lr_end": 5e-6}, "schedule.final_fraction", 0.5),
         ({"lr_schedule.total_steps": 500}, "steps", 500),

@@ -23,7 +23,8 @@ SCHEDULES = {
     "ConstantWarmUpLR": "constant",
 }
 
-#: MindFormers' optimizers that do not correct the bias of their running means, by name and by alias.
+#: MindFormers' optimizers that do not correct the bias of their running means, by name and by alias; their eps is 1e-6
+#: where a YAML states none, that of the others 1e-8.
 UNCORRECTED = (
     "FP32StateAdamWeightDecay", "AdamWeightDecay", "FusedAdamWeightDecay", "fp32_adamw", "adamw", "fused_adamw",
 )  # fmt: skip
@@ -105,7 +106,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
         "optimizer": {
             "peak_lr": peak,
             "betas": betas(settings),
-            "eps": settings.number("optimizer.eps", 1e-8),
+            "eps": settings.number("optimizer.eps", 1e-6 if optimizer_type(settings) in UNCORRECTED else 1e-8),
             "weight_decay": settings.number("optimizer.weight_decay", 0.0),
             "max_grad_norm": max_grad_norm(settings),
         },

@@ -15,7 +15,7 @@ TRANSLATED = {
     "eval_step_interval": "validation.every",
     "runner_config.epochs": "steps",
     "runner_config.batch_size": "micro_batch_rows, batch_tokens",
-    "runner_config.gradient_accumulation_steps": "batch_tokens",
+    "runner_config.gradient_accumulation_steps": "batch_tokens; without effect with pipelines or parallel_mode 0",
     "optimizer.beta1": "optimizer.betas",
     "optimizer.beta2": "optimizer.betas",
     "optimizer.betas": "optimizer.betas",

@@ -181,9 +181,9 @@ def batch_rows(settings: Settings) -> int:
     if settings.whole("parallel_config.pipeline_stage", 1) > 1:
         micro_batches = settings.whole("parallel_config.micro_batch_num", 1)
         return rows * micro_batches * settings.whole("micro_batch_interleave_num", 1)
-    accumulated = settings.whole("runner_config.gradient_accumulation_steps", 1)
     if settings.whole("parallel.parallel_mode", 1) == 0:
-        return rows * accumulated  # devices are data_parallel
+        return rows  # devices are data_parallel, and nothing is accumulated
+    accumulated = settings.whole("runner_config.gradient_accumulation_steps", 1)
     return rows * accumulated * settings.whole("micro_batch_interleave_num", 1)
 
 

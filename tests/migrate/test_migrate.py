@@ -210,6 +210,15 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
             "batch_tokens",
             4 * 4096,
         ),
+        (
+            {
+                "parallel_config.pipeline_stage": 1,
+                "runner_config.gradient_accumulation_steps": 4,
+                "parallel.parallel_mode": 0,
+            },
+            "batch_tokens",
+            4096,
+        ),
         ({"optimizer.beta1": 0.8}, "optimizer.betas", (0.8, 0.95)),
         ({"optimizer.betas": [0.7, 0.9]}, "optimizer.betas", (0.7, 0.9)),
         ({"optimizer.eps": "1e-7"}, "optimizer.eps", 1e-7),

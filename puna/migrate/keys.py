@@ -24,7 +24,7 @@ TRANSLATED = {
     "optimizer.learning_rate": "optimizer.peak_lr",
     "lr_schedule.type": "schedule.name",
     "lr_schedule.learning_rate": "optimizer.peak_lr",
-    "lr_schedule.lr_end": "schedule.final_fraction",
+    "lr_schedule.lr_end": "schedule.final_fraction; without effect but for CosineWithWarmUpLR",
     "lr_schedule.warmup_ratio": "schedule.warmup_steps",
     "lr_schedule.warmup_steps": "schedule.warmup_steps",
     "lr_schedule.total_steps": "steps",

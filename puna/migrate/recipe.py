@@ -90,7 +90,8 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
     length = settings.whole("model.model_config.seq_length", 2048)
     global_rows = batch_rows(settings)
     steps = step_count(settings, rows)
-    peak, end = peak_lr(settings), settings.number("lr_schedule.lr_end", 0)
+    name, peak = schedule(settings), peak_lr(settings)
+    end = settings.number("lr_schedule.lr_end", 0) if name == "cosine" else 0  # the others take no notice of it
     has_weights = bool(settings.get("load_checkpoint")) or not names
     layout = parallel(settings)
     parts = max(1, layout.get("tp", 1))  # a row is shared by so many ranks
@@ -111,7 +112,7 @@ def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: 
             "max_grad_norm": max_grad_norm(settings),
         },
         "schedule": {
-            "name": schedule(settings),
+            "name": name,
             "warmup_steps": min(warmup_steps(settings, steps), steps),
             "final_fraction": end / peak if peak else 0.0,
         },

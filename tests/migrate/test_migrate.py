@@ -229,6 +229,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
         ({"lr_schedule": None, "optimizer.learning_rate": 2e-5}, "schedule.name", "constant"),
         ({"lr_schedule.type": "LinearWithWarmUpLR"}, "schedule.name", "linear"),
         ({"lr_schedule.lr_end": 5e-6}, "schedule.final_fraction", 0.5),
+        ({"lr_schedule.lr_end": 5e-6, "lr_schedule.type": "LinearWithWarmUpLR"}, "schedule.final_fraction", 0),
         ({"lr_schedule.total_steps": 500}, "steps", 500),
         ({"lr_schedule.total_steps": 500}, "schedule.warmup_steps", 15),
         ({"lr_schedule.warmup_ratio": None, "lr_schedule.warmup_steps": 9}, "schedule.warmup_steps", 9),

@@ -1,7 +1,7 @@
 """Keys of MindFormers' YAML, and what became of each.
 
-A key stands for all keys inside it that are not listed themselves. Entries of lists are named by their type:
-`callbacks.CheckpointMonitor.save_checkpoint_steps`.
+A key stands for all keys inside it that are not listed themselves. Entries of lists are named by their type,
+`callbacks.CheckpointMonitor.save_checkpoint_steps`, a second one of a type `CheckpointMonitor 2`.
 
 Source: MindFormers v1.5.0 `configs/codellama/*.yaml`, `mindformers/trainer`, and how its code uses each.
 """
@@ -177,6 +177,7 @@ NOT_THERE = {
     "recompute_config.select_comm_recompute": "what is computed again is communicated again",
     "swap_config.layer_swap": "all layers are treated alike",
     "swap_config.op_swap": "all layers are treated alike",
+    "callbacks.CheckpointMonitor 2": "a recipe saves by one rule; checkpoint.keep_every keeps some for good",
     "callbacks.ObsMonitor": "checkpoints are saved in a folder, run_dir",
     "callbacks.SummaryMonitor": "log.tensorboard has the numbers",
     "callbacks.ProfileMonitor": "there is no profiler",

@@ -1,6 +1,7 @@
 """Reads a YAML, says of every key what became of it, and writes the recipe with the commands that lead to its run."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +163,20 @@ def by_type(value: Any, room: Iterator[int]) -> Any:
     """
     next(room)
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "type" in entry for entry in value):
-        value = {
-            SPELLED.get(str(entry["type"]), entry["type"]): {k: x for k, x in entry.items() if k != "type"} or "on"
-            for entry in value
-        }
+        value = dict(_named(value))
     if not isinstance(value, Mapping):
         return value
     return {str(key): by_type(inner, room) for key, inner in value.items()}
+
+
+def _named(entries: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Entries by their types, from the second of a type on with a number: `CheckpointMonitor 2`."""
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        name = SPELLED.get(str(entry["type"]), str(entry["type"]))
+        counts[name] += 1
+        number = f" {counts[name]}" if counts[name] > 1 else ""
+        yield name + number, {key: value for key, value in entry.items() if key != "type"} or "on"
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

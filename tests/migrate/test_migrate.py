@@ -395,6 +395,17 @@ def test_fates_are_told_apart(written):
     assert found["train_dataset_task.dataset_config.repeat"].fate == "not needed"
 
 
+def test_of_two_monitors_the_first_counts_and_the_second_is_named(written):
+    every = [{"type": "CheckpointMonitor", "save_checkpoint_steps": steps} for steps in (1000, 50)]
+    found = puna.migrate(written({"callbacks": every}))
+    assert found.recipe.checkpoint.every == 1000
+    monitors = [(key.key, key.value, key.fate) for key in found.keys if "CheckpointMonitor" in key.key]
+    assert monitors == [
+        ("callbacks.CheckpointMonitor.save_checkpoint_steps", 1000, "translated"),
+        ("callbacks.CheckpointMonitor 2.save_checkpoint_steps", 50, "not there"),
+    ]
+
+
 def test_a_yaml_for_prediction_becomes_a_command(written, capsys):
     path = written(PREDICT)
     assert run(["migrate", str(path)]) == 0

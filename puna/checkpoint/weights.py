@@ -42,18 +42,19 @@ def open_weights(folder: Path | str) -> dict[str, StoredTensor]:
 
 
 def open_index(
-    index: Path, opened: Callable[[Path], dict[str, StoredTensor]] = open_safetensors
+    index: Path, opened: Callable[[Path], dict[str, StoredTensor]] = open_safetensors, *, may_be_flat: bool = False
 ) -> dict[str, StoredTensor]:
     """Every tensor of the files that an index names, unread.
 
     Args:
         index: JSON with a "weight_map", name -> file beside it.
         opened: gives the tensors of a file.
+        may_be_flat: whether JSON without a "weight_map" is itself that map.
 
     Raises:
         PunaError: there is no such map, a file is missing, or holds other tensors than the map says.
     """
-    weight_map = _weight_map(index)
+    weight_map = _weight_map(index, may_be_flat)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (index.parent / file).exists():
@@ -67,9 +68,10 @@ def open_index(
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict):
+def _weight_map(index: Path, may_be_flat: bool = False) -> dict[str, str]:
+    content = read_json(index) or {}
+    weight_map = content.get("weight_map", content if may_be_flat else None)
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise PunaError(f'{index} has no "weight_map"')
     return weight_map
 

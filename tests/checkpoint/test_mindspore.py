@@ -214,8 +214,9 @@ def test_safetensors_of_mindspore_are_read(model_ckpt, tmp_path):
         assert (folder / "model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 
 
-def test_several_safetensors_with_their_map_are_read(model_ckpt, tmp_path):
-    """As `mindspore.unified_safetensors` leaves them."""
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_several_safetensors_with_their_map_are_read(model_ckpt, tmp_path, is_flat):
+    """As `mindspore.unified_safetensors` leaves them, and, with a flat map, MindFormers."""
     from safetensors.torch import save_file
 
     tensors = {name: value.read() for name, value in open_ckpt(model_ckpt).items()}
@@ -223,10 +224,17 @@ def test_several_safetensors_with_their_map_are_read(model_ckpt, tmp_path):
     places = {name: f"part{i % 2}.safetensors" for i, name in enumerate(tensors)}
     for file in set(places.values()):
         own = {name: values for name, values in tensors.items() if places[name] == file}
-        save_file(own, tmp_path / "st" / file, metadata={"format": "ms"})
-    (tmp_path / "st/param_name_map.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        save_file(own, tmp_path / "st" / file, metadata=None if is_flat else {"format": "ms"})
+    content = places if is_flat else {"metadata": {}, "weight_map": places}
+    (tmp_path / "st/param_name_map.json").write_text(json.dumps(content))
     folder = convert(tmp_path / "st", tmp_path / "hf", rope_theta=1e6)
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
+
+
+def test_a_map_that_names_no_files_is_said(tmp_path):
+    (tmp_path / "param_name_map.json").write_text('{"metadata": {}}')
+    with pytest.raises(PunaError, match=r'param_name_map\.json has no "weight_map"'):
+        convert(tmp_path, tmp_path / "hf", rope_theta=1e6)
 
 
 def test_slices_saved_as_safetensors_are_merged(tmp_path):

@@ -42,17 +42,19 @@ WRITE_OPTIONS = ("layout",)
 #: The file that states the model's shape beside weights that puna wrote.
 MODEL_FILE = "model.yaml"
 
-#: Says in which of several safetensors a parameter is, as `mindspore.unified_safetensors` writes it.
+#: Says in which of several safetensors a parameter is: {"weight_map": {name: file}} as `mindspore.unified_safetensors`
+#: writes it, {name: file} as MindFormers does, whose files do not say what they are.
 INDEX_FILE = "param_name_map.json"
 
 
 def recognises(place: Path) -> bool:
-    """Whether this is a `.ckpt` or MindSpore's safetensors, or a folder of either or of ranks' folders."""
+    """Whether this is a `.ckpt` or MindSpore's safetensors, or a folder of either, their map or ranks' folders."""
     if place.is_file():
         return _is_mindspore(place)
     if (place / "config.json").exists():
         return False
-    return any(file.is_file() and _is_mindspore(file) for file in place.iterdir()) or bool(rank_folders(place))
+    has_files = any(file.is_file() and _is_mindspore(file) for file in place.iterdir())
+    return has_files or (place / INDEX_FILE).exists() or bool(rank_folders(place))
 
 
 def read(
@@ -143,7 +145,7 @@ def _whole(place: Path, pick: str | None) -> Mapping[str, StoredTensor | str]:
     if place.is_file():
         return _open(place)
     if (place / INDEX_FILE).exists():
-        return open_index(place / INDEX_FILE)
+        return open_index(place / INDEX_FILE, may_be_flat=True)
     return _open(_chosen({0: place}, pick)[0])
 
 

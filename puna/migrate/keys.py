@@ -199,7 +199,7 @@ NOT_THERE = {
 
 #: Key -> option of `puna generate` that it becomes.
 GENERATION = {
-    "model.model_config.max_decode_length": "--max-tokens",
+    "model.model_config.max_decode_length": "--max-tokens where max_new_tokens is not given; the prompt counted too",
     "model.model_config.max_new_tokens": "--max-tokens",
     "model.model_config.do_sample": "--temperature",
     "model.model_config.temperature": "--temperature",

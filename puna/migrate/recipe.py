@@ -314,7 +314,8 @@ def generation(settings: Settings) -> str:
     """The command that completes a prompt as a YAML for prediction asks for."""
     model = "model.model_config."
     words = ["puna generate", WEIGHTS, "'def quick_sort(arr):'"]
-    words.append(f"--max-tokens {settings.whole(f'{model}max_decode_length', 1024)}")
+    length = settings.whole(f"{model}max_decode_length", 1024)
+    words.append(f"--max-tokens {settings.whole(f'{model}max_new_tokens', length)}")
     if settings.get(f"{model}do_sample", True):
         words.append(f"--temperature {settings.number(f'{model}temperature', 1.0):g}")
         words.append(f"--top-k {settings.whole(f'{model}top_k', 5)} --top-p {settings.number(f'{model}top_p', 1.0):g}")

@@ -412,6 +412,8 @@ def test_a_yaml_for_prediction_becomes_a_command(written, capsys):
     convert_line, generate_line = capsys.readouterr().out.splitlines()
     assert convert_line == f"puna convert CKPT -o weights --config {path}"
     assert generate_line == "puna generate weights 'def quick_sort(arr):' --max-tokens 512"
+    short = puna.migrate(written({**PREDICT, "model.model_config.max_new_tokens": 64}))
+    assert short.steps[-1].endswith("--max-tokens 64")
     sampled = puna.migrate(written({**PREDICT, "model.model_config.do_sample": True, "model.model_config.top_p": 0.9}))
     assert sampled.steps[-1].endswith("--max-tokens 512 --temperature 1 --top-k 3 --top-p 0.9")
 

@@ -385,10 +385,13 @@ def test_slices_are_converted_by_their_strategy_files(written):
 
 
 def test_fates_are_told_apart(written):
-    found = {key.key: key for key in puna.migrate(written({"profile": True, "parallel_config.mystery": 3})).keys}
+    changes = {"profile": True, "lr_scale": True, "parallel_config.mystery": 3}
+    found = {key.key: key for key in puna.migrate(written(changes)).keys}
     assert found["parallel_config.vocab_emb_dp"].fate == "had no effect"
     assert found["parallel_config.model_parallel"].why == "parallel.tp"
     assert found["profile"].fate == "not there"
+    assert found["lr_scale"].fate == "not there"
+    assert found["lr_scale_factor"].why == "only lr_scale uses it"
     assert found["layer_scale"].fate == "not there, was off"
     assert found["callbacks.ObsMonitor"].fate == "not there"
     assert found["parallel_config.mystery"].fate == "unknown"

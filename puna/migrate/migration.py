@@ -22,6 +22,7 @@ from puna.migrate.recipe import (
     WEIGHTS,
     Settings,
     arithmetic_differences,
+    check_feasible,
     generation,
     recipe_of,
     recompute_differences,
@@ -121,6 +122,7 @@ def migrate(
         raise PunaError(
             f"{source} has more than {MOST_VALUES:,} values; it is no configuration of MindFormers"
         ) from None
+    check_feasible(settings, str(source))
     keys = [accounted(key, value) for key, value in flattened(settings.content)]
     if settings.get("run_mode", "train") == "predict":
         steps = [*_conversion(settings, source, "CKPT"), generation(settings)]

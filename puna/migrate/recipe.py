@@ -7,7 +7,7 @@ from typing import Any
 
 from puna.checkpoint.formats.mindspore.model_config import from_fields, known_as, model_fields
 from puna.config import Recipe, load_recipe
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 from puna.model.config import PRESETS, ModelConfig
 
 #: Names, in the recipe, of what its user makes with puna before the first step.
@@ -70,6 +70,17 @@ class Settings:
         if not value.is_integer():
             raise UsageError(f"{key} is {value!r}; a whole number was expected")
         return int(value)
+
+
+def check_feasible(settings: Settings, where: str) -> None:
+    """Refuses a YAML that neither a recipe nor a command stands for.
+
+    Raises:
+        PunaError: its network has experts.
+    """
+    for key in ("moe_config.expert_num", "model.model_config.moe_config.expert_num"):
+        if (experts := settings.whole(key, 1)) > 1:
+            raise PunaError(f"{where}: {key} is {experts}; puna has no network with experts")
 
 
 def recipe_of(settings: Settings, *, where: str, rows: int | None, is_faithful: bool) -> Recipe:

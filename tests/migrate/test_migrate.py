@@ -447,6 +447,12 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
     ("changes", "error", "message"),
     [
         ({"model": {"arch": {}}}, PunaError, "has no model.model_config"),
+        (
+            {"model.model_config.moe_config": {"expert_num": 8}},
+            PunaError,
+            r"model\.model_config\.moe_config\.expert_num is 8; puna has no network with experts",
+        ),
+        ({**PREDICT, "moe_config": {"expert_num": 8}}, PunaError, r"moe_config\.expert_num is 8"),
         ({"model.model_config.type": "QwenConfig"}, PunaError, "describes QwenConfig, not LlamaConfig"),
         (
             {"lr_schedule.type": "PolynomialWithWarmUpLR"},

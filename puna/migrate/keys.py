@@ -68,7 +68,7 @@ NOT_NEEDED = {
     "transform_process_num": "slices are not transformed before a run",
     "only_save_strategy": "checkpoints are read on any layout",
     "resume_training": "the same command continues the run in run_dir",
-    "run_mode": "the command is puna train",
+    "run_mode": "the command is puna train, or puna generate",
     "trainer": "the command is puna train",
     "runner_config.sink_mode": "there is no graph that data could be sunk into",
     "runner_config.sink_size": "there is no graph that data could be sunk into",

@@ -16,6 +16,9 @@ TRAIN_DATA, VALID_DATA, WEIGHTS = "data/train", "data/valid", "weights"
 #: Steps where neither the YAML nor the data say how many there are.
 SOME_STEPS = 1000
 
+#: MindFormers' ways to run a YAML that become a recipe or a command.
+RUN_MODES = ("train", "finetune", "predict")
+
 #: MindFormers' schedule -> ours.
 SCHEDULES = {
     "CosineWithWarmUpLR": "cosine",
@@ -76,8 +79,15 @@ def check_feasible(settings: Settings, where: str) -> None:
     """Refuses a YAML that neither a recipe nor a command stands for.
 
     Raises:
+        UsageError: it neither trains nor predicts.
         PunaError: its network has experts.
     """
+    mode = settings.get("run_mode", "train")
+    if mode not in RUN_MODES:
+        raise UsageError(
+            f"run_mode {mode!r} is not one that puna migrate has; choose one of {', '.join(RUN_MODES)}; "
+            "`puna evaluate` scores models"
+        )
     for key in ("moe_config.expert_num", "model.model_config.moe_config.expert_num"):
         if (experts := settings.whole(key, 1)) > 1:
             raise PunaError(f"{where}: {key} is {experts}; puna has no network with experts")

@@ -199,6 +199,7 @@ def test_the_numbers_are_those_of_the_recipes_that_ship_with_puna(written, tmp_p
     ("changes", "field", "value"),
     [
         ({"seed": 7}, "seed", 7),
+        ({"run_mode": "finetune", "seed": 7}, "seed", 7),
         ({"output_dir": "./runs/a"}, "run_dir", "runs/a/puna"),
         ({"load_checkpoint": "X.ckpt"}, "start", "weights"),
         ({"do_eval": True}, "data.valid", "data/valid"),
@@ -452,6 +453,7 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
             PunaError,
             r"model\.model_config\.moe_config\.expert_num is 8; puna has no network with experts",
         ),
+        ({"run_mode": "eval"}, UsageError, "run_mode 'eval' is not one .* one of train, finetune, predict; `puna eval"),
         ({**PREDICT, "moe_config": {"expert_num": 8}}, PunaError, r"moe_config\.expert_num is 8"),
         ({"model.model_config.type": "QwenConfig"}, PunaError, "describes QwenConfig, not LlamaConfig"),
         (

@@ -46,6 +46,19 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+#: Those that are open, the innermost last.
+_open: list["Progress"] = []
+
+
+def still_at_work() -> None:
+    """Shows the innermost progress if it is time; whoever works long before any of it is done calls it now and then.
+
+    Where there are lines in place of a bar, only until something is done.
+    """
+    if _open and (_open[-1].in_terminal or not _open[-1].done):
+        _open[-1].advance(0)
+
+
 def _is_speaker() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -64,24 +77,26 @@ class Progress:
         self.done = 0.0
         self._note = ""
         self._started = self._last_shown = time.monotonic()
-        self._in_terminal = sys.stderr.isatty() and _is_speaker()
+        self.in_terminal = sys.stderr.isatty() and _is_speaker()
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Self:
+        _open.append(self)
         return self
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Adds `amount` to what is done; `note` is shown behind the bar."""
         self.done += amount
         self._note = self._note if note is None else note
-        wait = BAR_EVERY_SECONDS if self._bar else BAR_AFTER_SECONDS if self._in_terminal else LINE_EVERY_SECONDS
+        wait = BAR_EVERY_SECONDS if self._bar else BAR_AFTER_SECONDS if self.in_terminal else LINE_EVERY_SECONDS
         if time.monotonic() - self._last_shown >= wait:
             self._show()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _open.remove(self)
         if self._bar is not None:
             self._show()
             self._bar.stop()
@@ -90,7 +105,7 @@ class Progress:
 
     def _show(self) -> None:
         self._last_shown = time.monotonic()
-        if not self._in_terminal:
+        if not self.in_terminal:
             self._line()
             return
         if self._bar is None:

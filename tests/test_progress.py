@@ -58,6 +58,21 @@ def test_elsewhere_there_are_lines(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text().splitlines() == ["baa"] * 4 + ["counting: 4/4 sheep in 0 s of colour 3"]
 
 
+def test_long_work_shows_that_it_goes_on_before_any_of_it_is_done() -> None:
+    work = """
+import time
+from puna.progress import Progress, still_at_work
+still_at_work()
+with Progress("counting", 4, "sheep"):
+    for _ in range(8):
+        time.sleep(0.1)
+        still_at_work()
+still_at_work()
+"""
+    said, _ = shown_in_a_terminal(work)
+    assert "0/4 sheep" in said
+
+
 def test_work_goes_on_when_nobody_hears_of_it_any_more() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -28,6 +28,7 @@ from puna.parallel.pipeline import check_schedule, make_schedule
 from puna.parallel.shared_memory import share_through_memory
 from puna.parallel.stage import Stage
 from puna.parallel.tensor import gather_tokens, split_weights
+from puna.progress import still_at_work
 
 #: Does what it will to the layers of a network, and returns those that keep what they compute for the backward pass.
 Prepare = Callable[[Llama], Iterable[nn.Module]]
@@ -152,6 +153,7 @@ class DistributedModel:
             share = self._loss_of(batch[start : start + micro_batch_rows], loss)
             share.backward()
             total += share.detach()
+            still_at_work()
         return total.item()
 
     @torch.no_grad()

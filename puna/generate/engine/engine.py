@@ -24,6 +24,7 @@ from puna.model.llama import Llama
 from puna.model.mark import mark_in_memory
 from puna.parallel.collectives import all_min
 from puna.parallel.inference import group_of
+from puna.progress import still_at_work
 from puna.tokenizer import Tokenizer
 
 #: Tokens of a block of the cache.
@@ -263,6 +264,7 @@ class Engine:
 
     def _step(self) -> bool:
         """Computes the next step; whether sequences ended in it. Those that meet an error end with it."""
+        still_at_work()
         live = [*self.scheduler.running, *self.scheduler.waiting]
         try:
             return self._compute_step()

@@ -81,6 +81,8 @@ class Claim:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._held = open(self._path, "a")  # noqa: SIM115 - closed in let_go
         is_ours = self._lock_in_time(self._held)
+        if is_ours is not False and self._is_lost():  # a run that was refused took the folder away meanwhile
+            return self._is_taken()
         self._is_made = is_new and is_ours is not False
         if is_ours is None:
             say(f"the file system of {self._run_dir} has no locks: see to it that no second process trains there")

@@ -7,6 +7,7 @@
 What would make it another run is refused; the message says how a new one begins with its weights.
 """
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from puna.train.metrics import FILE, read_metrics
 #: The resolved recipe, in the run's folder.
 RECIPE = "recipe.yaml"
 
+#: What takes the place of a run without checkpoints.
+TO_BEGIN_AFRESH = f"remove its {RECIPE} and {FILE} to begin afresh"
+
 #: Fields that may change when a run continues, and all below them; any other change would make it another run.
 MAY_CHANGE = {
     "model", "start", "run_dir", "steps", "micro_batch_rows", "parallel", "recompute", "recompute_layers", "compile",
@@ -32,7 +36,14 @@ MAY_CHANGE = {
 
 
 def recipe_before(run_dir: Path) -> Recipe | None:
-    """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none."""
+    """The recipe of the run that a folder holds, also where only its checkpoints were copied; None: it holds none.
+
+    Raises:
+        PunaError: files that a run would write are there, and they are no run's.
+    """
+    own = [run_dir / name for name in (RECIPE, FILE) if (run_dir / name).exists()]
+    if len(own) == 1 and not any(os.path.lexists(run_dir / name) for name in (UNSAVED, CHECKPOINTS)):
+        raise PunaError(f"{own[0]} is no run's, and a run would replace it; move it, or choose another run_dir")
     if (run_dir / RECIPE).is_file():
         return load_recipe(run_dir / RECIPE)
     for path in reversed(checkpoints(run_dir).values()):
@@ -73,7 +84,7 @@ def check_presence(run_dir: Path, save_every: int) -> None:
     if last >= save_every:
         raise PunaError(
             f"{run_dir} holds {last:,} steps of a run but none of its checkpoints; bring them back, or choose another "
-            f"run_dir, or remove its {FILE} to begin afresh"
+            f"run_dir, or {TO_BEGIN_AFRESH}"
         )
 
 
@@ -97,7 +108,7 @@ def check_recipe(before: Recipe, now: Recipe) -> None:
         if [weight for _, weight in was] != [weight for _, weight in weights]:
             forbidden.append(changed[-1])
     if forbidden:
-        way = f"begin {new_run_from(now.run_dir)}" if checkpoints(now.run_dir) else "remove that folder"
+        way = f"begin {new_run_from(now.run_dir)}" if checkpoints(now.run_dir) else TO_BEGIN_AFRESH
         raise UsageError(
             f"{now.run_dir} holds a run of another recipe ({'; '.join(forbidden)}); choose another run_dir, or {way}"
         )

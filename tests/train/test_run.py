@@ -644,13 +644,27 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     assert "raise steps to train further" in capsys.readouterr().err
 
 
-def test_another_recipe_may_take_the_folder_of_a_run_that_has_saved_nothing_once_it_is_removed(recipe: Make) -> None:
+def test_another_recipe_may_take_the_folder_of_a_run_that_has_saved_nothing_once_it_is_cleared(recipe: Make) -> None:
     run_dir = Path(puna.train(recipe())["run_dir"])
     with pytest.raises(UsageError, match=r"begin a new run with its weights: puna export"):
         puna.train(recipe(seed=1))
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(UsageError, match=r"seed: 0 -> 1\); choose another run_dir, or remove that folder$"):
+    afresh = r"remove its recipe\.yaml and metrics\.jsonl to begin afresh$"
+    with pytest.raises(UsageError, match=rf"seed: 0 -> 1\); choose another run_dir, or {afresh}"):
         puna.train(recipe(seed=1))
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (run_dir / name).unlink()
+    assert puna.train(recipe(seed=1))["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_file_of_the_users_own_is_no_run_and_is_not_replaced(recipe: Make, name: str) -> None:
+    content = recipe()
+    (own := Path(content["run_dir"]) / name).parent.mkdir()
+    own.write_text('{"model": "mine"}\n')
+    with pytest.raises(PunaError, match=rf"{name} is no run's, and a run would replace it; move it, or choose another"):
+        puna.train(content)
+    assert own.read_text() == '{"model": "mine"}\n'
 
 
 def test_a_run_that_has_saved_is_not_begun_afresh_where_its_checkpoints_are_out_of_sight(

@@ -32,7 +32,7 @@ def words_to_start(devices: int, devices_per_node: int = 8) -> tuple[str, str]:
     if devices <= devices_per_node:
         return "puna train", f" --nproc {devices}" if devices > 1 else ""
     per_node = next(n for n in range(devices_per_node, 0, -1) if devices % n == 0)
-    return "puna launch", f" --nodes {devices // per_node} --gpus {per_node}"
+    return "puna launch", f" --nodes {devices // per_node} --gpus {per_node} --master-addr HOST"
 
 
 def start_processes(command: list[str], n_processes: int) -> int:

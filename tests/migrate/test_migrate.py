@@ -432,7 +432,7 @@ def test_the_command_writes_the_recipe_and_names_the_keys(written, tmp_path, cap
     text = recipe.read_text()
     assert f"#   puna convert out/X.ckpt -o weights --config {path}\n" in text
     assert "#   puna prepare mindrecord X.mindrecord -o data/train --tokenizer tokenizer.model\n" in text
-    assert f"#   puna launch '{recipe}' --nodes 2 --gpus 8\n" in text
+    assert f"#   puna launch '{recipe}' --nodes 2 --gpus 8 --master-addr HOST\n" in text
     assert run(["migrate", str(path), "-o", str(recipe)]) == 1
     capsys.readouterr()
     assert run(["migrate", str(path), "--json"]) == 0

@@ -57,8 +57,8 @@ def test_layouts_that_are_proposed_are_accepted_and_fit_and_their_rows_add_up() 
     [
         (1, "train", ""),
         (4, "train", "--nproc 4"),
-        (16, "launch", "--nodes 2 --gpus 8"),
-        (12, "launch", "--nodes 2 --gpus 6"),
+        (16, "launch", "--nodes 2 --gpus 8 --master-addr HOST"),
+        (12, "launch", "--nodes 2 --gpus 6 --master-addr HOST"),
     ],
 )
 def test_the_commands_that_are_printed_are_taken_by_a_shell_as_they_are(

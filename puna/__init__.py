@@ -1,7 +1,8 @@
 """puna: a team's own code model, from a folder of text to a trained, evaluated, exported model.
 
-Every command has its twin here: `puna.prepare(...)`, `puna.train(...)`, `puna.load(...)`, `puna.generate(...)`,
-`puna.evaluate(...)`, `puna.export(...)`. Names are looked up when first used, so `import puna` loads no torch.
+Every command but `demo`, `doctor` and `inspect` has its twin here: `puna.prepare(...)`, `puna.train(...)`,
+`puna.load(...)`, `puna.generate(...)`, `puna.evaluate(...)`, `puna.export(...)`. Names are looked up when first used,
+so `import puna` loads no torch.
 """
 
 import importlib

@@ -294,6 +294,11 @@ def test_what_nothing_states_must_be_given(model_ckpt, tmp_path):
         convert(model_ckpt, tmp_path / "no", config=tmp_path / "bad.yaml")
     with pytest.raises(PunaError, match=r"neither a YAML of MindFormers, a config\.json"):
         convert(model_ckpt, tmp_path / "no", config="codellama-35b")
+    with pytest.raises(PunaError, match=r"mine\.json does not exist"):
+        convert(model_ckpt, tmp_path / "no", config=tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(PunaError, match=r"mine\.json must be called config\.json"):
+        convert(model_ckpt, tmp_path / "no", config=tmp_path / "mine.json")
 
 
 def test_a_size_without_a_name_needs_a_config(tmp_path):

@@ -178,6 +178,8 @@ def _stated(stated: str | Path, rope_theta: float | None) -> ModelConfig:
         return from_yaml(path, rope_theta)
     if path.is_dir() or path.name == "config.json":
         return load_config(path if path.is_dir() else path.parent, rope_theta=rope_theta)
+    if path.suffix == ".json":
+        raise PunaError(f"{path} must be called config.json" if path.exists() else f"{path} does not exist")
     if str(stated) not in PRESETS:
         raise PunaError(
             f"{stated} is neither a YAML of MindFormers, a config.json or its folder, nor one of {', '.join(PRESETS)}"

@@ -10,8 +10,11 @@ from puna.errors import PunaError
 #: Folders that hold no work of the source's authors; skipped without listing them as left out.
 _HISTORIES = (".git", ".hg", ".svn", ".bzr")
 _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
-_INSTALLED = ("node_modules", ".venv", ".tox")
-SKIPPED_FOLDERS = frozenset([*_HISTORIES, *_CACHES, *_INSTALLED])
+SKIPPED_FOLDERS = frozenset([*_HISTORIES, *_CACHES])
+
+#: Folders of packages that others wrote, and the file that marks a virtual environment, whatever its name.
+_INSTALLED = frozenset(["node_modules", "site-packages", ".venv", ".tox"])
+_ENVIRONMENT_FILE = "pyvenv.cfg"
 
 
 class Found(NamedTuple):
@@ -66,10 +69,14 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
     except OSError:
         yield Found(folder, f"{name}/", 0, "unreadable")
         return
-    if _is_prepared({entry.name for entry in entries}):
+    names = {entry.name for entry in entries}
+    if _is_prepared(names):
         yield Found(folder, f"{name}/", 0, "prepared by puna")
         return
-    if rules is not None and any(entry.name == ".gitignore" for entry in entries):
+    if name and (folder.name in _INSTALLED or _ENVIRONMENT_FILE in names):  # one that is named itself is wanted
+        yield Found(folder, f"{name}/", 0, "installed packages")
+        return
+    if rules is not None and ".gitignore" in names:
         rules = [*rules, *_rules_in(folder, prefix="", skipped=len(name) + 1 if name else 0)]
     for entry in entries:
         path, inner = folder / entry.name, f"{name}/{_as_text(entry.name)}" if name else _as_text(entry.name)
@@ -85,6 +92,8 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
         elif entry.is_file():
             refused = "ignored by .gitignore" if _is_ignored(inner, rules) else None
             yield Found(path, inner, entry.stat().st_size, refused)
+        else:
+            yield Found(path, inner, 0, "neither file nor folder")
 
 
 def _is_prepared(names: set[str]) -> bool:

@@ -202,6 +202,23 @@ def test_who_names_an_ignored_folder_wants_what_is_in_it(tmp_path):
     assert reasons_of("code", tmp_path) == {".gitignore": "no known language", "build/": "ignored by .gitignore"}
 
 
+def test_packages_that_others_wrote_are_left_out_whatever_their_folder_is_called(tmp_path):
+    for name in ("env/pyvenv.cfg", "env/lib/a.py", "here/.venv/b.py", "lib/site-packages/c.py", "js/node_modules/d.js"):
+        write(tmp_path, {name: "x = 1\n"})
+    write(tmp_path, {"environment/mine.py": "x = 2\n", ".git/hooks/e.py": "x = 3\n", "__pycache__/f.py": "x = 4\n"})
+    assert documents_of("code", tmp_path) == {"environment/mine.py": "x = 2\n"}
+    assert reasons_of("code", tmp_path) == dict.fromkeys(
+        ["env/", "here/.venv/", "js/node_modules/", "lib/site-packages/"], "installed packages"
+    )
+    assert set(documents_of("code", tmp_path / "env")) == {"lib/a.py"}  # who names one wants what is in it
+
+
+def test_what_is_neither_file_nor_folder_is_left_out(tmp_path):
+    write(tmp_path, {"a.py": "x = 1\n"})
+    os.mkfifo(tmp_path / "pipe.py")
+    assert reasons_of("code", tmp_path) == {"pipe.py": "neither file nor folder"}
+
+
 def test_an_unreadable_file_among_others_is_left_out(tmp_path, monkeypatch):
     write(tmp_path, {f"{i}.py": f"x = {i}\n" for i in range(30)})
     real = Path.read_bytes

@@ -1,8 +1,9 @@
 """Folders of code: each file of a known language is one document.
 
-What nobody wrote by hand, or nobody reads, is left out and counted: what .gitignore names, generated, minified, binary
-and very large files, and every further copy of a file. A file counts as minified, or as data in disguise, by the limits
-of StarCoder's corpus (arXiv:2305.06161, section 3.1): a line of more than 1,000 characters, or 100 on average.
+What nobody wrote by hand, or nobody reads, is left out and counted: what .gitignore names, installed packages,
+generated, minified, binary and very large files, and every further copy of a file. A file counts as minified, or as
+data in disguise, by the limits of StarCoder's corpus (arXiv:2305.06161, section 3.1): a line of more than 1,000
+characters, or 100 on average.
 """
 
 import re

@@ -87,7 +87,8 @@ def prepare(
     tokens, read = info["tokens"], sum(source["bytes"] for source in info["sources"].values())
     say(
         f"prepared {info['documents']:,} documents, {tokens:,} tokens in {seconds:.1f} s "
-        f"({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s){_left_out_line(info, job.output)}"
+        f"({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s)"
+        f"{_held_out_line(info)}{_left_out_line(info, job.output)}"
     )
     return info
 
@@ -257,6 +258,14 @@ def _has_dialogs(job: Job, totals: dict[str, Any]) -> bool:
     """Whether documents are questions and answers: made with a template, or with tokens that are not learnt."""
     is_made_so = "template" in job.options or bool(job.options.get("faithful"))
     return is_made_so or totals["targets"] < totals["tokens"]
+
+
+def _held_out_line(info: dict[str, Any]) -> str:
+    if not info["settings"]["options"].get("held_out"):
+        return ""
+    kept = info.get("held_out", {}).get("documents", 0)
+    advice = "" if kept else ": give a larger --held-out"
+    return f"; {kept:,} of {kept + info['documents']:,} documents held out{advice}"
 
 
 def _left_out_line(info: dict[str, Any], output: Path) -> str:

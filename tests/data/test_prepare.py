@@ -61,6 +61,16 @@ def test_a_share_that_leaves_nothing_to_learn_from_is_said(make, library, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("share", "advice"), [(0.4, ""), (1e-9, ": give a larger --held-out")])
+def test_how_many_documents_were_held_out_is_said(make, library, tmp_path, capsys, share, advice):
+    info = make("code", library / "json", tmp_path / "out", held_out=share)
+    kept = len(list((library / "json").iterdir())) - info["documents"]
+    assert (kept == 0) == bool(advice)
+    assert f"; {kept} of {kept + info['documents']} documents held out{advice}\n" in capsys.readouterr().err
+    make("code", library / "json", tmp_path / "whole")
+    assert "held out" not in capsys.readouterr().err
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 

@@ -374,6 +374,18 @@ def test_prepared_text_becomes_the_rows_that_mindformers_makes_of_it(shared, the
     assert "tokens do not fill a row and are left out" in capsys.readouterr().err
 
 
+def test_rows_of_another_length_are_not_replaced(shared, tokenizer, tmp_path, capsys):
+    source = shared / "fixtures/mindspore/preprocess/wiki.train.tokens"
+    command = ["prepare", "wikitext", str(source), "-o", str(tmp_path / "w"), "--tokenizer", str(tokenizer)]
+    command += ["--workers", "1", "--to", "mindrecord", "--sequence-length"]
+    assert run([*command, "128"]) == 0
+    before = (tmp_path / "w/train.mindrecord").read_bytes()
+    assert run([*command, "64"]) == 1
+    said = capsys.readouterr().err
+    assert "train.mindrecord exists already with rows of 129 tokens, not sequence_length + 1, which is 65; " in said
+    assert (tmp_path / "w/train.mindrecord").read_bytes() == before
+
+
 def test_prepared_dialogs_become_the_rows_that_mindformers_makes_of_them(shared, tokenizer, tmp_path):
     source = shared / "fixtures/mindspore/preprocess/code_alpaca_tiny.json"
     prepare("chat", source, tmp_path / "c", tokenizer=tokenizer, template="vicuna", workers=1)

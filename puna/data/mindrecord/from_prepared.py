@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from puna.data.mindrecord.file import Schema
+from puna.data.mindrecord.file import MindRecord, Schema
 from puna.data.mindrecord.writer import write_mindrecord
 from puna.data.rows import IGNORE, PADDING
 from puna.data.shards import Dataset
@@ -28,7 +28,7 @@ def write_prepared(folder: Path | str, path: Path | str, sequence_length: int) -
 
     Args:
         folder: the prepared folder.
-        path: the file, replaced if it is there; its index goes beside it.
+        path: the file, replaced if it is there with rows of this length; its index goes beside it.
         sequence_length: T, MindFormers' `seq_length`; rows are one token longer.
 
     Returns:
@@ -36,11 +36,12 @@ def write_prepared(folder: Path | str, path: Path | str, sequence_length: int) -
 
     Raises:
         UsageError: `sequence_length` is below 2.
-        PunaError: the folder is not prepared or holds less than a row.
+        PunaError: the folder is not prepared or holds less than a row, or the file holds rows of another length.
     """
     if sequence_length < 2:
         raise UsageError(f"sequence_length is {sequence_length}; a row needs 2 tokens at least")
     dataset, width = Dataset.open(folder), sequence_length + 1
+    _check_place(Path(path), width)
     if dataset.info["targets"] < dataset.info["tokens"]:
         return write_mindrecord(Path(path), "qa", _IDS_AND_LABELS, _dialogs(dataset, width))
     rows, rest = divmod(int(dataset.starts[-1]), width)
@@ -52,6 +53,16 @@ def write_prepared(folder: Path | str, path: Path | str, sequence_length: int) -
         say(f"the last {rest:,} tokens do not fill a row and are left out")
     pieces = ({"input_ids": dataset.tokens(i * width, (i + 1) * width)} for i in range(rows))
     return write_mindrecord(Path(path), "wiki", _IDS, pieces)
+
+
+def _check_place(path: Path, width: int) -> None:
+    """Refuses a file with rows of another length."""
+    there = len(next(MindRecord.open(path).rows(), {}).get("input_ids", ())) if path.exists() else width
+    if there != width:
+        raise PunaError(
+            f"{path} exists already with rows of {there:,} tokens, not sequence_length + 1, which is {width:,}; "
+            "choose another place or remove it first"
+        )
 
 
 def _dialogs(dataset: Dataset, width: int) -> Iterator[dict[str, Any]]:

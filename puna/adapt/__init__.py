@@ -8,7 +8,8 @@
                            DIR/report.html, DIR/results.json
 
 `adapt` is the table of contents; each stage is one function of `stages.py`. What a finished stage left is used again
-when the command is given again, and training goes on where it was broken off.
+when the command is given again, and training goes on where it was broken off; where the code has changed meanwhile,
+that is said.
 """
 
 from collections.abc import Mapping
@@ -73,6 +74,7 @@ def adapt(
         check_recipe(at, epochs, device, overrides or {})
     stages.check(at, humaneval, device)
     story = Story(at.root, settings, stages=7)
+    stages.say_what_changed(at)
     story.stage("Turn the code into tokens, and keep some files for scoring", stages.prepare, at, held_out)
     recipe = stages.begun_recipe(at) or choose_recipe(at, epochs, device, overrides or {})  # it fits, or none scores
     story.stage("Score the model on the files that were kept", stages.score_before, at, cases, device)

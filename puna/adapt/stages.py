@@ -14,10 +14,13 @@ from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
 from puna.data.corpora.code import language_of
 from puna.data.folders import files_of
+from puna.data.prepare import changed_source
+from puna.data.shards import DATASET_FILE
 from puna.devices import pick_device
 from puna.errors import PunaError
 from puna.evaluate.benchmarks.humaneval import HumanEval
 from puna.evaluate.samples import FOLDER_VARIABLE
+from puna.progress import say
 from puna.story import Outcome, command
 
 #: Share of the documents that get a gap to fill, where the model knows infilling; Code Llama's.
@@ -59,6 +62,16 @@ def check(at: Places, humaneval: str | Path | None, device: str | None) -> None:
     data = _humaneval_file(humaneval)
     if data is not None:
         HumanEval().tasks(data)
+
+
+def say_what_changed(at: Places) -> None:
+    """Says so where the code is no longer what was prepared: to refuse would end a run that was broken off."""
+    changed = changed_source(at.data) if (at.data / DATASET_FILE).exists() else None
+    if changed:
+        say(
+            f"what is read of {changed} has changed since {at.data} was made, and all that follows is of the code as "
+            "it was then; choose another place with -o for the code as it is"
+        )
 
 
 def prepare(at: Places, held_out: float) -> Outcome:

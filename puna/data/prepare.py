@@ -93,6 +93,14 @@ def prepare(
     return info
 
 
+def changed_source(folder: Path) -> str | None:
+    """The first source of a prepared folder of which something else is read now than when it was made, if any is."""
+    info = read_json(folder / DATASET_FILE)
+    settings = info["settings"]
+    job = Job(settings["kind"], settings["sources"], folder, folder / "tokenizer", settings["options"])
+    return _changed(job, info)
+
+
 @seldom_collected()
 def _work(job: Job, count: int, *, worth_starting: int) -> None:
     """Looks at the sources and makes the shards that are not there yet; few units are left to this process alone."""
@@ -164,16 +172,19 @@ def _as_it_is(job: Job) -> dict[str, Any]:
     info = read_json(job.output / DATASET_FILE)
     _check_same(job, info["settings"], "was made")
     shutil.rmtree(job.work, ignore_errors=True)
-    for _ in job.spans():
-        pass
-    changed = [path for path, source in job.sources.items() if source != info["sources"].get(path)]
-    if changed:
+    if changed := _changed(job, info):
         raise PunaError(
-            f"{job.output} exists already, and what is read of {changed[0]} has changed since; choose another place"
+            f"{job.output} exists already, and what is read of {changed} has changed since; choose another place"
         )
     _check_whole(job.output, info)
     say(f"{job.output} is prepared already, from the same sources with the same settings")
     return info
+
+
+def _changed(job: Job, info: dict[str, Any]) -> str | None:
+    for _ in job.spans():
+        pass
+    return next((path for path, source in job.sources.items() if source != info["sources"].get(path)), None)
 
 
 def _check_whole(output: Path, info: dict[str, Any]) -> None:

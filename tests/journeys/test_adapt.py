@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -109,18 +110,37 @@ def test_the_result_is_as_exact_as_the_model_was(adapted: Path, tiny_model_folde
     assert "--dtype bf16" in outcome["command"]
 
 
-def test_given_again_it_does_nothing_again(adapted: Path, code: Path, tiny_model_folder: Path, capfd) -> None:
-    before = (adapted / FILE).read_bytes()
+@pytest.fixture
+def again(adapted: Path, code: Path, tiny_model_folder: Path) -> list[str]:
+    """The command that `adapted` is of, but for --humaneval."""
     command = ["adapt", str(code), str(tiny_model_folder), "optimizer.peak_lr=0.01", "-o", str(adapted)]
-    command += ["--epochs", "1", "--held-out", "0.25", "--cases", "4", "--device", "cpu"]
-    assert run([*command, "--humaneval", str(code.parent / "tasks.jsonl")]) == 0
+    return [*command, "--epochs", "1", "--held-out", "0.25", "--cases", "4", "--device", "cpu"]
+
+
+def test_given_again_it_does_nothing_again(adapted: Path, code: Path, again: list[str], capfd) -> None:
+    before = (adapted / FILE).read_bytes()
+    assert run([*again, "--humaneval", str(code.parent / "tasks.jsonl")]) == 0
     captured = capfd.readouterr()
     assert (adapted / FILE).read_bytes() == before
     assert captured.err.count("done before") == 7
+    assert "has changed since" not in captured.err
     assert "bits per byte (fewer is better)" in captured.err.splitlines()[-1]
     assert captured.out.strip() == str(adapted / "report.html")
-    assert run([*command, "--json"]) == 1
+    assert run([*again, "--json"]) == 1
     assert "was made with other humaneval" in capfd.readouterr().err
+
+
+def test_given_again_after_the_code_changed_it_says_that_it_goes_on_with_what_was(
+    code: Path, again: list[str], capfd
+) -> None:
+    (code / "new.py").write_text("x = 1\n")
+    try:
+        assert run([*again, "--humaneval", str(code.parent / "tasks.jsonl")]) == 0
+    finally:
+        (code / "new.py").unlink()
+    said = capfd.readouterr().err
+    assert re.search(r"what is read of .*library has changed since .*data was made, .* code as it was then; ", said)
+    assert said.count("done before") == 7
 
 
 def test_too_little_code_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:

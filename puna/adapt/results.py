@@ -32,16 +32,14 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
     general = [told[name]["scores"] for name in ("score_general_before", "score_general_after")]
     sandbox = {"sandbox": general[0]["sandbox"]} if all(general) else {}
     changes = _changes(at)
-    low, high = changes["edit_similarity"]["interval"]
-    verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse beyond chance"
     gain = before["bits_per_byte"] - after["bits_per_byte"]
-    surely = changes.get("bits_per_byte")  # files of earlier versions do not say
-    chance = ", and here it may be chance" if surely and surely["interval"][0] <= 0 <= surely["interval"][1] else ""
+    bits = changes.get("bits_per_byte")  # files of earlier versions do not say
     return {
         "title": f"{Path(at.model).name}, adapted to {at.code.name or at.code}",
-        "lead": f"On files of {at.code} that were kept from training, the adapted model is {verdict} at writing "
+        "lead": f"On files of {at.code} that were kept from training, the adapted model is "
+        f"{_verdict(changes['edit_similarity']['interval'])} at writing "
         f"the next line, and needs {abs(gain):.3f} {'fewer' if gain >= 0 else 'more'} bits per byte (fewer is better"
-        f"{chance}).",
+        f"{_chance(bits['interval']) if bits else ''}).",
         "facts": [
             {"value": f"{told['prepare']['documents']:,}", "label": "files learned from"},
             {"value": f"{told['prepare']['kept']:,}", "label": "files kept for scoring"},
@@ -61,6 +59,20 @@ def results_of(at: Places, story: Story) -> dict[str, Any]:
         "run": {**what_runs_here(), **story.earlier, "seeds": "0 everywhere", **sandbox},
         "recipes": {"run": (at.run / "recipe.yaml").read_text(encoding="utf-8")},
     }
+
+
+def _verdict(interval: list[float] | None) -> str:
+    if interval is None:
+        return "better or worse (too few files to say which)"
+    low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else "neither better nor worse beyond chance"
+
+
+def _chance(interval: list[float] | None) -> str:
+    if interval is None:
+        return ", but these are too few files to say how sure that is"
+    low, high = interval
+    return ", and here it may be chance" if low <= 0 <= high else ""
 
 
 def _scores(before: dict[str, Any], after: dict[str, Any], general: list[Any], said: str) -> dict[str, Any]:
@@ -101,8 +113,8 @@ def _differences(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"title": "What changed", "columns": ["", "after − before", "95 of 100"], "rows": rows, "notes": notes}
 
 
-def _interval(interval: list[float], sign: str = "") -> str:
-    return f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
+def _interval(interval: list[float] | None, sign: str = "") -> str:
+    return "too few to say" if interval is None else f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
 
 
 def _changes(at: Places) -> dict[str, dict[str, Any]]:

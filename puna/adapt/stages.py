@@ -159,10 +159,8 @@ def _completion(at: Places, model: Path, folder: Path, cases: int, device: str |
     options: dict[str, Any] = {"corpus": at.held_out, "cases": cases, "max_documents": MAX_DOCUMENTS}
     output = folder / "completion"
     scores = evaluate("completion", str(model), device=device, output=output, **options)
-    low, high = scores["intervals"]["exact_match"]
     return {
-        "said": f"bits per byte {scores['bits_per_byte']:.3f}; next line right {scores['exact_match']:.1%} "
-        f"({low:.1%} to {high:.1%})",
+        "said": f"bits per byte {scores['bits_per_byte']:.3f}; next line right {_share(scores, 'exact_match')}",
         "command": command("evaluate", "completion", model, o=output, **options),
         "scores": scores,
     }
@@ -183,12 +181,17 @@ def _humaneval(model: Path, folder: Path, data: str | Path | None, device: str |
     except PunaError as error:
         return {"said": f"left out: {error}", "command": shown, "scores": None}
     scores = evaluate("humaneval", str(model), device=device, output=output, data=data)
-    low, high = scores["intervals"]["pass@1"]
     return {
-        "said": f"pass@1 {scores['pass@1']:.1%} ({low:.1%} to {high:.1%})",
+        "said": f"pass@1 {_share(scores, 'pass@1')}",
         "command": shown,
         "scores": scores,
     }
+
+
+def _share(scores: dict[str, Any], name: str) -> str:
+    """A score in percent, and its interval if there is one."""
+    interval = scores["intervals"][name]
+    return f"{scores[name]:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
 
 
 def _humaneval_file(data: str | Path | None) -> str | Path | None:

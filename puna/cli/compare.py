@@ -31,7 +31,7 @@ def compare(
         return
     print(f"{'':24} {'first':>10} {'second':>10} {'difference':>12}  95 % interval")
     for name, value in result["difference"].items():
-        notes = [_chance(*result["intervals"][name])] if name in result["intervals"] else []
+        notes = [_chance(result["intervals"][name])] if name in result["intervals"] else []
         notes += ["less is better"] if name in LESS_IS_BETTER else []
         scores = f"{result['first'][name]:>10.4f} {result['second'][name]:>10.4f} {value:>+12.4f}"
         print(f"{name:24} {scores}  {'; '.join(notes)}".rstrip())
@@ -41,7 +41,10 @@ def compare(
         print(f"{what} {len(result[what])}: {_named(result[what])}" if result[what] else f"{what} none")
 
 
-def _chance(low: float, high: float) -> str:
+def _chance(interval: list[float] | None) -> str:
+    if interval is None:
+        return "too few files or tasks to say how sure that is"
+    low, high = interval
     says = "more than chance" if low > 0 or high < 0 else "it may be chance"
     return f"{low:+.4f} to {high:+.4f}: {says}"
 

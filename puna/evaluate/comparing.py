@@ -44,8 +44,9 @@ def compare(first: Path | str, second: Path | str) -> dict[str, Any]:
     Returns:
         `{"benchmark", "first": scores, "second": scores, "difference": {score: value}, "intervals": {score: [low,
         high]}, "tasks", "gained", "lost", "settings"}`: intervals are those of the differences, each task, line or
-        document compared with itself, by bootstrap over problems or documents, and hold 95 of 100; gained and lost are
-        the tasks of which more, or fewer, samples pass in the second; settings are those that differ, with both values.
+        document compared with itself, by bootstrap over problems or documents, and hold 95 of 100, or None where those
+        are too few; gained and lost are the tasks of which more, or fewer, samples pass in the second; settings are
+        those that differ, with both values.
 
     Raises:
         PunaError: a folder has no result, or the two are not of the same tasks.
@@ -123,7 +124,7 @@ class Part:
     weight: float = 1.0
 
 
-def _interval(one: Mapping[str, Part], other: Mapping[str, Part]) -> list[float]:
+def _interval(one: Mapping[str, Part], other: Mapping[str, Part]) -> list[float] | None:
     """That of the difference, each task with itself: this says more than two intervals that overlap."""
     both = [(part, other[of]) for of, part in one.items() if of in other]
     return bootstrap(

@@ -14,6 +14,9 @@ KS = (1, 10, 100)
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
 
+#: With fewer groups there is no interval: few sets can be drawn of them, and of a single one only itself.
+FEWEST_GROUPS = 5
+
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The share of the k-element subsets of a task's samples that hold one that passed: 1 - C(n-c, k) / C(n, k).
@@ -50,13 +53,15 @@ def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in by_task(tasks).items()}
 
 
-def intervals(tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None = None) -> dict[str, list[float]]:
+def intervals(
+    tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None = None
+) -> dict[str, list[float] | None]:
     """Between which values each of `scores` would lie for 95 of 100 sets of such tasks: bootstrap over tasks.
 
     Tasks are drawn with replacement, those of one of `groups` together; what is drawn depends on their number alone.
 
     Returns:
-        `{"pass@1": [low, high], …}`.
+        `{"pass@1": [low, high], …}`; None in place of an interval where there are too few groups.
     """
     return {name: bootstrap(values, groups=groups) for name, values in by_task(tasks).items()}
 
@@ -66,21 +71,23 @@ def bootstrap(
     *,
     weights: Sequence[float] | None = None,
     groups: Sequence[str] | None = None,
-) -> list[float]:
-    """The percentile interval [low, high] of a mean.
+) -> list[float] | None:
+    """The percentile interval [low, high] of a mean; None: there are fewer groups than `FEWEST_GROUPS`.
 
     Args:
         values: one a task.
         weights: of the values in the mean, above 0; equal by default.
         groups: what each value is of, e.g. the document of a line: values of one group are alike for more reasons than
-            the model, so they are drawn together. Where all are of one group, each is drawn by itself.
+            the model, so they are drawn together; by default each is a group.
     """
     shares = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     sums = shares * np.asarray(values, dtype=float)
-    if groups is not None and len(set(groups)) > 1:
+    if groups is not None:
         _, group_of = np.unique(groups, return_inverse=True)
         sums, shares = np.bincount(group_of, sums), np.bincount(group_of, shares)
     count = len(sums)
+    if count < FEWEST_GROUPS:
+        return None
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     means = (drawn @ sums) / (drawn @ shares)
     tail = (1 - CONFIDENCE) / 2

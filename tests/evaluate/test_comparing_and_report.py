@@ -24,7 +24,7 @@ from puna.testing import write_tiny_tasks
 def scored(folder: Path, answers: list[str], **options: Any) -> Path:
     """A folder with the results of one answer a task."""
     folder.mkdir()
-    write_tiny_tasks(folder / "tasks.jsonl")
+    write_tiny_tasks(folder / "tasks.jsonl", len(answers))
     lines = [{"task_id": f"Tiny/{i}", "completion": answer} for i, answer in enumerate(answers)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate(
@@ -36,20 +36,20 @@ def scored(folder: Path, answers: list[str], **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def folders(bubblewrap: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("runs")
-    right = [f"    return {i}\n" for i in range(4)]
+    right = [f"    return {i}\n" for i in range(5)]
     wrong = "    print('<b>seen</b>')\n    return '</pre><script>alert(1)</script>'\n"
-    first = scored(place / "first", [right[0], wrong, right[2], "    return (\n"])
-    second = scored(place / "second", [right[0], right[1], wrong, right[3]])
+    first = scored(place / "first", [right[0], wrong, right[2], "    return (\n", right[4]])
+    second = scored(place / "second", [right[0], right[1], wrong, right[3], right[4]])
     return first, second
 
 
 def test_what_changed_is_named(folders: tuple[Path, Path]) -> None:
     result = puna.compare(*folders)
-    assert (result["gained"], result["lost"], result["tasks"]) == (["Tiny/1", "Tiny/3"], ["Tiny/2"], 4)
-    assert result["difference"] == {"pass@1": 0.25}
-    assert (result["first"]["pass@1"], result["second"]["pass@1"]) == (0.5, 0.75)
+    assert (result["gained"], result["lost"], result["tasks"]) == (["Tiny/1", "Tiny/3"], ["Tiny/2"], 5)
+    assert result["difference"] == {"pass@1": pytest.approx(0.2)}
+    assert (result["first"]["pass@1"], result["second"]["pass@1"]) == (0.6, 0.8)
     low, high = result["intervals"]["pass@1"]
-    assert low < 0.25 < high
+    assert low < 0.2 < high
     same = puna.compare(folders[0], folders[0])
     assert (same["gained"], same["lost"], same["intervals"]) == ([], [], {"pass@1": [0.0, 0.0]})
 
@@ -60,7 +60,7 @@ def test_the_command_says_it_in_a_table_and_in_json(
     first, second = map(str, folders)
     assert run(["compare", first, second]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"pass@1 +0.5000 +0.7500 +\+0.2500  -0\.\d+ to \+\d\.\d+: it may be chance\n", printed)
+    assert re.search(r"pass@1 +0.6000 +0.8000 +\+0.2000  -0\.\d+ to \+\d\.\d+: it may be chance\n", printed)
     assert "gained 2: Tiny/1, Tiny/3\nlost 1: Tiny/2" in printed
     assert run(["compare", first, second, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == puna.compare(first, second)
@@ -78,7 +78,7 @@ def test_what_does_not_compare_is_refused(folders: tuple[Path, Path], tmp_path: 
     (other / "result.json").write_text(json.dumps(result))
     lines = (folders[0] / "details.jsonl").read_text().splitlines(keepends=True)
     (other / "details.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(PunaError, match=r"only one of them has the task Tiny/3"):
+    with pytest.raises(PunaError, match=r"only one of them has the task Tiny/4"):
         puna.compare(folders[0], other)
 
 
@@ -86,12 +86,13 @@ def test_cases_of_completion_compare_too(
     tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "code").mkdir()
-    (tmp_path / "code/a.py").write_text("import os\n\n\ndef f():\n    return os.getcwd()\n")
+    for name in "abcde":
+        (tmp_path / f"code/{name}.py").write_text(f"import os\n\n\ndef {name}():\n    return os.getcwd()\n")
     options: dict[str, Any] = {"corpus": tmp_path / "code", "max_tokens": 3, "device": "cpu"}
     for name in ("one", "two"):
         evaluate("completion", str(tiny_model_folder), output=tmp_path / name, **options)
     result = puna.compare(tmp_path / "one", tmp_path / "two")
-    assert (result["tasks"], result["gained"], result["lost"]) == (3, [], [])
+    assert (result["tasks"], result["gained"], result["lost"]) == (15, [], [])
     assert result["difference"]["bits_per_byte"] == 0
     assert run(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     assert re.search(
@@ -100,6 +101,20 @@ def test_cases_of_completion_compare_too(
     assert result["settings"] == {}
     evaluate("completion", str(tiny_model_folder), output=tmp_path / "int8", cache_dtype="int8", **options)
     assert puna.compare(tmp_path / "one", tmp_path / "int8")["settings"] == {"options.cache_dtype": [None, "int8"]}
+
+
+def test_of_few_files_no_difference_is_called_more_than_chance(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text("import os\n\n\ndef f():\n    return os.getcwd()\n")
+    options: dict[str, Any] = {"corpus": tmp_path / "a.py", "max_tokens": 3, "device": "cpu"}
+    for name in ("fp32", "bf16"):
+        evaluate("completion", str(tiny_model_folder), output=tmp_path / name, dtype=name, **options)
+    assert set(puna.compare(tmp_path / "fp32", tmp_path / "bf16")["intervals"].values()) == {None}
+    assert run(["compare", str(tmp_path / "fp32"), str(tmp_path / "bf16")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"bits_per_byte .*  too few files or tasks to say how sure that is; less is better\n", said)
+    assert "chance" not in said
 
 
 def test_every_score_has_an_interval_of_its_difference_document_by_document(tmp_path: Path) -> None:
@@ -264,7 +279,7 @@ def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
     results = evaluation_results([folders[0]])
     (scores,) = [table for table in results["tables"] if table["title"] == "Scores"]
     assert scores["columns"] == ["", "pass@1"]
-    assert scores["rows"][0] == ["samples.jsonl", "50.0% (0.0% to 100.0%)"]
+    assert scores["rows"][0] == ["samples.jsonl", "60.0% (20.0% to 100.0%)"]
     assert ["paper: 7B", "33.5%"] in scores["rows"]
     (row,) = results["grid"]
     assert [(cell["task"], cell["verdict"]) for cell in row["cells"]] == [
@@ -272,6 +287,7 @@ def test_the_page_shows_scores_every_task_and_each_failure_with_its_output(
         ("Tiny/1", "wrong"),
         ("Tiny/2", "passed"),
         ("Tiny/3", "error"),
+        ("Tiny/4", "passed"),
     ]
     wrong, error = results["failures"]
     assert (wrong["title"], wrong["verdict"], wrong["printed"]) == ("Tiny/1", "wrong", "<b>seen</b>")

@@ -45,10 +45,10 @@ def test_the_interval_of_a_share_is_that_of_the_binomial_distribution() -> None:
 
 
 def test_the_interval_of_a_mean_with_weights_is_that_of_their_ratio() -> None:
-    assert bootstrap([2.0, 2.0, 2.0], weights=[1, 10, 1000]) == [2.0, 2.0]
-    low, high = bootstrap([1.0, 3.0], weights=[3, 1])
-    assert (low, high) == (1.0, 3.0)
-    assert bootstrap([1.0, 3.0, 5.0], weights=[7, 7, 7]) == pytest.approx(bootstrap([1.0, 3.0, 5.0]))
+    assert bootstrap([2.0] * 5, weights=[1, 10, 100, 1000, 10_000]) == [2.0, 2.0]
+    assert bootstrap([1.0] * 99 + [3.0], weights=[1] * 99 + [1e6]) == pytest.approx([1.0, 3.0], abs=0.01)
+    values = [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert bootstrap(values, weights=[7] * 5) == pytest.approx(bootstrap(values))
 
 
 def test_values_of_one_group_are_drawn_together() -> None:
@@ -56,8 +56,18 @@ def test_values_of_one_group_are_drawn_together() -> None:
     repeated = [value for value in values for _ in range(20)]
     groups = [str(i) for i in range(8) for _ in range(20)]
     assert bootstrap(repeated, groups=groups) == bootstrap(values)
-    assert bootstrap(repeated)[0] > bootstrap(values)[0] + 0.1
-    assert bootstrap(repeated, groups=["one"] * 160) == bootstrap(repeated)
+    together, apart = bootstrap(values), bootstrap(repeated)
+    assert together
+    assert apart
+    assert apart[0] > together[0] + 0.1
+
+
+def test_few_groups_have_no_interval_however_many_values_they_have() -> None:
+    values = [i / 100 for i in range(100)]
+    for count in (1, 4, 5):
+        found = bootstrap(values, groups=[str(i % count) for i in range(100)])
+        assert (found is None) == (bootstrap(values[:count]) is None) == (count < 5)
+    assert intervals([(1, 1)] * 4) == {"pass@1": None}
 
 
 def test_intervals_hold_their_scores_are_narrower_with_more_tasks_and_are_the_same_every_time() -> None:

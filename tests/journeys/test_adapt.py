@@ -143,6 +143,20 @@ def test_given_again_after_the_code_changed_it_says_that_it_goes_on_with_what_wa
     assert said.count("done before") == 7
 
 
+def test_a_report_of_few_files_gives_no_verdict(
+    adapted: Path, code: Path, again: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr("puna.evaluate.pass_at_k.FEWEST_GROUPS", 1000)
+    shutil.copytree(adapted, tmp_path / "out")
+    command = [word if word != str(adapted) else str(tmp_path / "out") for word in again]
+    assert run([*command, "--humaneval", str(code.parent / "tasks.jsonl")]) == 0
+    lead = capfd.readouterr().err.splitlines()[-1]
+    assert "is better or worse (too few files to say which) at writing the next line" in lead
+    assert "(fewer is better, but these are too few files to say how sure that is)" in lead
+    rows = read_json(tmp_path / "out/results.json")["tables"][1]["rows"]
+    assert {row[2] for row in rows} == {"too few to say"}
+
+
 def test_too_little_code_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     (tmp_path / "code").mkdir()

@@ -111,7 +111,8 @@ def evaluate(
 
     Returns:
         `{"benchmark", "exact_match", "edit_similarity", "block_exact_match", …, "bits_per_byte", "intervals", …}`;
-        the scores of blocks are missing where the documents have none.
+        the scores of blocks are missing where the documents have none. Intervals are a bootstrap's over documents, None
+        where those are too few.
     """
     if model is None:
         raise UsageError("completion scores a model; give one")

@@ -100,7 +100,7 @@ def _intervals(before: dict[str, Any], after: dict[str, Any], general: list[Any]
     ]
     if all(general):
         rows.append([GENERAL["pass@1"][0], *(_interval(scores["intervals"]["pass@1"]) for scores in general)])
-    notes = ["Between these values 95 of 100 such sets of files and tasks would lie, by bootstrap."]
+    notes = ["Between these values 95 of 100 such sets of files and tasks would lie."]
     return {"title": "How sure that is", "columns": ["", "before", "after"], "rows": rows, "notes": notes}
 
 

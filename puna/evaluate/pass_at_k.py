@@ -56,14 +56,26 @@ def scores(tasks: Iterable[tuple[int, int]]) -> dict[str, float]:
 def intervals(
     tasks: Iterable[tuple[int, int]], *, groups: Sequence[str] | None = None
 ) -> dict[str, list[float] | None]:
-    """Between which values each of `scores` would lie for 95 of 100 sets of such tasks: bootstrap over tasks.
+    """Between which values each of `scores` would lie for 95 of 100 sets of such tasks: `share_interval`.
 
     Tasks are drawn with replacement, those of one of `groups` together; what is drawn depends on their number alone.
 
     Returns:
         `{"pass@1": [low, high], …}`; None in place of an interval where there are too few groups.
     """
-    return {name: bootstrap(values, groups=groups) for name, values in by_task(tasks).items()}
+    return {name: share_interval(values, groups=groups) for name, values in by_task(tasks).items()}
+
+
+def share_interval(values: Sequence[float], *, groups: Sequence[str] | None = None) -> list[float] | None:
+    """`bootstrap` of values from 0 to 1; where all groups are 0, or all 1, the interval of Clopper and Pearson.
+
+    Sets that are drawn of equal values are equal, though other tasks than these might well have differed.
+    """
+    interval = bootstrap(values, groups=groups)
+    if interval not in ([0.0, 0.0], [1.0, 1.0]):
+        return interval
+    width = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(values if groups is None else set(groups)))
+    return [0.0, width] if values[0] == 0 else [1 - width, 1.0]
 
 
 def bootstrap(

@@ -166,8 +166,8 @@ class Programs(ABC):
 
         Returns:
             `{"benchmark", "pass@1"…, "intervals", "tasks", "samples", "verdicts": {verdict: count}, "sandbox", …}`;
-            intervals are a bootstrap's over problems, and hold 95 of 100, or None where those are too few. Of processes
-            that share the model, the first has it, and the others an empty one.
+            intervals are those of `puna.evaluate.pass_at_k`, over problems, and None where those are too few. Of
+            processes that share the model, the first has it, and the others an empty one.
         """
         if sum(given is not None for given in (model if server is None else server, samples, complete)) != 1:
             raise UsageError(f"{self.name} scores either a model or a file of samples; give one of them")

@@ -68,7 +68,7 @@ def _lead(result: Mapping[str, Any]) -> str:
     answers = result.get("answers", {})
     how = f"{answers['samples']} answers a task, {answers['protocol']}" if "protocol" in answers else ""
     count = f"{result['tasks']} tasks" if "tasks" in result else ""
-    intervals = "In brackets: between which values 95 of 100 such sets of tasks would lie, by bootstrap."
+    intervals = "In brackets: between which values 95 of 100 such sets of tasks would lie."
     return ". ".join(part for part in (", ".join(filter(None, (count, how))), intervals) if part)
 
 

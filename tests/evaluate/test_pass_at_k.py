@@ -70,6 +70,16 @@ def test_few_groups_have_no_interval_however_many_values_they_have() -> None:
     assert intervals([(1, 1)] * 4) == {"pass@1": None}
 
 
+def test_a_share_of_0_or_1_ends_where_so_many_tasks_alike_become_unlikely() -> None:
+    for groups, count in ((None, 164), ([str(i // 2) for i in range(164)], 82)):  # those of one problem count once
+        none, every = (intervals([(1, passed)] * 164, groups=groups)["pass@1"] for passed in (0, 1))
+        assert none
+        assert every
+        assert (none[0], every[1]) == (0.0, 1.0)
+        assert (1 - none[1]) ** count == pytest.approx(0.025)
+        assert every[0] ** count == pytest.approx(0.025)
+
+
 def test_intervals_hold_their_scores_are_narrower_with_more_tasks_and_are_the_same_every_time() -> None:
     tasks = [(10, passed % 11) for passed in range(40)]
     few, many = intervals(tasks), intervals(tasks * 9)
@@ -77,5 +87,4 @@ def test_intervals_hold_their_scores_are_narrower_with_more_tasks_and_are_the_sa
     assert list(few) == list(scores(tasks)) == ["pass@1", "pass@10"]
     for name, score in scores(tasks).items():
         assert few[name][0] < many[name][0] < score < many[name][1] < few[name][1]
-    assert intervals([(1, 1)] * 5) == {"pass@1": [1.0, 1.0]}
     assert intervals([]) == {}

@@ -26,7 +26,7 @@ from puna.errors import PunaError, UsageError
 from puna.evaluate.completing import ROWS, Ask, Completer
 from puna.evaluate.corpus import checksum, document_hash, unseen_documents
 from puna.evaluate.likelihood import negative_log_likelihood
-from puna.evaluate.pass_at_k import bootstrap
+from puna.evaluate.pass_at_k import bootstrap, share_interval
 from puna.evaluate.stored import computed_in, loaded
 from puna.files import file_aside
 from puna.progress import Progress
@@ -111,8 +111,8 @@ def evaluate(
 
     Returns:
         `{"benchmark", "exact_match", "edit_similarity", "block_exact_match", …, "bits_per_byte", "intervals", …}`;
-        the scores of blocks are missing where the documents have none. Intervals are a bootstrap's over documents, None
-        where those are too few.
+        the scores of blocks are missing where the documents have none. Intervals are those of
+        `puna.evaluate.pass_at_k`, over documents, and None where those are too few.
     """
     if model is None:
         raise UsageError("completion scores a model; give one")
@@ -145,7 +145,7 @@ def evaluate(
             exact, similar = [float(one.is_exact) for one in found], [one.similarity for one in found]
             for name, values in (("exact_match", exact), ("edit_similarity", similar)):
                 means[prefix + name] = sum(values) / len(values)
-                ranges[prefix + name] = bootstrap(values, groups=[one.case.document for one in found])
+                ranges[prefix + name] = share_interval(values, groups=[one.case.document for one in found])
     sizes = [one["bytes"] for one in surprises]
     bits = [one["nats"] / math.log(2) / one["bytes"] for one in surprises]
     if output is not None:

@@ -24,6 +24,14 @@ FILE = "stages.json"
 Outcome = dict[str, Any]
 
 
+def holds_story(folder: Path) -> bool:
+    """Whether a folder is a story's."""
+    try:
+        return read_json(folder / FILE).keys() >= {"settings", "stages"}
+    except (PunaError, AttributeError, OSError):
+        return False
+
+
 class Story:
     """Stages in a folder, one story at a time.
 

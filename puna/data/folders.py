@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.errors import PunaError
+from puna.story import holds_story
 
 #: Folders that hold no work of the source's authors; skipped without listing them as left out.
 _HISTORIES = (".git", ".hg", ".svn", ".bzr")
@@ -70,8 +71,8 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
         yield Found(folder, f"{name}/", 0, "unreadable")
         return
     names = {entry.name for entry in entries}
-    if _is_prepared(names):
-        yield Found(folder, f"{name}/", 0, "prepared by puna")
+    if _is_ours(folder, names):
+        yield Found(folder, f"{name}/", 0, "made by puna")
         return
     if name and (folder.name in _INSTALLED or _ENVIRONMENT_FILE in names):  # one that is named itself is wanted
         yield Found(folder, f"{name}/", 0, "installed packages")
@@ -96,11 +97,15 @@ def _walk(folder: Path, name: str, rules: list[_Rules] | None) -> Iterator[Found
             yield Found(path, inner, 0, "neither file nor folder")
 
 
-def _is_prepared(names: set[str]) -> bool:
-    """Whether a folder with these names in it is a prepared one, finished or not; it may lie in its own source."""
+def _is_ours(folder: Path, names: set[str]) -> bool:
+    """Whether a folder with these names in it is a prepared one or one of `puna adapt`, finished or not.
+
+    Such a one may lie in its own source.
+    """
     from puna.data.shards import DATASET_FILE, WORK_FOLDER
 
-    return "tokenizer" in names and bool(names & {DATASET_FILE, WORK_FOLDER})
+    is_prepared = "tokenizer" in names and bool(names & {DATASET_FILE, WORK_FOLDER})
+    return is_prepared or holds_story(folder)
 
 
 def _is_ignored(name: str, rules: list[_Rules] | None) -> bool:

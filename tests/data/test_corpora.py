@@ -11,6 +11,7 @@ from puna.data import corpora, documents
 from puna.data.corpora import chat, code, text, wikitext
 from puna.data.documents import Document, LeftOut, Span
 from puna.errors import PunaError, UsageError
+from puna.story import Story
 
 
 def everything(kind: str, source: Path, **options):
@@ -575,15 +576,22 @@ def test_more_behind_an_array_is_not_dropped(tmp_path):
         everything("chat", path)
 
 
-def test_what_puna_prepared_is_no_source(tmp_path):
+def test_what_puna_made_is_no_source(tmp_path):
     for name in ("a.txt", "data/tokenizer/tokenizer.model", "data/dataset.json", "data/held_out/dataset.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     for name in ("again/tokenizer/a.txt", "again/unfinished/settings.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert reasons_of("text", tmp_path) == {"data/": "prepared by puna", "again/": "prepared by puna"}
-    assert [found.id for found in everything("text", tmp_path) if isinstance(found, Document)] == ["a.txt"]
+    Story(tmp_path / "adapted", {}, stages=1)
+    (tmp_path / "adapted/report.html").write_text("text")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/stages.json").write_text("[]")
+    (tmp_path / "mine/b.txt").write_text("text")
+    made = {"data/": "made by puna", "again/": "made by puna", "adapted/": "made by puna"}
+    assert reasons_of("text", tmp_path).items() >= made.items()
+    documents = [found.id for found in everything("text", tmp_path) if isinstance(found, Document)]
+    assert documents == ["a.txt", "mine/b.txt"]
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -103,13 +104,11 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
     of_this_machine = f"{path.name}.{os.uname().nodename}-"
     for left in path.parent.glob(f"{glob.escape(of_this_machine)}*{ASIDE}"):
         _remove_if_dead(left)
-    aside = path.with_name(f"{of_this_machine}{os.getpid()}{ASIDE}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    held = os.open(aside, os.O_RDONLY)
+    held = None
+    while held is None:
+        aside = path.with_name(f"{of_this_machine}{secrets.token_hex(4)}{ASIDE}")
+        held = _make_locked(aside)
     try:
-        with contextlib.suppress(OSError):  # NFS locks no folders
-            try_lock(held)
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
@@ -126,6 +125,23 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         os.close(held)
+
+
+def _make_locked(aside: Path) -> int | None:
+    """Makes a folder, locks it and gives its descriptor; None: before it was locked, another process took it for dead.
+
+    Where folders cannot be locked, none is taken for dead.
+    """
+    aside.mkdir()
+    with contextlib.suppress(FileNotFoundError):
+        held = os.open(aside, os.O_RDONLY)
+        is_locked = None
+        with contextlib.suppress(OSError):  # NFS locks no folders
+            is_locked = try_lock(held)
+        if is_locked is not False and aside.exists():
+            return held
+        os.close(held)
+    return None
 
 
 def _remove_if_dead(aside: Path) -> None:

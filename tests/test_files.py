@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,32 @@ def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_write
     for writer in writers:
         assert writer.stdout
         writer.stdout.close()
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize(("module", "name"), [(os, "open"), (fcntl, "flock")])
+def test_a_folder_that_another_process_takes_for_dead_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, is_done: bool
+) -> None:
+    call, opened, locked, taken = getattr(module, name), os.open, fcntl.flock, []
+
+    def after_the_other(*arguments: Any, **options: Any) -> Any:
+        if not taken:
+            folder = next(tmp_path.iterdir())
+            taken.append(opened(folder, os.O_RDONLY))
+            locked(taken[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_done:
+                folder.rmdir()
+                os.close(taken[0])
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(module, name, after_the_other)
+    with folder_aside(tmp_path / "made") as aside:
+        if not is_done:
+            next(place for place in tmp_path.iterdir() if place != aside).rmdir()
+            os.close(taken[0])
+        (aside / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "whole"]
 
 
 def test_a_file_system_without_locks_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

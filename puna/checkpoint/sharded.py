@@ -5,24 +5,30 @@
 
 Saving goes through pieces in host memory (`Piece`), which know where they belong in the whole tensor and nothing of
 meshes or devices. Reading maps the files: an archive says where its values begin, and only those that are asked for are
-read, so that neither loading on another layout nor an export ever holds more than one tensor.
+read, so that neither loading on another layout nor an export ever holds more than one tensor. `.metadata` is a pickle,
+and a run may come from anyone: what such a file does not consist of is not made, nor called.
 """
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -37,10 +43,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
-from torch.serialization import skip_data
+from torch.serialization import _get_layout, skip_data
 
 from puna.checkpoint.collectives import Collectives
 from puna.checkpoint.tensors import Extent, StoredTensor, start_of_values
+from puna.errors import PunaError
 
 #: The form of values that are not tensors.
 PLAIN = "a plain value"
@@ -134,8 +141,7 @@ def read_sharded(path: Path, content: dict[str, Any]) -> None:
         content: names, shapes and dtypes must be those that were stored; of a sharded tensor only the local part is
             read.
     """
-    reader, planner = _MappingReader(path), DefaultLoadPlanner()
-    metadata = reader.read_metadata()
+    reader, planner, metadata = _MappingReader(path), DefaultLoadPlanner(), _read_metadata(path)
     planner.set_up_planner(content, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     reader.read_data(planner.create_local_plan(), planner)
@@ -148,7 +154,7 @@ def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
         path: the folder that holds `.metadata`.
         key: e.g. "model": the tensors `model.NAME` are given as `NAME`.
     """
-    metadata = FileSystemReader(path).read_metadata()
+    metadata = _read_metadata(path)
     files = _Files(path)
     tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
@@ -166,7 +172,7 @@ def open_sharded(path: Path, key: str) -> dict[str, StoredTensor]:
 
 def stored_forms(path: Path) -> dict[str, str]:
     """Shape and dtype of every tensor in a folder, as a text to compare and to print."""
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = _read_metadata(path).state_dict_metadata
     return {
         name: _form(entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else PLAIN
         for name, entry in entries.items()
@@ -183,6 +189,41 @@ def forms(content: dict[str, Any]) -> dict[str, str]:
 
 def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{tuple(shape)} {dtype}"
+
+
+def _read_metadata(path: Path) -> Metadata:
+    with open(path / ".metadata", "rb") as file:
+        return _MetadataUnpickler(file).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what `.metadata` consists of."""
+
+    #: That by name, but for dtypes. Modules may differ: Python 3.13 has its paths in another one than 3.11.
+    KNOWN: ClassVar[dict[str, Any]] = {
+        "PosixPath": Path,
+        **{
+            each.__name__: each
+            for each in (
+                Metadata, MetadataIndex, StorageMeta, _StorageInfo, _MEM_FORMAT_ENCODING, _get_layout,
+                TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties, torch.Size,
+            )
+        },
+    }  # fmt: skip
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._path = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self.KNOWN:
+            return self.KNOWN[name]
+        if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise PunaError(
+            f"{self._path} asks for {module}.{name}, which no checkpoint needs and which was not called; fetch the run "
+            "again from where it was trained"
+        )
 
 
 class _PiecesPlanner(DefaultSavePlanner):

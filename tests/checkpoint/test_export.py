@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from puna.checkpoint import convert, export, load, sharded
 from puna.checkpoint.runs import Checkpoints
-from puna.checkpoint.sharded import open_sharded
+from puna.checkpoint.sharded import open_sharded, read_sharded, stored_forms
 from puna.cli import run
 from puna.errors import PunaError
 from puna.testing import tiny_model, write_tiny_model
@@ -209,6 +209,23 @@ def test_an_error_that_damage_explains_is_called_damage(run_dir, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(PunaError, match=r"step-00000020 is damaged \(model/__0_0\.distcp has 1,000 of"):
         export(run_dir, tmp_path / "out", step=20)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: open_sharded(path, "model"),
+        lambda path: read_sharded(path, {"model": tiny_model().state_dict()}),
+        stored_forms,
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, read):
+    keep_model(tmp_path / "run", tiny_model())
+    path = tmp_path / "run/checkpoints/step-00000001/model"
+    (path / ".metadata").write_bytes(f"cos\nmkdir\n(V{tmp_path / 'made'}\ntR.".encode())  # a pickle
+    with pytest.raises(PunaError, match=r"model/\.metadata asks for os\.mkdir, which no checkpoint needs"):
+        read(path)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])

@@ -196,17 +196,25 @@ def _read_metadata(path: Path) -> Metadata:
         return _MetadataUnpickler(file).load()
 
 
+class _Properties(TensorProperties):
+    """A stored tensor's, as any release of torch wrote them: from 2.15 on they are more, which torch before refuses."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes nothing but what `.metadata` consists of."""
 
     #: That by name, but for dtypes. Modules may differ: Python 3.13 has its paths in another one than 3.11.
     KNOWN: ClassVar[dict[str, Any]] = {
         "PosixPath": Path,
+        "TensorProperties": _Properties,
         **{
             each.__name__: each
             for each in (
                 Metadata, MetadataIndex, StorageMeta, _StorageInfo, _MEM_FORMAT_ENCODING, _get_layout,
-                TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties, torch.Size,
+                TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, torch.Size,
             )
         },
     }  # fmt: skip

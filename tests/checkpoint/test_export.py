@@ -1,12 +1,14 @@
 """Export: the run's weights to the last bit, without its optimizer, in little memory."""
 
 import json
+import pickle
 import time
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from puna.checkpoint import convert, export, load, sharded
 from puna.checkpoint.runs import Checkpoints
@@ -226,6 +228,19 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, read):
     with pytest.raises(PunaError, match=r"model/\.metadata asks for os\.mkdir, which no checkpoint needs"):
         read(path)
     assert not (tmp_path / "made").exists()
+
+
+def test_checkpoints_of_other_releases_of_python_and_torch_are_read(tmp_path, monkeypatch):
+    model = tiny_model()
+    keep_model(tmp_path / "run", model)
+    file = tmp_path / "run/checkpoints/step-00000001/model/.metadata"
+    metadata, of_torch = pickle.loads(file.read_bytes()), TensorProperties.__getstate__
+    with monkeypatch.context() as patch:  # torch 2.15 writes strides too
+        patch.setattr(TensorProperties, "__getstate__", lambda self: (*of_torch(self)[:5], None))
+        content = pickle.dumps(metadata, protocol=2)
+    file.write_bytes(content.replace(b"cpathlib\n", b"cpathlib._local\n"))  # as Python 3.13 has it
+    stored = open_sharded(file.parent, "model")
+    assert all(torch.equal(stored[name].read(), values) for name, values in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])

@@ -191,10 +191,11 @@ def fit(
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise PunaError(_misfit(name, tensors[name], shape, config))
-        if quantization is None and not tensors[name].dtype.is_floating_point:
+        dtype = tensors[name].dtype
+        if quantization is None and (not dtype.is_floating_point or dtype.itemsize == 1):
             raise PunaError(
-                f"{tensors[name].where}: {name} is stored as {dtype_name(tensors[name].dtype)}, but config.json names "
-                "no quantisation; use the checkpoint that it was made from"
+                f"{tensors[name].where}: {name} is stored as {dtype_name(dtype)}, but config.json names no "
+                "quantisation; use the checkpoint that it was made from"
             )
     return {name: tensors[name] for name in shapes}
 

@@ -141,9 +141,10 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
         load(folder)
 
 
-def test_codes_are_not_taken_for_weights(folder):
-    change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
-    with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as int8, but config\.json names no quantisation"):
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_codes_are_not_taken_for_weights(folder, dtype):
+    change(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(getattr(torch, dtype))}))
+    with pytest.raises(PunaError, match=rf"{Q_PROJ} is stored as {dtype}, but config\.json names no quantisation"):
         load(folder)
 
 

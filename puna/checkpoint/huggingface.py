@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from puna.checkpoint.hub import resolve
 from puna.checkpoint.room import check_room
-from puna.checkpoint.tensors import StoredTensor, check_range, dtype_name, dtype_of
+from puna.checkpoint.tensors import StoredTensor, are_copies, check_range, dtype_name, dtype_of
 from puna.checkpoint.tokenizer_json import write_tokenizer_json
 from puna.checkpoint.weights import open_weights, some, write_weights
 from puna.errors import PunaError, UsageError
@@ -335,7 +335,7 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
-    if embedding.shape != head.shape or not torch.equal(embedding.read(), head.read()):
+    if not are_copies(embedding.read(), head.read()):
         raise PunaError(
             f"{head.where}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
             'set "tie_word_embeddings" to false there'

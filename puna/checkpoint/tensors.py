@@ -195,6 +195,12 @@ def check_range(name: str, values: Tensor, result: Tensor) -> None:
             )
 
 
+def are_copies(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, or both NaN, once the wider is rounded to the dtype of the other."""
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return one.shape == other.shape and torch.allclose(one.to(dtype), other.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """What Hugging Face calls a dtype, e.g. "bfloat16"."""
     return str(dtype).removeprefix("torch.")

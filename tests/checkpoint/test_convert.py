@@ -58,6 +58,7 @@ def test_rows_are_reordered_as_transformers_reorders_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_meta_to_hugging_face_and_back_is_exact(tmp_path, ranks, dtype):
     weights = {name: values.to(dtype) for name, values in meta_weights().items()}
+    weights["norm.weight"][3] = torch.nan  # of which both ranks hold a copy
     source = write_meta(tmp_path / "meta", weights, ranks)
     convert(source, tmp_path / "hf")
     back = convert(tmp_path / "hf", tmp_path / "back", to="meta")
@@ -65,7 +66,7 @@ def test_meta_to_hugging_face_and_back_is_exact(tmp_path, ranks, dtype):
     assert written.keys() == weights.keys()
     for name, values in weights.items():
         assert written[name].dtype == dtype
-        assert torch.equal(written[name], values), name
+        assert torch.equal(written[name].view(torch.uint8), values.view(torch.uint8)), name
     params = json.loads((back / "params.json").read_text())
     assert {name: params[name] for name in PARAMS} == {**PARAMS, "vocab_size": 160}
 

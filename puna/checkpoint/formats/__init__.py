@@ -3,10 +3,9 @@
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from puna.checkpoint.tensors import StoredTensor
+from puna.checkpoint.tensors import StoredTensor, are_copies
 from puna.errors import PunaError
 from puna.model.config import ModelConfig
 
@@ -27,7 +26,7 @@ def one_of_copies(name: str, copies: Sequence[StoredTensor]) -> StoredTensor:
     def read() -> Tensor:
         values = first.read()
         for other in copies[1:]:
-            if not torch.equal(values, other.read()):
+            if not are_copies(values, other.read()):
                 raise PunaError(
                     f"{name} differs between {first.where} and {other.where}; they are of different models or steps"
                 )

@@ -30,7 +30,7 @@ from turns import children_seconds
 from puna.data.mindrecord import MindRecord
 from puna.data.prepare import prepare
 from puna.data.shards import Dataset
-from puna.files import read_json, write_json
+from puna.files import read_any_json, write_json
 from puna.prompts import alpaca_prompt
 
 #: Of the packages that the old script's steps run with.
@@ -76,7 +76,7 @@ def main() -> None:
         if args.fixtures:
             facts["rows_of_the_real_script"] = steps_are_the_scripts(python, args.fixtures, place)
         conversations = place / "conversations.json"
-        write_json(conversations, converted(read_json(args.alpaca)))
+        write_json(conversations, converted(read_any_json(args.alpaca)))
         works = {
             "wikitext": ("wiki", args.wikitext, args.wikitext, {}),
             "chat": ("qa", conversations, args.alpaca, {"template": "vicuna"}),

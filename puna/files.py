@@ -244,7 +244,19 @@ def write_json(path: Path | str, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        PunaError: as `read_any_json`, or the file holds something else.
+    """
+    fields = read_any_json(path)
+    if not isinstance(fields, dict):
+        raise PunaError(f"{path} is not a JSON object; make or fetch it again")
+    return fields
+
+
+def read_any_json(path: Path | str) -> Any:
     """Reads a JSON file.
 
     Raises:

@@ -151,6 +151,13 @@ def test_a_place_that_cannot_be_written_to_is_known_before(tmp_path: Path, monke
         check_writable(tmp_path / "new")
 
 
+@pytest.mark.parametrize("content", ["[1]", "null", '"text"'])
+def test_json_that_is_no_object_is_refused_where_one_belongs(tmp_path: Path, content: str) -> None:
+    (tmp_path / "some.json").write_text(content)
+    with pytest.raises(PunaError, match=r"some\.json is not a JSON object"):
+        read_json(tmp_path / "some.json")
+
+
 def test_json_that_is_nested_too_deeply_is_said(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(PunaError, match=r"deep\.json is not valid JSON"):

@@ -240,8 +240,6 @@ def load_quantized_config(
     if not path.exists():
         raise PunaError(f"{folder} has no config.json; a model is a folder in Hugging Face layout, see `puna convert`")
     fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise PunaError(f"{path} is not a JSON object")
     if context is not None:
         fields["max_position_embeddings"] = context
     quantized = fields.get("quantization_config")
@@ -258,7 +256,7 @@ def _more_ends(path: Path) -> tuple[int, ...]:
     Models that were tuned on dialogs often name all of them there alone: the end of an answer, and that of a text.
     """
     fields = read_json(path) if path.is_file() else {}
-    return ends_of(fields.get("eos_token_id") if isinstance(fields, dict) else None, str(path))
+    return ends_of(fields.get("eos_token_id"), str(path))
 
 
 def load_tokenizer_of(folder: Path) -> Tokenizer | None:

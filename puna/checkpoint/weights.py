@@ -69,10 +69,10 @@ def open_index(
 
 
 def _weight_map(index: Path, may_be_flat: bool = False) -> dict[str, str]:
-    content = read_json(index) or {}
+    content = read_json(index)
     weight_map = content.get("weight_map", content if may_be_flat else None)
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise PunaError(f'{index} has no "weight_map"')
+        raise PunaError(f'{index} has no "weight_map" from names of tensors to names of files')
     return weight_map
 
 

@@ -39,7 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         content = read_json(path)
-        if not isinstance(content, dict) or "model" not in content:
+        if "model" not in content:
             raise PunaError(f"{path} is not a tokenizer of the `tokenizers` library (it has no model)")
         adds_leading_space, adds_space_after_control = _take_leading_space_out(content)
         content["added_tokens"] = content.get("added_tokens") or []

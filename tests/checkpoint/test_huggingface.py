@@ -175,6 +175,13 @@ def test_one_file_beside_an_index_of_others_is_refused(sharded):
     assert torch.equal(load(sharded)[0].lm_head.weight, tiny_model(seed=1).lm_head.weight)
 
 
+@pytest.mark.parametrize("weight_map", [None, ["file"], {"a": 1, "b": "file"}, {"a": ["file"]}])
+def test_an_index_that_names_no_files_is_refused(sharded, weight_map):
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(PunaError, match=r'index\.json has no "weight_map" from names of tensors to names of files'):
+        load(sharded)
+
+
 def test_a_tensor_in_two_files_is_named_with_both(sharded):
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
     name = next(iter(load_file(first)))

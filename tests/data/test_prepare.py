@@ -766,7 +766,7 @@ def test_the_whole_of_code_alpaca_goes_through(shared, tmp_path):
     path = shared / "data/instruct/code_alpaca_2k.json"
     tokenizer = load_tokenizer(shared / "data/tokenizer")
     info = prepare("chat", path, tmp_path / "out", tokenizer=tokenizer.path, template="vicuna", workers=1)
-    records = read_json(path)
+    records = json.loads(path.read_text())
     unanswered = [i for i, record in enumerate(records) if not record["output"].strip()]
     assert info["documents"] + len(unanswered) == len(records) == 2017
     assert left_out(tmp_path / "out") == {f"{path.name}:{i + 1}": "empty answer" for i in unanswered}

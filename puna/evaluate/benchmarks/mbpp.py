@@ -23,7 +23,7 @@ from puna.evaluate.paper import table
 from puna.evaluate.programs import Programs, Task
 from puna.evaluate.samples import Sample, read_lines
 from puna.evaluate.sandbox import Job, Limits
-from puna.files import read_json
+from puna.files import read_any_json
 
 #: The solved examples, and the tasks that are scored.
 EXAMPLES = (2, 3, 4)
@@ -134,7 +134,7 @@ def read_all(path: Path) -> dict[str, Task]:
 
 
 def _sanitized(path: Path) -> list[dict[str, Any]]:
-    lines = read_json(path)
+    lines = read_any_json(path)
     needed = ("task_id", "prompt", "code", "test_list")
     if not isinstance(lines, list) or not all(isinstance(line, dict) and line.keys() >= set(needed) for line in lines):
         raise PunaError(f"{path} is no sanitized MBPP: it must be a list of objects with {', '.join(needed)}")

@@ -242,9 +242,9 @@ def load_quantized_config(
     fields = read_json(path)
     if context is not None:
         fields["max_position_embeddings"] = context
+    config = ModelConfig.from_json(fields, str(path), rope_theta=rope_theta)
     quantized = fields.get("quantization_config")
     quantization = Quantization.from_json(quantized, str(path)) if quantized else None
-    config = ModelConfig.from_json(fields, str(path), rope_theta=rope_theta)
     if rope_theta not in (None, config.rope_theta):
         raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
     return config.with_ends(_more_ends(Path(folder) / "generation_config.json")), quantization

@@ -42,6 +42,13 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 #: Numbers that `config.json` may leave out.
 NUMBERS = ("rms_norm_eps", "initializer_range")
 
+#: Other kinds of fields, and what a field of each must be where it is there.
+KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
+    str: ("a name", ("model_type", "hidden_act")),
+    bool: ("true or false", ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")),
+    dict: ("an object", ("rope_parameters", "rope_scaling", "quantization_config")),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -100,12 +107,16 @@ class ModelConfig:
         Raises:
             PunaError: a field is missing, stated twice in two ways, or describes a network that this one is not.
         """
+        for kind, (called, names) in KINDS.items():
+            for name in names:
+                if fields.get(name) is not None and not isinstance(fields[name], kind):
+                    raise PunaError(f"{where}: {name} is {fields[name]!r}; it must be {called}")
         family = fields.get("model_type")
         if family not in FAMILIES:
             raise PunaError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
         if missing := [name for name in SIZES if fields.get(name) is None]:
             raise PunaError(f"{where} lacks {', '.join(missing)}")
-        for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
             value = fields.get(name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PunaError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
@@ -217,7 +228,7 @@ def _rope(fields: dict[str, Any], where: str, rope_theta: float | None) -> tuple
             "(1000000 for Code Llama, 10000 for Llama 2 and for 70B-Instruct)"
         )
     kind = scaling["rope_type"]
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise PunaError(f"{where}: rope_type {kind!r} is not supported, only {', '.join(ROPE_TYPES)}")
     for name, value in [("rope_theta", theta), *((name, scaling.get(name)) for name in ROPE_TYPES[kind])]:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:

@@ -174,6 +174,22 @@ def test_a_number_that_cannot_be_is_named(changes: dict, message: str) -> None:
         ModelConfig.from_json({**preset("tiny-64").to_json(), **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; it must be a name"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type \['linear'\] is not supported, only default"),
+        ({"quantization_config": "gptq"}, "quantization_config is 'gptq'; it must be an object"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window is '4096'; it must be a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(PunaError, match=message):
+        ModelConfig.from_json({**FIELDS, **changes})
+
+
 def test_every_end_that_config_json_lists_is_kept() -> None:
     config = ModelConfig.from_json({**preset("tiny-64").to_json(), "eos_token_id": [2, 7]})
     assert config.eos_token_ids == (2, 7)

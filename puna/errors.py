@@ -5,6 +5,11 @@ and what to do. The command line prints the message and exits with `exit_code`; 
 of ours and keeps its traceback.
 """
 
+import errno
+
+#: Numbers of the errors of a system that has no room for what is written.
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 class PunaError(Exception):
     """The work cannot be done; the message says what, where and the way out (exit code 1)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.checkpoint.collectives import Collectives
-from puna.errors import PunaError
+from puna.errors import DISK_IS_FULL, PunaError
 from puna.files import checksum_of, checksum_of_value, read_json, write_json
 
 #: Version of `run.json`.
@@ -71,7 +71,7 @@ def checked_meanwhile(path: Path, part: str) -> Iterator[None]:
     """Lets a block read a part of a checkpoint while its files are checked, so that the disk reads them once.
 
     Raises:
-        Damaged: they are not as written, whatever the block has made of them.
+        Damaged: they are not as written, whatever the block has made of them, unless the disk was full.
     """
     check_files(path, f"{part}/.metadata")  # small, and where all the rest is found
     found: Future[None] = Future()
@@ -86,7 +86,9 @@ def checked_meanwhile(path: Path, part: str) -> Iterator[None]:
     threading.Thread(target=check, daemon=True).start()  # not a pool, whose threads an interrupted block would wait for
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            raise  # at once: no damage explains that
         found.result()  # damage explains the error, if there is any
         if not path.exists():
             raise _damaged(path, "it was removed meanwhile") from None

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from puna import __version__
-from puna.errors import PunaError, UsageError
+from puna.errors import DISK_IS_FULL, PunaError, UsageError
 from puna.progress import complain, say
 
 
@@ -154,7 +154,7 @@ def _explained(error: Exception) -> int:
         message = error.format_message()
         complain(message if message.startswith("Usage: ") else f"puna: {message} (see --help)")
         return 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         complain(f"puna: the disk is full{_at(error)}; free some space and run the same command again to continue")
         return 1
     if isinstance(error, OSError) and error.strerror is not None:

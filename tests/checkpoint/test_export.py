@@ -1,7 +1,9 @@
 """Export: the run's weights to the last bit, without its optimizer, in little memory."""
 
+import errno
 import json
 import pickle
+import threading
 import time
 from functools import partial
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from puna.checkpoint import convert, export, load, sharded
+from puna.checkpoint import convert, export, load, manifest, sharded
 from puna.checkpoint.runs import Checkpoints
 from puna.checkpoint.sharded import open_sharded, read_sharded, stored_forms
 from puna.cli import run
@@ -183,6 +185,22 @@ def test_bytes_that_were_changed_are_found_while_they_are_copied(run_dir, tmp_pa
     export(run_dir, tmp_path / "out")
     assert "step-00000020 is damaged" in capsys.readouterr().err
     assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, tiny_model(1).lm_head.weight)
+
+
+def test_a_full_disk_is_said_at_once_and_not_when_the_checkpoint_has_been_checked(run_dir, tmp_path, monkeypatch):
+    is_over, checksum = threading.Event(), manifest.checksum_of
+
+    def checksum_late(file):
+        return checksum(file) if file.name == ".metadata" or is_over.wait(5) else "not waited for"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest, "checksum_of", checksum_late)
+    monkeypatch.setattr("puna.checkpoint.weights.write_safetensors", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        export(run_dir, tmp_path / "out")
+    is_over.set()
 
 
 @pytest.mark.parametrize("moment", ["before it is checked", "after it was checked"])

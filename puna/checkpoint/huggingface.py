@@ -2,7 +2,7 @@
 
     folder/config.json                         the network's shape, always believed
     folder/model.safetensors                   or model-00001-of-00003.safetensors … and model.safetensors.index.json
-    folder/generation_config.json              ids that end a text besides that of config.json; nothing else is read
+    folder/generation_config.json              ids that end a text besides that of config.json; the rest goes along
     folder/tokenizer.model | tokenizer.json
 
 Loading builds the model without memory and fills it tensor by tensor from mapped files: it takes the memory of the
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from puna.model.llama import Llama
 from puna.model.packed import PackedLinear, pack_layers
 from puna.quantized import Quantization, QuantizedLinear, model_without_memory
 from puna.tokenizer import Tokenizer, load_tokenizer
+from puna.tokenizer.base import GENERATION_FILE
 
 #: Ends of the names of tensors that old checkpoints hold and no network reads.
 HARMLESS_EXTRAS = ("rotary_emb.inv_freq",)
@@ -247,7 +248,7 @@ def load_quantized_config(
     quantization = Quantization.from_json(quantized, str(path)) if quantized else None
     if rope_theta not in (None, config.rope_theta):
         raise PunaError(f"{path} states rope_theta {config.rope_theta:g}, not {rope_theta:g}; leave out --rope-theta")
-    return config.with_ends(_more_ends(Path(folder) / "generation_config.json")), quantization
+    return config.with_ends(_more_ends(Path(folder) / GENERATION_FILE)), quantization
 
 
 def _more_ends(path: Path) -> tuple[int, ...]:
@@ -295,7 +296,8 @@ def write_model(
         folder: empty, best one that takes its place when it is whole (`puna.files.folder_aside`).
         config: the model's shape.
         tensors: exactly the model's.
-        tokenizer: goes along; None: none does. Markers that the model has no embeddings for are dropped from it.
+        tokenizer: goes along, with the settings for generation beside it; None: neither does. Markers that the model
+            has no embeddings for are dropped from it.
         quantization: how the tensors are quantised; None: they are not.
 
     Raises:
@@ -313,10 +315,10 @@ def write_model(
     if len(dtypes) == 1:
         fields["torch_dtype"] = dtype_name(dtypes.pop())
     write_json(folder / "config.json", fields)
-    write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
     if tokenizer is not None:
         tokenizer.save(folder)
         write_tokenizer_json(tokenizer, folder)
+    _write_generation_config(folder / GENERATION_FILE, config, tokenizer)
     write_weights(folder, tensors)
 
 
@@ -326,10 +328,13 @@ def without_eot(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig
     return config if infilling is None else config.without_end(infilling.eot_id)
 
 
-def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _write_generation_config(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Writes the model's ids into the settings that came with the tokenizer, or into new ones."""
     if tokenizer is not None and tokenizer.infilling is not None:
         config = config.with_ends([tokenizer.infilling.eot_id])
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    fields = read_json(path) if path.exists() else {}
+    fields.pop("_from_model_config", None)  # for which transformers 4 may take the ids of config.json instead
+    write_json(path, {**fields, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

@@ -37,7 +37,10 @@ MARKERS = frozenset((*INFILLING_PIECES, STEP_PIECE))
 #: The layout of dialogs that a model ships, in Jinja.
 TEMPLATE_FILE = "chat_template.jinja"
 
-#: Files that belong to a tokenizer and travel with it.
+#: How the maker of a model lets it choose tokens: sampling, padding, and ids that end a text.
+GENERATION_FILE = "generation_config.json"
+
+#: Files that belong to a tokenizer, or like the layout of dialogs to its model, and travel with it.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,6 +48,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     TEMPLATE_FILE,
+    GENERATION_FILE,
 )
 
 
@@ -253,7 +257,7 @@ class Tokenizer(ABC):
         self._use_markers()
 
     def save(self, folder: Path | str) -> None:
-        """Copies the tokenizer's own files into a folder, unchanged."""
+        """Copies the tokenizer's own files, and those that travel with it, into a folder, unchanged."""
         folder = Path(folder)
         names = {self.path.name, *TOKENIZER_FILES}
         for source in sorted(self.path.with_name(name) for name in names):

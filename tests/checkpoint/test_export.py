@@ -74,6 +74,17 @@ def test_the_runs_tokenizer_goes_along(run_dir, tmp_path):
     assert tokenizer.sha256 == load_tokenizer(run_dir / "tokenizer").sha256
 
 
+def test_settings_for_generation_beside_the_runs_tokenizer_go_along(run_dir, tmp_path):
+    sampling = {"do_sample": True, "top_k": 20}
+    (tmp_path / "other/generation_config.json").write_text(json.dumps({**sampling, "eos_token_id": 5}))
+    load_tokenizer(tmp_path / "other").save(run_dir / "tokenizer")
+    export(run_dir, tmp_path / "out")
+    ends = load(tmp_path / "out")[0].config.eos_token_id
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == {**sampling, "bos_token_id": 1, "eos_token_id": ends}
+    assert 5 not in ends
+
+
 def test_transposed_and_partial_tensors_are_read_as_they_were(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     state = {

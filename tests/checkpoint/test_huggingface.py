@@ -308,6 +308,16 @@ def test_a_models_texts_end_where_its_generation_config_says_too(folder, in_conf
     assert load_config(folder.parent / "converted").eos_token_ids == ends
 
 
+@pytest.mark.parametrize("write", [convert, quantize])
+def test_other_settings_for_generation_go_along(tmp_path, write):
+    folder = write_tiny_model(tmp_path / "model")
+    before = json.loads((folder / "generation_config.json").read_text())
+    sampling = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1, "pad_token_id": 7}
+    edit_json(folder / "generation_config.json", **sampling, _from_model_config=True)
+    write(folder, tmp_path / "written")
+    assert json.loads((tmp_path / "written/generation_config.json").read_text()) == {**before, **sampling}
+
+
 def test_a_generation_config_whose_ends_are_no_ids_is_refused(folder):
     edit_json(folder / "generation_config.json", eos_token_id="</s>")
     with pytest.raises(PunaError, match=r"generation_config\.json: eos_token_id is '</s>'; it must be an id"):

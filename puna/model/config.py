@@ -74,6 +74,7 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2  # some families end in several ways
+    pad_token_id: int | None = None  # for other programs: rows are packed here
     initializer_range: float = 0.02
     model_type: str = "llama"
 
@@ -149,6 +150,7 @@ class ModelConfig:
             mlp_bias=fields.get("mlp_bias", False),
             bos_token_id=fields.get("bos_token_id", 1),
             eos_token_id=fields.get("eos_token_id", 2),
+            pad_token_id=fields.get("pad_token_id"),
             initializer_range=fields.get("initializer_range", 0.02),
             model_type=family,
         )

@@ -133,7 +133,7 @@ def check_checkpoint(
         PunaError: the model's shape, or a folder's data, is not what it was.
     """
     before = ModelConfig.from_json(meta["model_config"], str(checkpoint))
-    before = replace(before, eos_token_id=config.eos_token_id)  # where texts end does not change the network
+    before = replace(before, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)  # not the network's
     if changed := _differences(asdict(before), asdict(config)):
         raise PunaError(
             f"{recipe.start or recipe.model} is another model than when {checkpoint} was saved "

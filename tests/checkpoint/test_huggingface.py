@@ -309,6 +309,13 @@ def test_a_models_texts_end_where_its_generation_config_says_too(folder, in_conf
 
 
 @pytest.mark.parametrize("write", [convert, quantize])
+def test_the_id_of_padding_goes_along(folder, write):
+    edit_json(folder / "config.json", pad_token_id=7)
+    write(folder, folder.with_name("written"))
+    assert json.loads((folder.with_name("written") / "config.json").read_text())["pad_token_id"] == 7
+
+
+@pytest.mark.parametrize("write", [convert, quantize])
 def test_other_settings_for_generation_go_along(tmp_path, write):
     folder = write_tiny_model(tmp_path / "model")
     before = json.loads((folder / "generation_config.json").read_text())

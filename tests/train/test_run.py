@@ -840,14 +840,16 @@ def test_a_model_whose_config_has_changed_is_not_trained_further(recipe: Make, t
     assert puna.train(recipe(model=str(model), steps=3))["step"] == 3
 
 
-def test_ends_that_are_named_later_are_no_other_model_and_are_exported(recipe: Make, tmp_path: Path) -> None:
+def test_ends_and_padding_named_later_are_no_other_model_and_are_exported(recipe: Make, tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_model(tiny_model(), model)
     puna.train(recipe(model=str(model), steps=2))
     write_json(model / "generation_config.json", {"eos_token_id": [2, 7]})
+    write_json(model / "config.json", read_json(model / "config.json") | {"pad_token_id": 5})
     run = puna.train(recipe(model=str(model), steps=3))
     puna.export(run["run_dir"], tmp_path / "exported")
     assert read_json(tmp_path / "exported" / "generation_config.json")["eos_token_id"] == [2, 7]
+    assert read_json(tmp_path / "exported" / "config.json")["pad_token_id"] == 5
 
 
 def test_a_run_goes_on_without_the_folder_that_it_began_with(

@@ -28,7 +28,7 @@ def holds_story(folder: Path) -> bool:
     """Whether a folder is a story's."""
     try:
         return read_json(folder / FILE).keys() >= {"settings", "stages"}
-    except (PunaError, AttributeError, OSError):
+    except (PunaError, OSError):
         return False
 
 

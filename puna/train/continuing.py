@@ -2,6 +2,7 @@
 
     recipe.yaml               check_recipe       steps: 100 -> 200 is the same run, seed: 0 -> 1 would be another
     metrics.jsonl, .unsaved   check_presence     a run whose checkpoints are out of sight is not begun afresh
+    tokenizer/                check_tokenizer    a run does not begin beside another tokenizer than its data's
     checkpoints/…/run.json    check_checkpoint   the model's shape and the data's fingerprints are those of the save
 
 What would make it another run is refused; the message says how a new one begins with its weights.
@@ -85,6 +86,25 @@ def check_presence(run_dir: Path, save_every: int) -> None:
         raise PunaError(
             f"{run_dir} holds {last:,} steps of a run but none of its checkpoints; bring them back, or choose another "
             f"run_dir, or {TO_BEGIN_AFRESH}"
+        )
+
+
+def check_tokenizer(run_dir: Path, tokenizer: Path) -> None:
+    """Refuses to begin a run where another tokenizer lies than that of its data: what is exported would have it.
+
+    Raises:
+        PunaError: it does; an attempt that saved nothing left it there, or it is the user's own.
+    """
+    kept = run_dir / "tokenizer"
+    if checkpoints(run_dir) or not kept.exists():
+        return
+    there, own = (
+        {file.name: file.read_bytes() for file in folder.glob("*") if file.is_file()} for folder in (kept, tokenizer)
+    )
+    if there != own:
+        raise PunaError(
+            f"{kept} is another tokenizer than {tokenizer}, and what is exported would have it; remove it, or choose "
+            f"another run_dir"
         )
 
 

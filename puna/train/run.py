@@ -49,6 +49,7 @@ from puna.train.continuing import (
     check_checkpoint,
     check_presence,
     check_recipe,
+    check_tokenizer,
     config_of_run,
     new_run_from,
     recipe_before,
@@ -100,6 +101,7 @@ class _Run:
         self.recipe, self.config, self.claim, self.ranks, self.device = recipe, config, claim, ranks, device
         self.run_dir = run_dir = Path(recipe.run_dir)
         self.tokenizer = check_data(recipe, self.config, is_new=not checkpoints(run_dir))
+        check_tokenizer(run_dir, self.tokenizer)
         self.fingerprints = verified_data(recipe)
         self.loader = open_loader(recipe)
         self.step = self.tokens = self.skipped = 0

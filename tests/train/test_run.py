@@ -763,6 +763,34 @@ def test_a_run_that_is_killed_as_it_begins_has_its_whole_tokenizer_in_the_end(
     assert sorted(file.name for file in (run_dir / "tokenizer").iterdir()) == ["a", "b"]
 
 
+def test_a_run_does_not_begin_beside_another_tokenizer_than_that_of_its_data(
+    recipe: Make, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    (data / "tokenizer").mkdir()
+    (data / "tokenizer/vocabulary").write_text("one")
+    content = recipe(data={"train": str(data)}, steps=2)
+
+    def dying(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "train_step", dying)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                puna.train(content)
+    (data / "tokenizer/vocabulary").write_text("other")
+    kept = Path(content["run_dir"]) / "tokenizer"
+    with pytest.raises(PunaError, match=f"{kept} is another tokenizer than {data}/tokenizer, .*; remove it, or"):
+        puna.train(content)
+    shutil.rmtree(kept)
+    puna.train(content)
+    (data / "tokenizer/vocabulary").write_text("later")
+    puna.train({**content, "steps": 3})  # goes on: the data is the same, as checkpoints know
+    assert (kept / "vocabulary").read_text() == "other"
+
+
 def test_a_run_goes_on_where_its_data_and_first_weights_have_moved_or_are_spelled_otherwise(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ class Validation(_Strict):
     every: Positive = 100
     """Steps between two measurements; the last step is always measured."""
     rows: Positive = 64
-    """Rows measured, the same ones every time."""
+    """Rows measured, drawn from all over the data, the same ones every time."""
 
 
 class Checkpoint(_Strict):

@@ -86,7 +86,7 @@ NOT_NEEDED = {
     "train_dataset.batch_size": "runner_config.batch_size overrides it",
     "train_dataset.seed": "one seed is used for everything",
     "train_dataset_task": "it repeats train_dataset",
-    "eval_dataset": "rows of data.valid are measured in order",
+    "eval_dataset": "the same rows of data.valid are measured every time",
     "eval_dataset_task": "it repeats eval_dataset",
     "metric": "the loss on data.valid is measured; perplexity is its exponential",
     "parallel.gradients_mean": "the loss is one mean over all targets of a batch",

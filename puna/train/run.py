@@ -29,7 +29,7 @@ from puna.checkpoint.manifest import read_meta
 from puna.checkpoint.runs import Checkpoints, checkpoints
 from puna.checkpoint.weights import open_weights
 from puna.config import Recipe, load_recipe
-from puna.data.loader import Batch, stack
+from puna.data.loader import Batch, shuffled, stack
 from puna.data.rows import Row
 from puna.errors import PunaError, Stopped
 from puna.files import file_aside, folder_aside, write_json
@@ -163,14 +163,15 @@ class _Run:
                 "skipped": self.skipped, "wall_seconds": time.monotonic() - started}  # fmt: skip
 
     def validate(self, rows: Sequence[Row]) -> float:
-        """Mean loss over the targets of the first `validation.rows` rows; nan where they have none."""
+        """Mean loss over the targets of `validation.rows` rows, always the same ones; nan where they have none."""
         layout, per_pass = self.ranks.layout, self.recipe.micro_batch_rows
         if layout.pp > 1:
             per_pass *= layout.micro_batches  # a pipeline takes as many as in a step
         n_rows, first = min(len(rows), self.recipe.validation.rows), self.ranks.dp_rank * per_pass
+        chosen = shuffled(np.arange(n_rows), len(rows), key=(0,)).tolist()  # from all over the data
         loss, n_targets = 0.0, 0
         for start in range(first, first + n_rows, layout.dp_size * per_pass):  # as often on every rank
-            batch = stack(rows[i] if i < n_rows else _blank(rows[0]) for i in range(start, start + per_pass))
+            batch = stack(rows[chosen[i]] if i < n_rows else _blank(rows[0]) for i in range(start, start + per_pass))
             more_loss, more_targets = summed_loss(self.model, batch, micro_batch_rows=self.recipe.micro_batch_rows)
             loss, n_targets = loss + more_loss, n_targets + more_targets
         return loss / n_targets if n_targets else math.nan

@@ -36,6 +36,7 @@ from puna.checkpoint import Checkpoints, save_model, sharded
 from puna.checkpoint.runs import checkpoints
 from puna.config import load_recipe
 from puna.data.loader import Batch, Loader
+from puna.data.rows import Row
 from puna.data.shards import Dataset, shard_entry, write_shard
 from puna.errors import PunaError, UsageError
 from puna.files import read_json, write_json
@@ -267,6 +268,32 @@ def test_damaged_data_is_neither_learned_from_nor_measured(
     shard.write_bytes(content)
     with pytest.raises(PunaError, match=r"shard-00000\.arrow is damaged"):
         puna.train(recipe(data={"train": str(prepared), use: str(tmp_path / "data")}))
+
+
+def test_the_loss_is_measured_on_rows_from_all_over_the_data_and_always_on_the_same(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_data, read = run_module.open_data, []
+
+    class Noted:
+        def __init__(self, recipe: Any, folder: str) -> None:
+            self.rows = open_data(recipe, folder)
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, i: int) -> Row:
+            read.append(i)
+            return self.rows[i]
+
+    monkeypatch.setattr(run_module, "open_data", Noted)
+    content = recipe(steps=4, validation={"every": 2, "rows": 9})
+    puna.train(content)
+    first, second = sorted(read[:9]), sorted(read[9:18])
+    assert len(set(first)) == 9
+    assert first == second
+    n_rows = len(Noted(load_recipe(content), content["data"]["valid"]))
+    assert {i * 3 // n_rows for i in first} == {0, 1, 2}  # some of each third
 
 
 def test_what_rows_lose_of_long_dialogs_is_said(

@@ -50,9 +50,17 @@ class Metrics:
             if is_first:
                 say(f"{self._path} cannot be written to ({error.strerror}); its lines wait in memory")
         if self._board is not None:
-            for name, value in numbers.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, numbers["step"])
+            try:
+                for name, value in numbers.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(name, value, numbers["step"])
+            except OSError as error:
+                self._give_up_board(error)
+
+    def _give_up_board(self, error: OSError) -> None:
+        """Its writer cannot go on after an error; `metrics.jsonl` has the same numbers."""
+        say(f"TensorBoard gets no more numbers of this run: its events cannot be written ({error})")
+        self._board = None
 
     def _opened(self) -> FileIO:
         return open(self._path, "ab", buffering=0)
@@ -63,7 +71,10 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                self._give_up_board(error)
 
 
 def as_json(numbers: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ from puna.model.offload import Offload
 from puna.parallel.model import DistributedModel
 from puna.testing import tiny_model
 from puna.train import claim, out_of_memory, stopping
+from puna.train import metrics as metrics_module
 from puna.train import run as run_module
 from puna.train.claim import only_run_in
 from puna.train.gradients import _PageLocked
@@ -1102,6 +1103,21 @@ def test_tensorboard_events_are_written_when_asked_for(recipe: Make) -> None:
     pytest.importorskip("tensorboard")
     result = puna.train(recipe(log={"tensorboard": True}))
     assert list((Path(result["run_dir"]) / "tensorboard").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("moment", ["add_scalar", "close"])
+def test_a_full_disk_costs_tensorboard_its_numbers_and_no_run_its_end(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    board = MagicMock(**{f"{moment}.side_effect": full})
+    monkeypatch.setattr(metrics_module, "_summary_writer", lambda *_: board)
+    result = puna.train(recipe(steps=4, log={"tensorboard": True}))
+    assert list(checkpoints(result["run_dir"])) == [4]
+    assert len(read_metrics(Path(result["run_dir"]))) == 4
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard gets no more numbers of this run") == 1
+    assert "No space left on device" in said
 
 
 def test_whose_weights_a_new_run_begins_with_is_said(

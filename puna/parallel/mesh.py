@@ -21,6 +21,7 @@ from puna.parallel.errors import said_once
 from puna.parallel.hangs import explained_hangs
 from puna.parallel.layout import Layout
 from puna.parallel.shared_memory import SharedMemory
+from puna.parallel.start import end_with_starter
 
 #: Axes of the mesh that weights live on.
 WEIGHT_AXES = ("pp", "dp_replicate", "shard", "tp")
@@ -84,6 +85,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_starter()  # strictly, with the thread that did: torchrun's main one
     backend = (
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )

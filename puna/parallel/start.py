@@ -2,7 +2,8 @@
 
 Each process is the same command with its rank in the environment. Ctrl-C, SIGTERM and the end of the terminal reach all
 of them, and so does SIGINT where no terminal sends it; when one fails, the others are stopped, and its exit code is the
-command's. On Linux they are told to end, too, when the process that started them is killed.
+command's. On Linux they are told to end, too, when the process that started them is killed, and so
+are those that torchrun starts.
 """
 
 import ctypes
@@ -94,13 +95,18 @@ def start_processes(command: list[str], n_processes: int) -> int:
             signal.signal(number, handler)
 
 
+def end_with_starter() -> None:
+    """Has Linux tell this process to end, by SIGTERM, when the one that started it is killed; elsewhere, nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
 def _prepare(starter: int) -> None:
     """In a process that is started, before it becomes the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != starter:  # it ended before this process had asked for the signal
-            os.kill(os.getpid(), signal.SIGTERM)
+    end_with_starter()
+    if os.getppid() != starter:  # it ended before this process had asked for the signal
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

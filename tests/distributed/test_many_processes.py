@@ -187,16 +187,22 @@ def test_a_run_that_dies_before_it_has_saved_begins_again_under_torchrun(
     assert "holds 9 steps of a run but none of its checkpoints; bring them back" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "is_torchrun"), [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)]
+)
 def test_an_end_of_the_starter_saves_the_state_of_all_and_the_run_continues(
-    content: dict[str, Any], tmp_path: Path, number: signal.Signals
+    content: dict[str, Any], tmp_path: Path, number: signal.Signals, is_torchrun: bool
 ) -> None:
     if number == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux tells processes that their starter was killed")
     run_dir = tmp_path / "run"
     long = {**content, "steps": 4000, "checkpoint": {"every": 4000}, "validation": {"every": 4000, "rows": 1}}
-    command = _command(long, run_dir, "--nproc", "2")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = _command(long, run_dir)
+    if is_torchrun:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        command += ["--nproc", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}) as process:
         deadline = time.monotonic() + 120
         while len(read_metrics(run_dir)) < 3:
             assert process.poll() is None

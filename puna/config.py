@@ -101,7 +101,7 @@ class Schedule(_Strict):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     final_fraction: Share = 1 / 30
-    """Of the peak, at the last step; 1/30 is Code Llama's. A constant schedule takes no notice of it."""
+    """Of the peak, one step behind the last; 1/30 is Code Llama's. A constant schedule takes no notice of it."""
 
 
 class Validation(_Strict):

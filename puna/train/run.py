@@ -309,9 +309,10 @@ class _Run:
 
 
 def _rate(recipe: Recipe, update: int) -> float:
-    """The learning rate of an update, counted from 1."""
-    number = update - (recipe.arithmetic == "mindformers")
-    return learning_rate(number, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=recipe.steps)
+    """The learning rate of an update, counted from 1; the final value would be that of the one behind the last."""
+    shift = int(recipe.arithmetic == "mindformers")  # which counts from 0
+    end = recipe.steps + 1 - shift
+    return learning_rate(update - shift, recipe.schedule, peak_lr=recipe.optimizer.peak_lr, steps=end)
 
 
 def _precision(asked: str, device: torch.device) -> str:

@@ -9,10 +9,10 @@ def learning_rate(update: int, schedule: Schedule, *, peak_lr: float, steps: int
     """The learning rate of one optimizer update.
 
     Args:
-        update: counted from 1. The peak is reached at update `warmup_steps`, the final value at update `steps`.
+        update: its number. The peak is reached at `warmup_steps`, the final value at `steps`.
         schedule: shape and warm-up.
         peak_lr: the highest value.
-        steps: updates of the whole run.
+        steps: the number at which the schedule ends; a run takes the one behind its last update.
 
     Returns:
         peak * update / warmup while warming up; then the shape, from the peak to `final_fraction` of it.

@@ -729,10 +729,21 @@ def test_what_a_run_goes_on_with_is_written_down_and_a_rate_that_jumps_is_said(
     puna.train(content)
     capsys.readouterr()
     result = puna.train({**content, "steps": 4, "data": {"train": str(prepared), "valid": str(prepared)}})
-    assert "the learning rate goes on at 0.00146 instead of 0, for the schedule" in capsys.readouterr().err
+    assert "the learning rate goes on at 0.00345 instead of 0, for the schedule" in capsys.readouterr().err
     assert result["valid_loss"] > 0
     written = load_recipe(Path(result["run_dir"]) / "recipe.yaml")
     assert (written.steps, written.data.valid) == (4, str(prepared))
+
+
+def test_no_update_has_a_rate_of_0_but_the_first_of_mindformers(recipe: Make, tmp_path: Path) -> None:
+    schedule = {"name": "linear", "warmup_steps": 2, "final_fraction": 0.0}
+    for arithmetic, fractions in (
+        ("sound", [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("mindformers", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    ):
+        content = recipe(schedule=schedule, arithmetic=arithmetic, run_dir=str(tmp_path / arithmetic))
+        rates = [line["lr"] for line in _numbers(puna.train(content)["run_dir"])]
+        assert rates == pytest.approx([1e-2 * fraction for fraction in fractions])
 
 
 def test_a_run_keeps_its_precision_where_the_recipe_leaves_it_open(recipe: Make) -> None:

@@ -10,19 +10,28 @@ import difflib
 import math
 import os
 import re
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticKnownError
 
 from puna.errors import UsageError
 
 #: Recipes that ship with puna; the folder is the registry.
 RECIPES = Path(__file__).parent / "recipes"
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _no_truth(value: Any) -> Any:
+    """Keeps true from being taken for 1."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Positive = Annotated[Whole, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 #: A path, or a name; ~ is the home folder.
@@ -99,7 +108,7 @@ class Schedule(_Strict):
     """How the learning rate moves: up to the peak in `warmup_steps`, then down to `final_fraction` of it."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     final_fraction: Share = 1 / 30
     """Of the peak, one step behind the last; 1/30 is Code Llama's. A constant schedule takes no notice of it."""
 
@@ -140,7 +149,7 @@ class Recipe(_Strict):
     start: Location | None = None
     """A folder in Hugging Face layout whose weights and config.json are taken instead; null: as `model` says."""
     data: Data
-    sequence_length: Annotated[int, Field(ge=2)] = 4096
+    sequence_length: Annotated[Whole, Field(ge=2)] = 4096
     run_dir: Location
     steps: Positive
     batch_tokens: Positive
@@ -166,7 +175,7 @@ class Recipe(_Strict):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     device: str = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _rows_fit(self) -> "Recipe":
@@ -249,8 +258,19 @@ def _read(name: str | Path) -> dict[str, Any]:
     return content
 
 
+#: Words that are not read as text. YAML 1.1 has more of them: 010 is 8 there, 1:30 is 90, and no folder can be called
+#: yes or 2026-11-26.
+_NO_TEXT = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|false",
+    "int": r"0|-?[1-9]\d*",
+    "float": r"-?(\d+\.(0|\d*[1-9])(e[-+]\d+)?|\.inf)",
+    "merge": "<<",
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a field that is given twice: YAML's own readers forget the first."""
+    """Reads words as `_NO_TEXT` says, and refuses a field that is given twice: YAML's own readers forget the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -259,6 +279,11 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    None: [(f"tag:yaml.org,2002:{kind}", re.compile(rf"({words})\Z")) for kind, words in _NO_TEXT.items()]
+}
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
@@ -313,8 +338,8 @@ def _message(error: Any) -> str:
         return f"there is no field {name}{meant}; there are {', '.join(fields)}"
     if error["type"] == "missing":
         return f"the field {name} is missing; give it in the file or as {name}=VALUE"
-    if error["type"] == "string_type" and isinstance(error["input"], int | float | date):
-        kind, value = type(error["input"]).__name__, error["input"]
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        kind, value = type(error["input"]).__name__, _as_yaml(error["input"])
         return f"{name}={value} is read as {kind}, not as text; write '{name}=\"{value}\"'"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])

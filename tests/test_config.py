@@ -49,13 +49,16 @@ def test_a_wrong_field_lists_the_fields_there_are_and_the_nearest() -> None:
         ("schedule.warmup_steps=11", "more than steps=10"),
         ("recompute_layers=1", "recompute_layers=1 needs recompute=selective, block or offload"),
         ("steps=soon", "steps='soon'"),
+        ("steps=1:30", "steps='1:30': input should be a valid integer"),
+        ("steps=true", "steps=True: input should be a valid integer"),
+        ("run_dir=true", r"""read as bool, not as text; write 'run_dir="true"'"""),
         ("precision=fp8", "precision='fp8'"),
         ("steps", "not of the form field.name=value"),
         ("data={}", r"the field data\.train is missing"),
         ("data.train={}", r"data\.train={}: dictionary should have at least 1 item"),
         ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
         ('run_dir=""', "run_dir='': string should have at least 1 character"),
-        ("run_dir=2026-11-26", r"""read as date, not as text; write 'run_dir="2026-11-26"'"""),
+        ("run_dir=0.5", r"""run_dir=0\.5 is read as float, not as text; write 'run_dir="0\.5"'"""),
         ("data.train=7", r"""data\.train=7 is read as int, not as text; write 'data\.train="7"'"""),
         ("data.train={a: 1, b: 1, a: 2}", "the value is not valid YAML: a is given twice"),
     ],
@@ -66,7 +69,22 @@ def test_a_wrong_value_says_what_would_do(override: str, message: str) -> None:
 
 
 def test_text_that_looks_like_a_number_is_taken_in_quotes() -> None:
-    assert load_recipe(SMALL, ['run_dir="2026-11-26"']).run_dir == "2026-11-26"
+    assert load_recipe(SMALL, ['run_dir="7"']).run_dir == "7"
+
+
+@pytest.mark.parametrize("text", ["yes", "True", "2026-11-26", "010", "1:30", "0.50", "1e3"])
+def test_text_of_which_other_readers_of_yaml_make_something_else_stays_text(text: str, tmp_path) -> None:
+    assert load_recipe(SMALL, [f"run_dir={text}"]).run_dir == text
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "run_dir": "X"}).replace("X", text))
+    assert load_recipe(tmp_path / "recipe.yaml").run_dir == text
+
+
+def test_numbers_and_truths_may_be_spelled_as_people_do() -> None:
+    words = ["steps=010", "batch_tokens=1_024", "optimizer.peak_lr=1e-5", "optimizer.eps=1.0e-7", "compile=yes"]
+    recipe = load_recipe(SMALL, [*words, "data.valid=null", "optimizer.max_grad_norm=~", "seed=0"])
+    assert (recipe.steps, recipe.batch_tokens, recipe.compile) == (10, 1024, True)
+    assert (recipe.optimizer.peak_lr, recipe.optimizer.eps, recipe.optimizer.max_grad_norm) == (1e-5, 1e-7, None)
+    assert (recipe.data.valid, recipe.seed) == (None, 0)
 
 
 def test_a_path_may_begin_in_the_home_folder(monkeypatch) -> None:

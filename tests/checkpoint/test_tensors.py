@@ -52,6 +52,18 @@ def test_stored_bytes_are_copied_by_the_system(source, tmp_path, sent, monkeypat
     assert max(sent) <= piece
 
 
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "abcd"])
+def test_values_are_aligned_in_a_mapped_file(source, tmp_path, name):
+    written = {name: StoredTensor.of(torch.zeros(3, dtype=torch.int8)), **source}
+    write_safetensors(tmp_path / "copy", written)
+    content = (tmp_path / "copy").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in written.items():
+        assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
+
+
 def test_between_tensors_in_memory_and_between_other_bytes(source, tmp_path, sent):
     mixed = {**source, "matrix": StoredTensor.of(TENSORS["matrix"]), **rounded({"half": source["half"]}, torch.float32)}
     write_safetensors(tmp_path / "copy", mixed)

@@ -17,7 +17,7 @@ import yaml
 from puna.cli import run
 from puna.config import parse_overrides
 from puna.errors import UsageError
-from puna.launch import launch
+from puna.launch import GRACE_SECONDS, launch
 
 RECIPE = "codellama-34b-pretrain"  # 128 rows
 AWKWARD = ["data.train={it's $(HOME) $x: 0.9, 'a b': 0.1}", "parallel={}", 'run_dir=runs/Mine "2"']
@@ -143,10 +143,12 @@ def test_kubernetes_gets_a_pytorchjob() -> None:
     assert (job["apiVersion"], job["kind"], job["metadata"]) == ("kubeflow.org/v1", "PyTorchJob", {"name": "mine-2"})
     policy = job["spec"]["elasticPolicy"]
     assert (policy["minReplicas"], policy["maxReplicas"], policy["maxRestarts"]) == (1, 2, 3)
+    assert policy["rdzvConf"] == [{"key": "read_timeout", "value": "600"}], "to read where the others are"
     assert job["spec"]["runPolicy"]["backoffLimit"] == 3
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 2
     pod = worker["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > GRACE_SECONDS, "to save"
     (container,) = pod["containers"]
     assert container["image"] == "hub/puna:1"
     arguments = torchrun_arguments([*container["command"], *container["args"]])
@@ -207,6 +209,7 @@ def test_slurm_starts_one_torchrun_a_node(cluster: dict[str, str], tmp_path: Pat
     text = launch(RECIPE, AWKWARD, nodes=2, gpus=8, format="slurm")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     settings = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert "srun --kill-on-bad-exit=1 " in text
     assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "requeue", "signal=B:USR1@600"} <= settings
     assert subprocess.run(["bash", "-c", text], env=cluster, cwd=tmp_path, timeout=60).returncode == 0
     for node in range(2):
@@ -223,6 +226,7 @@ def test_slurm_may_give_fewer_nodes(cluster: dict[str, str], tmp_path: Path) -> 
     text = launch(RECIPE, ["parallel={}"], nodes=2, min_nodes=1, gpus=8, format="slurm")
     assert "#SBATCH --nodes=1-2\n" in text
     assert "#SBATCH --no-kill\n" in text
+    assert "srun --kill-on-bad-exit=0 " in text, "the others go on without the node that is lost"
     subprocess.run(["bash", "-c", text], env=cluster, cwd=tmp_path, timeout=60, check=True)
     assert json.loads((tmp_path / "torchrun-0").read_text())[0] == "--nnodes=1:2"
 

@@ -1,5 +1,6 @@
 """A layout that cannot be is refused before anything starts, with the values that would do."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from puna.parallel.layout import Layout
 from puna.parallel.pipeline import check_schedule
 
 
-def _layout(devices: int, changes: dict[str, Any]) -> Layout:
+def _layout(devices: int, changes: dict[str, Any], **of_model: Any) -> Layout:
     fields = {"model": "codellama-34b", "data": {"train": "data"}, "run_dir": "run", "sequence_length": 4096,
               "batch_tokens": 8 * 4096, "steps": 1}  # fmt: skip
     recipe = load_recipe({**fields, **changes})
-    return Layout.of(recipe, preset(recipe.model), devices)
+    return Layout.of(recipe, replace(preset(recipe.model), **of_model), devices)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,11 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
         ),
         (2, {"parallel": {"pp": 2, "schedule": "1f1b", "stages_per_rank": 2}}, r"needs stages_per_rank of 1"),
         (
+            2,
+            {"parallel": {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}, "batch_tokens": 3 * 4096},
+            r"schedule=interleaved needs micro-batches in multiples of pp=2, not 3; change micro_batch_rows or",
+        ),
+        (
             8,
             {"model": "codellama-7b", "parallel": {"tp": 8}, "optimizer": {"state_bits": 8}},
             r"state_bits=8: .*down_proj.weight: its 11008 columns, .* are not whole blocks of 64 .*state_bits=32",
@@ -69,6 +75,11 @@ def _layout(devices: int, changes: dict[str, Any]) -> Layout:
 def test_an_impossible_layout_is_refused_with_a_way_out(devices: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _layout(devices, changes)
+
+
+def test_stages_cannot_share_a_head_that_is_the_embedding() -> None:
+    with pytest.raises(UsageError, match=r"pp must be 1: the model's head is its embedding, which two stages cannot"):
+        _layout(2, {"parallel": {"pp": 2}}, tie_word_embeddings=True)
 
 
 def test_a_schedule_that_this_torch_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from puna.errors import PunaError, UsageError
 from puna.generate import Completion, Sampling, complete
 from puna.generate.engine import Engine
 from puna.generate.engine import engine as engine_module
-from puna.generate.engine.blocks import BlockPool, OutOfBlocks, key_of
+from puna.generate.engine.blocks import ROOT, BlockPool, OutOfBlocks, key_of
 from puna.generate.engine.cache import Step
 from puna.generate.engine.drafts import PromptLookup
 from puna.generate.engine.graphs import DecodeGraphs
@@ -355,6 +355,30 @@ def test_blocks_are_held_known_or_free_and_never_two_of_these(actions: list[int]
     assert not set(pool._free) & set(pool._kept)
 
 
+def test_what_is_known_longest_makes_room_and_is_known_anew_under_other_weights() -> None:
+    pool = BlockPool(3, 1)
+    keys = [key_of(ROOT, [id]) for id in range(3)]
+    blocks = [pool.take() for _ in keys]
+    for block, key in zip(blocks, keys, strict=True):
+        pool.remember(block, key)
+        pool.release(block)
+    assert pool.take() == blocks[0], "the oldest"
+    assert (pool.find([0]), pool.find([1]), pool.find([2])) == ([], blocks[1:2], blocks[2:])
+    pool.forget()
+    assert pool.find([1]) == []
+    pool.remember(blocks[1], key_of(ROOT, [7]))
+    assert pool.find([7]) == blocks[1:2]
+
+
+def test_of_a_text_that_is_no_longer_held_the_end_makes_room_first(model: Llama) -> None:
+    prompt = [1, *range(3, 20)]
+    engine = Engine(model, cache_tokens=24, block_tokens=8)
+    engine.generate([prompt], Sampling(max_tokens=1, ignore_eos=True))
+    assert engine.pool.n_free == 3
+    engine.pool.take(), engine.pool.take()  # one that knows nothing, and one of the two that do
+    assert len(engine.pool.find(prompt)) == 1
+
+
 def test_sequences_begin_far_apart_and_grow_into_neighbours() -> None:
     pool = BlockPool(50, 2)
     first = [pool.take() for _ in range(4)]
@@ -593,6 +617,15 @@ def test_log_probabilities_are_those_of_the_model(model: Llama) -> None:
             best = expected[place].topk(4)
             assert list(found.likeliest) == best.indices.tolist()
             assert list(found.likeliest.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_a_token_that_ends_a_completion_has_no_log_probabilities(model: Llama) -> None:
+    [whole] = complete(model, None, [[1, 5]], Sampling(max_tokens=6, ignore_eos=True))
+    at = next(place for place, id in enumerate(whole.tokens) if place and id not in whole.tokens[:place])
+    sampling = Sampling(max_tokens=6, ignore_eos=True, stop_ids=(whole.tokens[at],), logprobs=1)
+    [found] = Engine(model, cache_tokens=64).generate([[1, 5]], sampling)
+    assert (found.finish, found.tokens) == ("stop", whole.tokens[:at])
+    assert len(found.logprobs) == at
 
 
 def test_more_log_probabilities_than_there_are_ids_are_all_of_them(model: Llama) -> None:

@@ -286,3 +286,13 @@ def test_penalties_count_what_the_completion_holds_and_a_bias_is_added() -> None
     torch.testing.assert_close(distribution(logits, seen([]), settings, counts), expected.softmax(0))
     greedy = Sampling(logit_bias={11: 100.0})
     assert choose(logits, seen([]), greedy, 0.5) == 11
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_choosing_leaves_the_logits_as_they_are(temperature: float) -> None:
+    """They are asked for log-probabilities afterwards."""
+    logits, counts = logits_of(3), torch.ones(V)
+    before = logits.clone()
+    how = Sampling(temperature=temperature, logit_bias={3: 5.0}, repetition_penalty=1.3, presence_penalty=0.5, top_k=5)
+    choose(logits, seen([1, 2]), how, 0.5, counts)
+    assert torch.equal(logits, before)

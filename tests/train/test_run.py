@@ -570,6 +570,53 @@ def test_losses_that_stay_not_finite_stop_the_run_and_name_the_rows(
     assert all(len(batch) == 4 for batch in rows.values())
 
 
+def test_steps_that_are_not_finite_now_and_then_stop_no_run_and_are_counted_over_all_of_it(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run_module.train_step
+
+    def often_not_finite(*arguments: Any, update: int, **options: Any) -> StepResult:
+        if update % 4:
+            return StepResult(math.nan, math.nan, 1, False)
+        return real(*arguments, update=update, **options)
+
+    monkeypatch.setattr(run_module, "train_step", often_not_finite)
+    assert puna.train(recipe(steps=8, checkpoint={"every": 4}))["skipped"] == 6
+    assert puna.train(recipe(steps=12, checkpoint={"every": 4}))["skipped"] == 9
+
+
+def test_a_loss_that_is_not_finite_is_no_update_though_its_gradient_is(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = DistributedModel.forward_backward
+    monkeypatch.setattr(
+        DistributedModel, "forward_backward", lambda *arguments, **options: measure(*arguments, **options) + math.inf
+    )
+    assert puna.train(recipe(steps=2))["skipped"] == 2
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 5])
+def test_ranks_measure_as_often_as_each_other_and_each_row_once(monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
+    """Else one would wait for the other for ever."""
+    read: list[Batch] = []
+    monkeypatch.setattr(run_module, "summed_loss", lambda _, batch, **options: read.append(batch) or (0.0, 1))
+    tokens = np.arange(4)
+    rows = [Row(tokens + 10 * i, tokens + 10 * i, tokens, np.zeros(4, np.int32)) for i in range(n_rows)]
+    counts = []
+    for rank in range(2):
+        run = object.__new__(run_module._Run)
+        run.model = MagicMock()
+        run.ranks = SimpleNamespace(layout=SimpleNamespace(pp=1, dp_size=2), dp_rank=rank)  # type: ignore[assignment]
+        validation = SimpleNamespace(rows=100)
+        run.recipe = SimpleNamespace(micro_batch_rows=1, validation=validation)  # type: ignore[assignment]
+        before = len(read)
+        run.validate(rows)
+        counts.append(len(read) - before)
+    assert counts[0] == counts[1]
+    measured = [batch.tokens[0, 0] // 10 for batch in read if (batch.targets != IGNORE).any()]
+    assert sorted(measured) == list(range(n_rows))
+
+
 def test_steps_that_ask_for_nothing_are_none_of_those_that_were_not_finite(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,8 +709,10 @@ def test_another_recipe_is_refused_in_a_run_folder_and_more_steps_are_not(
     recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     puna.train(recipe())
-    with pytest.raises(UsageError, match="seed: 0 -> 1"):
-        puna.train(recipe(seed=1))
+    for change in ({"seed": 1}, {"batch_tokens": 512}, {"sequence_length": 32}, {"precision": "bf16"}):
+        (name,) = change
+        with pytest.raises(UsageError, match=f"{name}: "):
+            puna.train(recipe(**change))
     result = puna.train(recipe(steps=8, schedule={"warmup_steps": 2}))
     assert result["step"] == 8
     assert "steps: 6 -> 8" in capsys.readouterr().err

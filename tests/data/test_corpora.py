@@ -591,7 +591,7 @@ def test_what_puna_made_is_no_source(tmp_path):
     made = {"data/": "made by puna", "again/": "made by puna", "adapted/": "made by puna"}
     assert reasons_of("text", tmp_path).items() >= made.items()
     documents = [found.id for found in everything("text", tmp_path) if isinstance(found, Document)]
-    assert documents == ["a.txt", "mine/b.txt"]
+    assert documents == ["a.txt", "mine/b.txt", "mine/stages.json"]
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -85,7 +85,7 @@ def decode(ours: Llama, theirs: Any, n: int, facts: Callable[[float], dict[str, 
     engine = Engine(ours, max_rows=n)
     running = start(engine, prompts, 200)
     while any(each.computed < 64 for each in running):
-        engine._step()
+        engine._compute_step()
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         state = theirs(ids, use_cache=True)
@@ -96,7 +96,7 @@ def decode(ours: Llama, theirs: Any, n: int, facts: Callable[[float], dict[str, 
             state = theirs(token, past_key_values=past, use_cache=True)
             token, past = state.logits[:, -1:].argmax(-1), state.past_key_values
 
-        taken = in_turn({"puna": lambda _: engine._step(), "transformers": their_step}, 12, warm_ups=2)
+        taken = in_turn({"puna": lambda _: engine._compute_step(), "transformers": their_step}, 12, warm_ups=2)
     return [
         {"work": f"decode, {n} rows", "contender": name, "tokens_per_second": n / each.median, **facts(each.median)}
         for name, each in taken.items()
@@ -169,10 +169,10 @@ def lookup(ours: Llama) -> list[dict[str, Any]]:
 
         engine._take = take_script  # type: ignore[method-assign]
         while running.computed < len(prompt):
-            engine._step()
+            engine._compute_step()
         started = time.perf_counter()
         while not running.is_done:
-            engine._step()
+            engine._compute_step()
         seconds = time.perf_counter() - started
         rows.append({"work": "edit of 200 lines", "contender": name, "tokens_per_second": len(script) / seconds})
     return rows
@@ -246,7 +246,7 @@ def _serve(
         if engine.scheduler.is_idle:
             time.sleep(0.005)
             continue
-        engine._step()
+        engine._compute_step()
         for running in inside:
             if len(running.tokens) > len(prompts[running.sequence.index]):
                 note(running.sequence.index)

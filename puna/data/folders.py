@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.errors import PunaError
+from puna.story import FILE as STORY_FILE
 from puna.story import holds_story
 
 #: Folders that hold no work of the source's authors; skipped without listing them as left out.
@@ -105,7 +106,7 @@ def _is_ours(folder: Path, names: set[str]) -> bool:
     from puna.data.shards import DATASET_FILE, WORK_FOLDER
 
     is_prepared = "tokenizer" in names and bool(names & {DATASET_FILE, WORK_FOLDER})
-    return is_prepared or holds_story(folder)
+    return is_prepared or (STORY_FILE in names and holds_story(folder))
 
 
 def _is_ignored(name: str, rules: list[_Rules] | None) -> bool:

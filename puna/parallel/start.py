@@ -2,8 +2,8 @@
 
 Each process is the same command with its rank in the environment. Ctrl-C, SIGTERM and the end of the terminal reach all
 of them, and so does SIGINT where no terminal sends it; when one fails, the others are stopped, and its exit code is the
-command's. On Linux they are told to end, too, when the process that started them is killed, and so
-are those that torchrun starts.
+command's. On Linux they are told to end, too, when the process that started them is killed, and so are those that
+torchrun starts.
 """
 
 import ctypes

@@ -707,6 +707,32 @@ def test_who_comes_while_generate_runs_takes_part_and_is_told_of_the_end(
     assert pieces > 50
 
 
+def test_who_is_refused_while_generate_runs_hears_of_it_at_once(model: Llama, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, cache_tokens=512, block_tokens=8)
+    refused: list[str] = []
+
+    def ask() -> None:
+        try:
+            engine.generate([[1]], Sampling(max_tokens=600))
+        except PunaError as error:
+            refused.append(str(error))
+
+    def on_text(_: int, text: str) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 1:
+            asker.start()
+            while not engine._incoming:
+                time.sleep(0.001)
+        if pieces == 50:
+            asker.join(10)
+            assert "lower max_tokens" in refused[0]
+
+    pieces, asker = 0, threading.Thread(target=ask, daemon=True)
+    engine.generate([[1, 5]], Sampling(max_tokens=200, ignore_eos=True), on_text=on_text)
+    assert pieces > 50
+
+
 def test_threads_that_ask_at_once_get_what_each_would_get_alone(model: Llama, tokenizer: Tokenizer) -> None:
     """Some leave amid their texts, some meet errors of their own, and nobody else notices."""
     engine = Engine(model, tokenizer, cache_tokens=600, block_tokens=8)  # too few for all: some wait

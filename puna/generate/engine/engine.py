@@ -139,7 +139,13 @@ class Engine:
         if not sequences:
             return []
         ended: deque[Running] = deque()
-        added = [self._new(sequence, ended.append) for sequence in sequences]
+
+        def note(running: Running) -> None:
+            with self._turns:
+                ended.append(running)
+                self._turns.notify_all()  # this thread may be waiting while another takes the steps
+
+        added = [self._new(sequence, note) for sequence in sequences]
         try:
             self._enter(added)
             for _ in added:
@@ -235,9 +241,7 @@ class Engine:
                 self._stepping = this_thread
             while not is_so():
                 self._let_in()
-                if self._step():
-                    with self._turns:
-                        self._turns.notify_all()  # some of them may be what another thread waits for
+                self._step()
         finally:
             with self._turns:
                 if self._stepping == this_thread:
@@ -262,22 +266,21 @@ class Engine:
                     running.end(error)
             self._incoming.popleft()
 
-    def _step(self) -> bool:
-        """Computes the next step; whether sequences ended in it. Those that meet an error end with it."""
+    def _step(self) -> None:
+        """Computes the next step; sequences that meet an error end with it."""
         still_at_work()
         live = [*self.scheduler.running, *self.scheduler.waiting]
         try:
-            return self._compute_step()
+            self._compute_step()
         except Exception as error:
             for running in live:
                 running.end(error)
-            return True
 
     @torch.inference_mode()
-    def _compute_step(self) -> bool:
+    def _compute_step(self) -> None:
         chunks = self.scheduler.next_step()
         if not chunks:
-            return False
+            return
         try:
             asked = self._runner.compute(chunks)
             if self._draws:
@@ -301,10 +304,9 @@ class Engine:
                     chunk.running.end(error)
         finally:  # Ctrl-C leaves the others as they are
             self.scheduler.drop_finished()
-            ended = [chunk.running for chunk in chunks if chunk.running.is_done]
-            for running in ended:
-                running.end()
-        return bool(ended)
+            for chunk in chunks:
+                if chunk.running.is_done:
+                    chunk.running.end()
 
     def _draw(self, chunks: list[Chunk], asked: list[Logits | None]) -> None:
         """Draws the tokens of all sequences that can do without their logits."""
